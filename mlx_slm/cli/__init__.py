@@ -1,0 +1,78 @@
+"""The command line: reads options, calls one function, prints its result. No logic beyond that.
+
+Heavy modules are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+
+import click
+
+from mlx_slm import __version__
+from mlx_slm.cli import data, info, train, use
+from mlx_slm.errors import Interrupted, SlmError
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="mlx-slm")
+def cli() -> None:
+    """Small, specialised language models on MLX.
+
+    Pretrain once on a large generic text set, specialise to a domain with little text, run the result locally.
+    Start with `mlx-slm quickstart`.
+    """
+
+
+for module in (train, data, use, info):
+    for command in module.COMMANDS:
+        cli.add_command(command)
+
+
+def main() -> None:
+    """Run a command; exit with 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line and return its exit code; an error that the user can mend is one sentence on stderr."""
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    try:
+        cli.main(arguments, prog_name="mlx-slm", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return USAGE
+    except click.UsageError as error:
+        error.show()
+        return USAGE
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted; what was finished is kept, the same command again goes on from there", INTERRUPTED)
+    except Interrupted as error:
+        return _fail(str(error), INTERRUPTED)
+    except SlmError as error:
+        return _fail(f"error: {error}", FAILED)
+    except BrokenPipeError:
+        return FAILED
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            where = f" writing {error.filename}" if error.filename else ""
+            return _fail(
+                f"error: no space left on the disk{where}: free some and run the same command again; nothing is lost, "
+                "it goes on from the last whole checkpoint or shard",
+                FAILED,
+            )
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return _fail(f"error: {error.filename}: {error.strerror}; choose another --workspace or mend the rights", FAILED)
+        raise
+    return DONE
+
+
+def _fail(text: str, code: int) -> int:
+    click.echo(f"mlx-slm: {text}", err=True)
+    return code

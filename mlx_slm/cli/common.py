@@ -1,0 +1,102 @@
+"""Options that all commands take, and what a command gets from them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import click
+
+
+@dataclass
+class Session:
+    """The options that all commands share, read lazily."""
+
+    workspace_path: str | None
+    config_name: str | None
+    overrides: tuple[str, ...]
+    as_json: bool
+    quiet: bool
+    yes: bool
+
+    @functools.cached_property
+    def workspace(self):
+        from mlx_slm.workspace import Workspace
+
+        return Workspace(self.workspace_path or os.environ.get("MLX_SLM_WORKSPACE") or "workspace")
+
+    @functools.cached_property
+    def config(self):
+        """`--config`, else the workspace's own config.yaml, else `mac`; with `--set` on top."""
+        from mlx_slm.config import find_config, load_config
+
+        own = self.workspace.config_file
+        path = find_config(self.config_name) if self.config_name else own if own.exists() else find_config("mac")
+        return load_config(path, self.overrides)
+
+    @functools.cached_property
+    def report(self):
+        from mlx_slm.cli.display import RichReport
+
+        return RichReport(to_stderr=self.as_json, quiet=self.quiet, assume_yes=self.yes)
+
+    def keep_config(self) -> None:
+        """Write the configuration into a workspace that has none yet."""
+        from mlx_slm.config import dump_config
+
+        if not self.workspace.config_file.exists():
+            self.workspace.root.mkdir(parents=True, exist_ok=True)
+            self.workspace.config_file.write_text(dump_config(self.config))
+
+    def start_computing(self) -> None:
+        """Say once what slows this machine down."""
+        from mlx_slm import runtime
+
+        for notice in runtime.notices():
+            self.report.warn(notice)
+
+    def show(self, result: dict, text: Callable[[], None] | None = None) -> None:
+        """Print one JSON object with `--json`, else call `text`."""
+        if self.as_json:
+            click.echo(json.dumps(result, ensure_ascii=False))
+        elif text:
+            text()
+
+
+def common(function: Callable) -> Callable:
+    """Give a command the shared options; it gets a `Session` first."""
+
+    @click.option("--workspace", "workspace_path", metavar="DIR", help="Where everything is kept. [default: ./workspace]")
+    @click.option("--config", "config_name", metavar="FILE_OR_NAME", help="A YAML file, or mac, paper, mini, quickstart.")
+    @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value, such as training.tokens=4M.")
+    @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, everything else on stderr.")
+    @click.option("-q", "--quiet", is_flag=True, help="Say only what went wrong.")
+    @click.option("-y", "--yes", is_flag=True, help="Do not ask before long work.")
+    @functools.wraps(function)
+    def wrapped(workspace_path, config_name, overrides, as_json, quiet, yes, **options):
+        return function(Session(workspace_path, config_name, overrides, as_json, quiet, yes), **options)
+
+    return wrapped
+
+
+class Size(click.ParamType):
+    """A number of tokens such as 250k or 1M."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx):
+        from mlx_slm.config import parse_size
+
+        try:
+            size = parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if not size:
+            self.fail("it must be more than 0", param, ctx)
+        return size
+
+
+SIZE = Size()

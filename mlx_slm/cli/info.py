@@ -1,0 +1,70 @@
+"""`info`: the machine, a configuration's models, and the health of a workspace."""
+
+from __future__ import annotations
+
+import click
+
+from mlx_slm.cli.common import Session, common
+
+PAPER = {"model": ("SLM", "126M"), "large": ("LLM", "771M")}
+
+
+@click.command()
+@click.option("--verify", is_flag=True, help="Check every byte of every artifact in the workspace.")
+@common
+def info(session: Session, verify) -> None:
+    """Show backend, device, memory, BLAS with its measured speed, versions, and the models of a configuration."""
+    from mlx_slm import runtime
+    from mlx_slm.models.transformer import Shape
+
+    result = runtime.describe()
+    session.start_computing()
+    config = session.config
+    shapes = {
+        section: Shape.of(getattr(config, section), config.tokenizer.vocab_size, config.data.context_length)
+        for section in PAPER
+    }
+    result["models"] = [
+        {"section": section, "family": shape.family, "parameters": shape.num_parameters, "paper": PAPER[section][1]}
+        for section, shape in shapes.items()
+    ]
+    if verify:
+        result["verified"] = _verify(session)
+
+    def text() -> None:
+        lines = [
+            f"backend   {result['backend']}",
+            f"device    {result['device']}",
+            f"memory    {result['memory_gb']} GB",
+            f"matmul    {result['gflops']:,.0f} GFLOP/s (1024^3)",
+        ]
+        if result["blas"]:
+            lines.append(f"BLAS      {result['blas']}")
+        lines.append("versions  " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()))
+        session.report.line("\n".join(lines))
+        rows = [[f"{m['section']} ({m['family']})", f"{m['parameters']:,}", m["paper"]] for m in result["models"]]
+        title = f"Parameters at vocabulary {config.tokenizer.vocab_size:,}, context {config.data.context_length:,}"
+        session.report.table(title, ["model", "parameters", "the paper's"], rows)
+
+    session.show(result, text)
+
+
+def _verify(session: Session) -> list[str]:
+    from mlx_slm.errors import SlmError
+    from mlx_slm.workspace import Damaged, load_manifest, read_json, verify
+
+    good, damaged = [], []
+    for path in session.workspace.artifacts():
+        try:
+            kind = read_json(path / "manifest.json").get("kind")
+            verify(path, load_manifest(path, kind))
+            good.append(str(path))
+        except Damaged as error:
+            damaged.append(str(error))
+    if damaged:
+        raise SlmError("\n  ".join([f"{len(damaged)} of {len(good) + len(damaged)} artifacts are damaged:", *damaged]))
+    session.report.line(f"{len(good)} artifacts are whole")
+    return good
+
+
+COMMANDS = (info,)

@@ -1,0 +1,100 @@
+"""`quickstart`, `pretrain` and `specialize`."""
+
+from __future__ import annotations
+
+import math
+
+import click
+
+from mlx_slm.cli.common import SIZE, Session, common
+
+
+@click.command()
+@click.option("--fresh", is_flag=True, help="Begin anew instead of going on from an earlier quickstart.")
+@common
+def quickstart(session: Session, fresh) -> None:
+    """The whole path on text that every machine has, in minutes on two CPU cores.
+
+    Trains a tokenizer and a small model on docstrings of the installed packages, specialises it to the docstrings of
+    one package that it has not seen, and shows what that gains.
+    """
+    from mlx_slm.quickstart import run_quickstart
+    from mlx_slm.workspace import Workspace
+
+    session.config_name = session.config_name or "quickstart"
+    session.workspace = Workspace(session.workspace_path or "quickstart")
+    session.start_computing()
+    session.keep_config()
+    result = run_quickstart(session.workspace, session.config, session.report, fresh)
+
+    def text() -> None:
+        rows = [
+            [f"{row['method']}, {row['stage']}", f"{row['perplexity']:.1f}", f"{row['tokens']:,}", f"{row['seconds']:.0f}"]
+            for row in result["results"]
+        ]
+        title = f"Perplexity of {result['domain']} (test), {result['seconds']:.0f} s in all on {result['device']}"
+        session.report.table(title, ["model", "perplexity", "training tokens", "seconds"], rows)
+        session.report.line(f"\nThe model: {result['model']}\nIt continues {result['prompt']!r}:\n\n{result['sample']}\n")
+        session.report.line(f"Ask it yourself: mlx-slm generate {result['model']} --prompt {result['prompt']!r}")
+
+    session.show(result, text)
+
+
+@click.command()
+@click.option("--method", type=click.Choice(["slm", "llm"]), default="slm", show_default=True, help="Small or large model.")
+@click.option("--tokens", type=SIZE, help="Train on so many tokens (replaces the configured horizon).")
+@click.option("--hours", type=float, help="Train for about so many hours on this machine.")
+@click.option("--name", help="Name of the run. [default: the method]")
+@click.option("--fresh", is_flag=True, help="Start anew, throwing an earlier run of this name away.")
+@common
+def pretrain(session: Session, method, tokens, hours, name, fresh) -> None:
+    """Pretrain a model on the generic set. The same command again resumes.
+
+    Prepares the generic set first where that was not done.
+    """
+    from mlx_slm.pretrain import pretrain as work
+
+    if tokens and hours:
+        raise click.UsageError("give --tokens or --hours, not both")
+    horizon = [f"training.tokens={tokens}"] * bool(tokens) + [f"training.hours={hours}"] * bool(hours)
+    session.overrides = (*session.overrides, *horizon)
+    config = session.config
+    session.keep_config()
+    session.start_computing()
+    run = work(session.workspace, config, method, session.report, name, fresh)
+    _show_run(session, run)
+
+
+@click.command()
+@click.option("--domain", required=True, help="The prepared (or known) set to specialise to.")
+@click.option("--from", "from_run", metavar="RUN", help="The pretrained run, or none to train from scratch. [default: slm]")
+@click.option("--tokens", type=SIZE, help="Use so many tokens of the domain, such as 1M. [default: all]")
+@click.option("--name", help="Name of the run and the model. [default: <domain>-<method>-<tokens>]")
+@click.option("--fresh", is_flag=True, help="Start anew, throwing an earlier run of this name away.")
+@common
+def specialize(session: Session, domain, from_run, tokens, name, fresh) -> None:
+    """Fine-tune a pretrained model on a domain and write it as an mlx-lm model directory."""
+    from mlx_slm.specialize import specialize as work
+
+    config = session.config
+    session.start_computing()
+    run = work(session.workspace, config, domain, session.report, from_run, tokens, name, fresh)
+    _show_run(session, run)
+
+
+def _show_run(session: Session, run) -> None:
+    record, model = run.record, session.workspace.model(run.name)
+    result = {
+        "run": run.name,
+        "method": record["method"],
+        "model": str(model),
+        "step": run.weights_step(),
+        "tokens": record["tokens"],
+        "seconds": record["seconds"],
+        "valid_nll": record["valid_nll"],
+        "valid_perplexity": math.exp(record["valid_nll"]),
+    }
+    session.show(result, lambda: session.report.line(f"model: {model}\nnext: mlx-slm evaluate {run.name}"))
+
+
+COMMANDS = (quickstart, pretrain, specialize)

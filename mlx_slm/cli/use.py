@@ -1,0 +1,90 @@
+"""`evaluate`, `generate`, `serve`."""
+
+from __future__ import annotations
+
+import click
+
+from mlx_slm.cli.common import Session, common
+
+
+@click.command()
+@click.argument("models", nargs=-1, metavar="[RUN_OR_MODEL]...")
+@click.option("--domain", "domains", multiple=True, help="A prepared set, several times if wished. [default: all domains]")
+@click.option("--split", type=click.Choice(["valid", "test"]), default="test", show_default=True)
+@common
+def evaluate(session: Session, models, domains, split) -> None:
+    """Perplexity of models on held-out text of the domains, and the macro average over them.
+
+    Without a name, every model of the workspace is evaluated. Results are added to results/evaluations.jsonl.
+    """
+    from mlx_slm.evaluate import evaluate_models
+
+    session.start_computing()
+    result = evaluate_models(session.workspace, session.config, list(models), list(domains), split, session.report)
+
+    def text() -> None:
+        rows = [
+            [r["model"], r["set"], f"{r['tokens']:,}", f"{r['nll']:.4f} ± {r['stderr']:.4f}", f"{r['perplexity']:.2f}"]
+            + [f"{r['bits_per_byte']:.4f}"]
+            for r in result["results"]
+        ]
+        columns = ["model", "set", "tokens", "nats per token", "perplexity", "bits per byte"]
+        session.report.table(f"{split} sets", columns, rows)
+        if any(len(macro["sets"]) > 1 for macro in result["macro"]):
+            rows = [[m["model"], str(len(m["sets"])), f"{m['perplexity']:.2f}"] for m in result["macro"]]
+            session.report.table("macro average", ["model", "sets", "perplexity"], rows)
+
+    session.show(result, text)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--prompt", "-p", required=True, help="The text to continue; - reads it from stdin.")
+@click.option("--max-tokens", "-m", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--temp", type=click.FloatRange(0), default=0.7, show_default=True, help="0: the likeliest token each time.")
+@click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@common
+def generate(session: Session, model, prompt, max_tokens, temp, top_p, seed) -> None:
+    """Continue a text with a model, through mlx-lm. MODEL is a name in models/ or a directory."""
+    from mlx_slm.export import require_model
+    from mlx_slm.generate import stream
+
+    path = require_model(session.workspace, model)
+    if prompt == "-":
+        prompt = click.get_text_stream("stdin").read()
+    session.start_computing()
+    show = not session.as_json
+    parts = []
+    if show:
+        click.echo(prompt, nl=False)
+    for part in stream(path, prompt, max_tokens, temp, top_p, seed):
+        parts.append(part.text)
+        if show:
+            click.echo(part.text, nl=False)
+    if show:
+        click.echo()
+        if not session.quiet:
+            click.echo(f"({part.generation_tokens} tokens, {part.generation_tps:.0f} tokens/s)", err=True)
+    else:
+        counts = {"tokens": part.generation_tokens, "tokens_per_second": round(part.generation_tps, 1)}
+        session.show({"model": str(path), "prompt": prompt, "text": "".join(parts), **counts})
+
+
+@click.command()
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@common
+def serve(session: Session, model, host, port) -> None:
+    """Serve a model with mlx-lm's OpenAI-compatible server, on loopback."""
+    from mlx_slm.export import require_model
+    from mlx_slm.generate import serve as work
+
+    path = require_model(session.workspace, model)
+    session.start_computing()
+    session.report.line(f"serving {path} at http://{host}:{port}/v1 (Ctrl-C stops)")
+    work(path, host, port)
+
+
+COMMANDS = (evaluate, generate, serve)

@@ -1,0 +1,154 @@
+"""Windows -> training rows of one shape, drawn from any distribution over clusters.
+
+A cluster's windows, in order, form an endless cyclic stream, with a `</s>` between two windows where the first does not
+end in one. With T = context_length, row i holds the stream's tokens [iT, iT+T]: rows overlap by one token, so that each
+stored token is a target exactly once per pass.
+
+    windows   a b c </s> | d e      (T = 4)
+    stream    a b c </s> d e <s>    <s> is the separator: `</s>` as input, never a target
+    row 0     a b c </s> d          inputs a b c </s>, targets b c </s> d
+    row 1     d e <s> a b           inputs d e <s> a,  targets e - a -    (- has weight 0)
+
+The rows of step s depend on (seed, s) alone: never on the micro-batch or on the number of devices.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+import numpy as np
+
+from mlx_slm.text.store import Store
+
+MASK = 2**64 - 1
+
+
+class Stream:
+    """The cyclic stream of one cluster: all windows of a store, or those given, in that order."""
+
+    def __init__(self, store: Store, windows: np.ndarray | None = None):
+        self.store, self.row_length = store, store.context_length
+        self._windows = windows
+        if windows is None:
+            self.num_windows = store.num_windows
+            self.length = store.num_tokens + store.num_windows - store.num_documents
+        else:
+            self.num_windows = len(windows)
+            all_windows = store.windows[:]
+            document = all_windows["document"]
+            is_last = np.append(document[1:] != document[:-1], True)
+            separated = all_windows["length"][windows].astype(np.int64) + ~is_last[windows]
+            self._starts = np.cumsum(separated) - separated
+            self.length = int(separated.sum())
+        self.num_rows = -(-self.length // self.row_length)
+
+    def start(self, index: int) -> int:
+        """Where window `index` of this stream begins. For a whole store: its offset plus the separators before it."""
+        if self._windows is None:
+            window = self.store.windows[index]
+            return int(window["offset"]) + index - int(window["document"])
+        return int(self._starts[index])
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (tokens int32 [T+1], weights float32 [T]: 1 where the target counts)."""
+        length = self.row_length
+        tokens = np.full(length + 1, self.store.eos_id, np.int32)
+        stored = np.zeros(length + 1, bool)
+        begin = index * length
+        number = bisect.bisect_right(range(self.num_windows), begin, key=self.start) - 1
+        skip = begin - self.start(number)
+        filled = 0
+        while filled <= length:
+            ids = self.store.window_tokens(number if self._windows is None else self._windows[number])
+            taken = ids[skip : skip + length + 1 - filled]
+            tokens[filled : filled + len(taken)] = taken
+            stored[filled : filled + len(taken)] = True
+            following = (number + 1) % self.num_windows
+            size = (self.start(following) if following else self.length) - self.start(number)
+            filled += size - skip
+            number, skip = following, 0
+        weights = stored[1:] & (begin + 1 + np.arange(length) <= self.length)
+        return tokens, weights.astype(np.float32)
+
+
+class Sampler:
+    """Rows of step s: clusters by systematic sampling over `distribution`, then the next rows of each cluster.
+
+    `rows_per_cluster` rows of one cluster are drawn together. No row of a cluster repeats within a pass over it.
+    """
+
+    def __init__(self, streams: list[Stream], distribution: np.ndarray, batch_rows: int, seed: int, rows_per_cluster=1):
+        if batch_rows % rows_per_cluster:
+            raise ValueError(f"batch_rows {batch_rows} is not a multiple of rows_per_cluster {rows_per_cluster}")
+        self.streams, self.seed, self.rows_per_cluster = streams, seed, rows_per_cluster
+        self.groups = batch_rows // rows_per_cluster
+        self.cumulative = np.cumsum(np.asarray(distribution, np.float64))
+        self.cumulative /= self.cumulative[-1]
+        self._step, self._drawn = 0, np.zeros(len(streams), np.int64)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one pass over everything."""
+        return sum(stream.num_rows for stream in self.streams)
+
+    def clusters(self, step: int) -> np.ndarray:
+        """The cluster of each group of a step, int [groups]: each count is its expectation rounded up or down."""
+        count = len(self.streams)
+        if count == 1:
+            return np.zeros(self.groups, np.int64)
+        rng = np.random.default_rng((self.seed, step))
+        order = rng.permutation(count)
+        mass = np.diff(self.cumulative, prepend=0.0)[order]
+        edges = np.cumsum(mass)
+        points = (rng.random() + np.arange(self.groups)) / self.groups * edges[-1]
+        return order[np.minimum(np.searchsorted(edges, points, side="right"), count - 1)]
+
+    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (tokens int32 [B, T+1], weights float32 [B, T], clusters int [groups]) of a step."""
+        drawn = self._drawn_before(step)
+        clusters = self.clusters(step)
+        found = []
+        for cluster in clusters:
+            stream = self.streams[cluster]
+            for _ in range(self.rows_per_cluster):
+                done, place = divmod(int(drawn[cluster]), stream.num_rows)
+                key = mix(mix(mix(self.seed) ^ int(cluster)) ^ done)
+                found.append(stream.row(permuted(place, stream.num_rows, key)))
+                drawn[cluster] += 1
+        self._step, self._drawn = step + 1, drawn
+        tokens, weights = zip(*found, strict=True)
+        return np.stack(tokens), np.stack(weights), clusters
+
+    def _drawn_before(self, step: int) -> np.ndarray:
+        """Rows taken from each cluster in the steps before `step`, replayed from the seed where they are not at hand."""
+        if len(self.streams) == 1:
+            return np.array([step * self.groups * self.rows_per_cluster], np.int64)
+        known, drawn = (self._step, self._drawn.copy()) if self._step <= step else (0, np.zeros_like(self._drawn))
+        for earlier in range(known, step):
+            counts = np.bincount(self.clusters(earlier), minlength=len(drawn))
+            drawn += counts * self.rows_per_cluster
+        return drawn
+
+
+def mix(value: int) -> int:
+    """A 64-bit mixing function (splitmix64's): close inputs give unrelated outputs."""
+    value = (value + 0x9E3779B97F4A7C15) & MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)
+
+
+def permuted(index: int, size: int, key: int) -> int:
+    """Where `index` goes in the permutation of range(size) that `key` names, in O(1) memory.
+
+    A Feistel network over the next even power of two, walked along its cycle until it falls below `size`.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & low
+        for turn in range(4):
+            left, right = right, left ^ (mix(key ^ (turn << 56) ^ right) & low)
+        index = left << half | right
+        if index < size:
+            return index

@@ -1,0 +1,293 @@
+"""The whole YAML schema. One file describes a workspace; unknown keys are refused and all problems reported at once.
+
+What the paper does not specify is an explicit field whose docstring says so. Sizes may be written `1M`, `32k`, `2.5B`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from mlx_slm.errors import SlmError, nearest
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+
+
+def parse_size(value) -> int:
+    """'1M' -> 1000000, '2.5B' -> 2500000000, 4096 -> 4096. Raises ValueError for anything else."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMbBgGtT]?)", value.strip().replace("_", ""))
+        if not match:
+            raise ValueError(f"{value!r} is not a size such as 4096, 32k, 1M or 2.5B")
+        value = float(match[1]) * UNITS[match[2].lower()]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
+        raise ValueError(f"{value!r} is not a size such as 4096, 32k, 1M or 2.5B")
+    return int(value)
+
+
+def format_size(value: int) -> str:
+    """1000000 -> '1M', 250000 -> '250k', 4097 -> '4097': the shortest exact form, as in names of runs."""
+    for unit, scale in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if value >= scale and value % (scale // 10) == 0:
+            return f"{value / scale:g}{unit}"
+    return str(value)
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+PositiveSize = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class DataConfig(Section):
+    """The sets of text and how they are cut."""
+
+    generic: str = "generic"
+    """The name of the generic set; every other set is a domain."""
+    sets: dict[str, list[str]] = {}
+    """Sources per set: files, globs, `hf:<dataset>[:<config>]`, `docs:<packages>`; `train=`, `valid=`, `test=` in front."""
+    field: str = "text"
+    """The field (column, key) that holds the text in jsonl, csv, parquet and Hugging Face sources."""
+    context_length: PositiveSize = 1024
+    """Tokens per window (section 2.3) and per training row. Paper: 1,024."""
+    valid_fraction: Fraction = 0.02
+    """Share of documents held out for validation where a source names no split. Not specified by the paper."""
+    test_fraction: Fraction = 0.02
+    """Share of documents held out for testing where a source names no split. Not specified by the paper."""
+    limit: Size | None = None
+    """Stop reading a set after so many bytes of text. Not specified by the paper."""
+    seed: int = 0
+    """Seed of the order of a domain's documents, of which `--tokens` takes the first."""
+
+
+class TokenizerConfig(Section):
+    """sentencepiece BPE with byte fallback, lossless, trained on the generic set."""
+
+    vocab_size: PositiveSize = 32_000
+    """Paper: 32,000."""
+    sample_bytes: PositiveSize = 50_000_000
+    """Bytes of generic text that the tokenizer is trained on, a seeded sample. Not specified by the paper."""
+    scan_bytes: PositiveSize = 1_000_000_000
+    """Bytes of generic text that the sample is drawn from. Not specified by the paper."""
+    seed: int = 0
+
+
+class ModelConfig(Section):
+    """A transformer: the shape of its body. Vocabulary and context come from the tokenizer and the data."""
+
+    family: Literal["gpt2", "llama"] = "gpt2"
+    """gpt2: LayerNorm, learned positions, GELU (fits the paper's counts). llama: RMSNorm, RoPE, SwiGLU. Not specified."""
+    num_layers: PositiveSize = 7
+    dims: PositiveSize = 1024
+    hidden_dims: PositiveSize | None = None
+    """Inner size of the MLP. Default: 4 * dims for gpt2 (the paper's ratio), 8/3 * dims to a multiple of 32 for llama."""
+    num_heads: PositiveSize = 8
+    num_kv_heads: PositiveSize | None = None
+    """Heads of keys and values (llama only); default: num_heads."""
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    @model_validator(mode="after")
+    def check_heads(self) -> ModelConfig:
+        if self.dims % self.num_heads:
+            raise ValueError(f"dims {self.dims} is not a multiple of num_heads {self.num_heads}")
+        if self.family == "llama" and (self.dims // self.num_heads) % 2:
+            raise ValueError(f"dims / num_heads = {self.dims // self.num_heads} must be even for rotary positions")
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.family == "gpt2":
+            if self.num_kv_heads not in (None, self.num_heads):
+                raise ValueError("num_kv_heads is for family llama; gpt2 has as many as num_heads")
+            if self.hidden_dims not in (None, 4 * self.dims):
+                raise ValueError(f"hidden_dims is 4 * dims = {4 * self.dims} for family gpt2 (mlx-lm's gpt2 has no other)")
+        return self
+
+
+class TrainingConfig(Section):
+    """Pretraining. Exactly one of steps, tokens, passes and hours is the horizon."""
+
+    steps: PositiveSize | None = None
+    tokens: PositiveSize | None = None
+    passes: float | None = Field(None, gt=0)
+    """Passes over the set."""
+    hours: float | None = Field(None, gt=0)
+    """Hours on this machine, turned into tokens once by a one-minute calibration and recorded."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Paper: 1e-4."""
+    warmup_steps: Size = 1000
+    """Linear warm-up. Paper: 1,000."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up. Not specified by the paper; cosine falls to a tenth of the rate at the horizon."""
+    clip_norm: float = Field(5.0, gt=0)
+    """Clip by global norm. Paper: 5.0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled, on matrices only. Not specified by the paper (Adam: 0)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Not specified by the paper (Adam's own)."""
+    eps: float = 1e-8
+    """Not specified by the paper (Adam's own)."""
+    batch_rows: PositiveSize = 56
+    """Rows of context_length tokens per step. Inferred from the paper: 57k tokens a step."""
+    micro_rows: PositiveSize | None = None
+    """Rows per forward and backward; the step accumulates gradients. Default: all at once."""
+    checkpoint_layers: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    report_every: PositiveSize = 10
+    """Steps between lines."""
+    eval_every: PositiveSize = 500
+    """Steps between evaluations on fixed validation rows."""
+    eval_tokens: PositiveSize = 200_000
+    """Tokens of the validation set that are read at each evaluation."""
+    checkpoint_every: PositiveSize = 500
+    """Steps between checkpoints."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def check_horizon(self) -> TrainingConfig:
+        given = [name for name in ("steps", "tokens", "passes", "hours") if getattr(self, name) is not None]
+        if len(given) != 1:
+            named = " and ".join(given) or "none of them"
+            raise ValueError(f"give exactly one of steps, tokens, passes and hours ({named} given)")
+        if self.micro_rows and self.batch_rows % self.micro_rows:
+            raise ValueError(f"batch_rows {self.batch_rows} is not a multiple of micro_rows {self.micro_rows}")
+        return self
+
+
+class Recipe(Section):
+    """A fine-tuning recipe of the paper (section 3), taken for domain sets of up to `tokens`."""
+
+    tokens: PositiveSize
+    rate: float = Field(gt=0)
+    """The learning rate as a multiple of the pretraining rate."""
+    steps: PositiveSize
+    """At most so many steps."""
+
+
+class FinetuningConfig(Section):
+    """Specialisation: all weights, early stopping on the validation loss, the best checkpoint is kept."""
+
+    recipes: list[Recipe] = [
+        Recipe(tokens=1_000_000, rate=1 / 3, steps=2000),
+        Recipe(tokens=8_000_000, rate=1.0, steps=4000),
+        Recipe(tokens=64_000_000, rate=1.0, steps=30_000),
+    ]
+    """Paper: 1M, 8M, 64M tokens. The first that is large enough is taken, the last for larger sets."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Set by hand, it replaces the recipe's."""
+    max_steps: PositiveSize | None = None
+    """Set by hand, it replaces the recipe's."""
+    warmup_steps: Size = 20
+    """Not specified by the paper."""
+    batch_rows: PositiveSize = 8
+    """Inferred from the paper: about 8 windows a step."""
+    micro_rows: PositiveSize | None = None
+    evaluations_per_pass: PositiveSize = 4
+    """Evaluations on the validation set in each pass over the domain set. Not specified by the paper."""
+    eval_tokens: PositiveSize = 200_000
+    patience: PositiveSize = 3
+    """Stop after so many evaluations without a gain. Not specified by the paper."""
+    seed: int = 0
+
+
+class Config(Section):
+    """A whole workspace."""
+
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    """The small model (SLM)."""
+    large: ModelConfig = ModelConfig(num_layers=7, dims=2816, num_heads=22)
+    """The large model (LLM) of the same tokenizer."""
+    training: TrainingConfig = TrainingConfig(hours=8)
+    finetuning: FinetuningConfig = FinetuningConfig()
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Names and paths of the configurations that come with the package."""
+    here = Path(__file__).resolve().parent
+    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(name: str) -> Path:
+    """Return the file for `--config FILE_OR_NAME`; raises SlmError with the names that exist."""
+    shipped = {key: path for key, path in shipped_configs().items() if key != "domains"}
+    if Path(name).is_file():
+        return Path(name)
+    if name in shipped:
+        return shipped[name]
+    raise SlmError(f"--config {name}: no such file, and no shipped configuration{nearest(name, shipped)}; shipped: {', '.join(shipped)}")
+
+
+def known_domains() -> dict[str, list[str]]:
+    """Sources of the domains in the shipped domains.yaml."""
+    path = shipped_configs().get("domains")
+    return yaml.safe_load(path.read_text()) if path else {}
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `--set a.b=c` overrides, and check it; raises one SlmError with every problem."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise SlmError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise SlmError(f"{path}: not UTF-8 text: {error}") from error
+    if not isinstance(raw, dict):
+        raise SlmError(f"{path}: expected sections ({', '.join(Config.model_fields)}), found a {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        problems = [_explain(item) for item in error.errors()]
+        head = f"{path}: " if len(problems) == 1 else f"{path}: {len(problems)} problems:\n  "
+        raise SlmError(head + "\n  ".join(problems)) from error
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to the same configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+HORIZON = {"steps", "tokens", "passes", "hours"}
+
+
+def _override(raw: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise SlmError(f"--set {override}: write it as section.key=value, such as --set training.tokens=4M")
+    *sections, last = key.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise SlmError(f"--set {override}: {section} is a value, not a section")
+    if sections == ["training"] and last in HORIZON:
+        for other in HORIZON:
+            raw.pop(other, None)
+    raw[last] = yaml.safe_load(value)
+
+
+def _explain(item: dict) -> str:
+    location = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{location}: unknown key{nearest(str(item['loc'][-1]), _keys(item['loc'][:-1]))}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{location}: {message[0].lower() + message[1:] if message else message}"
+
+
+def _keys(location: tuple) -> list[str]:
+    fields, model = Config.model_fields, Config
+    for part in location:
+        model = fields[part].annotation if part in fields else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+        fields = model.model_fields
+    return list(fields)

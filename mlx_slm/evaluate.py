@@ -1,0 +1,141 @@
+"""Perplexity: every stored token of a held-out set scored exactly once, totals in float64.
+
+Each window is read with one `</s>` before it and predicts all its tokens. The result does not depend on batch size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_slm.config import Config
+from mlx_slm.errors import SlmError
+from mlx_slm.export import load_any
+from mlx_slm.models.transformer import Transformer
+from mlx_slm.report import Report
+from mlx_slm.text.store import Store, first_windows
+from mlx_slm.training.loss import token_nll
+from mlx_slm.workspace import Workspace
+
+LENGTHS = 8
+"""Windows are padded to one of so many lengths, so that few graphs are compiled."""
+BATCH_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Score:
+    """Totals over a set. Perplexity and bits are of tokens and of UTF-8 bytes of text."""
+
+    tokens: int
+    nll: float
+    """Nats per token."""
+    stderr: float
+    """Standard error of `nll` over documents."""
+    perplexity: float
+    bits_per_byte: float
+    documents: int
+
+    @classmethod
+    def of(cls, nll: np.ndarray, tokens: np.ndarray, documents: np.ndarray, num_bytes: int) -> Score:
+        """From per-window sums: nll float64 [W], tokens int [W], document of each window [W]."""
+        _, place = np.unique(documents, return_inverse=True)
+        per_document = np.bincount(place, nll), np.bincount(place, tokens)
+        count, total = len(per_document[0]), int(tokens.sum())
+        mean = math.fsum(nll) / total
+        spread = per_document[0] - mean * per_document[1]
+        stderr = math.sqrt(float(spread @ spread) * count / max(1, count - 1)) / total
+        return cls(total, mean, stderr, math.exp(mean), mean * total / max(1, num_bytes) / math.log(2), count)
+
+
+def evaluate_windows(
+    model: Transformer, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None
+) -> Score:
+    """Score the given windows of a store with a model whose context is at least the store's."""
+    facts = store.windows[:][windows]
+    nll = window_nll(model, store, windows, batch_rows, report)
+    return Score.of(nll, facts["length"], facts["document"], int(facts["bytes"].sum()))
+
+
+def window_nll(
+    model: Transformer, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None
+) -> np.ndarray:
+    """Sum of the token losses of each window, float64 [W]."""
+    if not len(windows):
+        raise SlmError(f"{store.directory} has no text to evaluate on")
+    context = store.context_length
+    step = max(1, -(-context // LENGTHS))
+    lengths = store.windows[:]["length"][windows].astype(np.int64)
+    padded = np.minimum(-(-lengths // step) * step, context)
+    result = np.zeros(len(windows))
+
+    @mx.compile
+    def score(tokens, targets):
+        hidden = model(tokens)
+        return token_nll(hidden.reshape(-1, hidden.shape[-1]), model.head, targets.reshape(-1)).reshape(targets.shape)
+
+    with (report or Report()).progress("evaluating", int(lengths.sum()), "tok") as advance:
+        for length in np.unique(padded):
+            members = np.flatnonzero(padded == length)
+            rows = batch_rows or max(1, BATCH_TOKENS // int(length))
+            for start in range(0, len(members), rows):
+                chosen = members[start : start + rows]
+                targets = np.full((rows, length), store.eos_id, np.int32)
+                for row, member in enumerate(chosen):
+                    targets[row, : lengths[member]] = store.window_tokens(windows[member])
+                inputs = np.full_like(targets, store.eos_id)
+                inputs[:, 1:] = targets[:, :-1]
+                found = np.array(score(mx.array(inputs), mx.array(targets)), np.float64)[: len(chosen)]
+                counted = np.arange(length) < lengths[chosen][:, None]
+                result[chosen] = (found * counted).sum(axis=1)
+                advance(int(lengths[chosen].sum()))
+    return result
+
+
+def validation_windows(store: Store, tokens: int, seed: int) -> np.ndarray:
+    """The windows of the first documents in a seeded order that hold about `tokens` tokens: the same at every call."""
+    if store.num_tokens < store.context_length:
+        raise SlmError(
+            f"the validation set of {store.directory.parent.name} has {store.num_tokens:,} tokens, less than one window "
+            f"({store.context_length}): add text, raise data.valid_fraction, or name a file with valid=PATH"
+        )
+    return first_windows(store, min(tokens, store.num_tokens), seed)
+
+
+def macro_perplexity(scores: list[Score]) -> float:
+    """exp of the mean over sets of nats per token, so that every set has the same weight (section 3)."""
+    return math.exp(math.fsum(score.nll for score in scores) / len(scores))
+
+
+def evaluate_models(
+    workspace: Workspace, config: Config, models: list[str], domains: list[str], split: str, report: Report
+) -> dict:
+    """Score models (default: all that are exported) on sets (default: all domains); keeps a record in results/.
+
+    Returns `{"results": [...], "macro": [...]}` (DESIGN, "The commands").
+    """
+    models = models or workspace.models()
+    sets = domains or [name for name in workspace.sets() if name != config.data.generic]
+    if not models:
+        raise SlmError(f"no model in {workspace.root} yet: `mlx-slm pretrain` or `mlx-slm specialize` makes one")
+    if not sets:
+        raise SlmError("no domain is prepared: name a set with --domain, or run `mlx-slm prepare NAME SOURCE...`")
+    stores = {name: Store(workspace.require_set(name, split)) for name in sets}
+    results, macro = [], []
+    for name in models:
+        model, tokenizer = load_any(workspace, name)
+        scores = []
+        for set_name, store in stores.items():
+            if store.manifest["inputs"]["tokenizer"] != tokenizer:
+                raise SlmError(f"{name} and data/{set_name} were made with different tokenizers: prepare or train one anew")
+            score = evaluate_windows(model, store, np.arange(store.num_windows), report=report)
+            scores.append(score)
+            results.append({"model": name, "set": set_name, "split": split, **asdict(score)})
+        macro.append({"model": name, "sets": sets, "perplexity": macro_perplexity(scores)})
+    workspace.results.mkdir(parents=True, exist_ok=True)
+    with open(workspace.results / "evaluations.jsonl", "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in results)
+    return {"results": results, "macro": macro}

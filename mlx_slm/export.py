@@ -1,0 +1,164 @@
+"""A run -> a plain model directory that mlx-lm and transformers load, and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_slm.errors import SlmError, nearest
+from mlx_slm.models.transformer import Shape, Transformer
+from mlx_slm.text.tokenizer import FILES, MODEL_FILE, Tokenizer
+from mlx_slm.training.checkpoint import load_weights, save_arrays
+from mlx_slm.training.runs import Run, find_run
+from mlx_slm.workspace import MANIFEST, Workspace, load_manifest, new_artifact, verify
+
+KIND = "model"
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+"""GPT-2's Conv1D matrices: (in, out) on the Hub, (out, in) in memory; mlx-lm's `sanitize` turns them."""
+
+
+def export_run(workspace: Workspace, run: Run, name: str | None = None) -> Path:
+    """Write the run's weights to `models/<name>` (default: the run's name); returns the directory."""
+    step = run.weights_step()
+    return export_model(
+        workspace.model(name or run.name),
+        run.shape,
+        load_weights(run.path, step),
+        Tokenizer(workspace.tokenizer),
+        {"run": run.name, "step": step, "method": run.record["method"], "tokenizer": run.record["inputs"]["tokenizer"]},
+        {key: run.record.get(key) for key in ("tokens", "seconds", "device", "valid_nll")},
+    )
+
+
+def export_model(path: Path, shape: Shape, parameters: dict, tokenizer: Tokenizer, inputs: dict, info: dict) -> Path:
+    """Write config.json, model.safetensors, the tokenizer and a model card."""
+    with new_artifact(path, KIND, inputs) as (directory, facts):
+        facts.update(info, parameters=shape.num_parameters, shape=shape.to_dict())
+        (directory / "config.json").write_text(json.dumps(huggingface_config(shape, tokenizer.eos_id), indent=1))
+        save_arrays(directory / "model.safetensors", to_huggingface(parameters, shape.family), {"format": "pt"})
+        for file in (MODEL_FILE, *FILES):
+            shutil.copyfile(tokenizer.directory / file, directory / file)
+        (directory / "README.md").write_text(_model_card(path.name, shape, inputs))
+    return path
+
+
+def huggingface_config(shape: Shape, eos_id: int) -> dict:
+    """config.json for `GPT2LMHeadModel` or `LlamaForCausalLM`, and for mlx-lm."""
+    common = {
+        "vocab_size": shape.vocab_size,
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    }
+    if shape.family == "gpt2":
+        return common | {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "n_ctx": shape.context_length,
+            "n_positions": shape.context_length,
+            "n_embd": shape.dims,
+            "n_head": shape.num_heads,
+            "n_layer": shape.num_layers,
+            "n_inner": shape.hidden_dims,
+            "layer_norm_epsilon": shape.norm_eps,
+            "activation_function": "gelu_new",
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        }
+    return common | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.dims,
+        "intermediate_size": shape.hidden_dims,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.dims // shape.num_heads,
+        "max_position_embeddings": shape.context_length,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_theta": shape.rope_theta,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def to_huggingface(parameters: dict, family: str) -> dict:
+    """Names and layout of the Hub: llama's are the same; gpt2 is unprefixed with its matrices (in, out)."""
+    if family == "llama":
+        return parameters
+    flat = {name.removeprefix("model."): value for name, value in tree_flatten(parameters)}
+    return {name: mx.contiguous(value.T) if name.endswith(TRANSPOSED) else value for name, value in flat.items()}
+
+
+def from_huggingface(weights: dict[str, mx.array], family: str) -> dict:
+    """The inverse of `to_huggingface`."""
+    if family == "gpt2":
+        weights = {f"model.{n}": v.T if n.endswith(TRANSPOSED) else v for n, v in weights.items()}
+    return tree_unflatten(list(weights.items()))
+
+
+def load_exported(path: Path) -> tuple[Transformer, dict]:
+    """Return (model, manifest) of an exported directory after checking every byte."""
+    manifest = load_manifest(path, KIND)
+    verify(path, manifest)
+    shape = Shape(**manifest["info"]["shape"])
+    model = Transformer(shape)
+    model.update(from_huggingface(mx.load(str(path / "model.safetensors")), shape.family))
+    return model, manifest
+
+
+def load_any(workspace: Workspace, name: str) -> tuple[Transformer, str]:
+    """Return (model, fingerprint of its tokenizer) of an exported model, by name or directory, or of a run."""
+    path = find_model(workspace, name)
+    if path:
+        model, manifest = load_exported(path)
+        return model, manifest["inputs"]["tokenizer"]
+    if name in workspace.runs():
+        run = find_run(workspace, name)
+        return run.model(), run.record["inputs"]["tokenizer"]
+    raise SlmError(_unknown(workspace, name, [*workspace.models(), *workspace.runs()]))
+
+
+def find_model(workspace: Workspace, name: str) -> Path | None:
+    """The directory of an exported model, by name or path; None if there is none."""
+    return next((p for p in (workspace.model(name), Path(name)) if (p / MANIFEST).exists()), None)
+
+
+def require_model(workspace: Workspace, name: str) -> Path:
+    """The directory of a model to run: an exported one, or any directory with a config.json; raises SlmError."""
+    path = find_model(workspace, name)
+    if path is None and (Path(name) / "config.json").exists():
+        path = Path(name)
+    if path is None:
+        raise SlmError(_unknown(workspace, name, workspace.models()))
+    return path
+
+
+def _unknown(workspace: Workspace, name: str, known: list[str]) -> str:
+    listed = ", ".join(dict.fromkeys(known)) or "none yet; `mlx-slm specialize` makes one"
+    return f"no model {name!r} in {workspace.root}{nearest(name, known)}; known: {listed}"
+
+
+def _model_card(name: str, shape: Shape, inputs: dict) -> str:
+    origin = "\n".join(f"- {key}: {value}" for key, value in inputs.items())
+    return f"""---
+library_name: mlx
+tags: [mlx, mlx-slm]
+---
+
+# {name}
+
+A language model of {shape.num_parameters:,} parameters ({shape.family}, vocabulary {shape.vocab_size:,}, context
+{shape.context_length:,}), trained with mlx-slm.
+
+{origin}
+
+Run it with `mlx_lm.generate --model . --prompt "..."`, or load it with transformers. Text starts after `</s>`.
+"""

@@ -1,0 +1,29 @@
+"""Running an exported model: mlx-lm does it. Imported late, for `import mlx_lm` takes seconds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def stream(path: Path, prompt: str, max_tokens: int, temp: float, top_p: float, seed: int) -> Iterator:
+    """Yield mlx-lm's responses (`text`, `generation_tokens`, `generation_tps`) for a prompt that starts a document."""
+    import mlx.core as mx
+    from mlx_lm import load, stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    mx.random.seed(seed)
+    model, tokenizer = load(str(path))
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    if tokenizer.eos_token_id is not None:
+        ids = [tokenizer.eos_token_id, *ids]
+    yield from stream_generate(model, tokenizer, ids, max_tokens=max_tokens, sampler=make_sampler(temp, top_p))
+
+
+def serve(path: Path, host: str, port: int) -> None:
+    """Run mlx-lm's server in this process, so that it has the fast BLAS too."""
+    from mlx_lm import server
+
+    sys.argv = ["mlx_lm.server", "--model", str(path), "--host", host, "--port", str(port)]
+    server.main()

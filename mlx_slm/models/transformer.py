@@ -1,0 +1,244 @@
+"""The transformer in two families, named in memory as mlx-lm names them, so that every export runs there.
+
+`gpt2`: LayerNorm, learned positions, GELU MLP of 4 * dims, tied head (the shape that the paper's parameter counts fit).
+`llama`: RMSNorm, rotary positions, SwiGLU, tied head. Token ids go in, hidden states come out; the loss and the
+evaluation apply the head in chunks, so that the logits never exist at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_slm.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything that decides a model's tensors."""
+
+    family: str
+    num_layers: int
+    dims: int
+    hidden_dims: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    context_length: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    @classmethod
+    def of(cls, config: ModelConfig, vocab_size: int, context_length: int) -> Shape:
+        hidden = config.hidden_dims or (4 * config.dims if config.family == "gpt2" else -(-config.dims * 8 // 96) * 32)
+        return cls(
+            config.family,
+            config.num_layers,
+            config.dims,
+            hidden,
+            config.num_heads,
+            config.num_kv_heads or config.num_heads,
+            vocab_size,
+            context_length,
+            config.rope_theta,
+            config.norm_eps,
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """The exact count, without making the model."""
+        d, hidden, kv = self.dims, self.hidden_dims, self.dims // self.num_heads * self.num_kv_heads
+        if self.family == "gpt2":
+            layer = 4 * d * d + 4 * d + 2 * d * hidden + hidden + d + 4 * d
+            return self.num_layers * layer + (self.vocab_size + self.context_length) * d + 2 * d
+        layer = 2 * d * d + 2 * d * kv + 3 * d * hidden + 2 * d
+        return self.num_layers * layer + self.vocab_size * d + d
+
+    @property
+    def flops_per_token(self) -> int:
+        """Training FLOPs of a token: 6 N for the products with weights and 12 L T d for attention."""
+        return 6 * self.num_parameters + 12 * self.num_layers * self.context_length * self.dims
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        d, self.num_heads, self.num_kv_heads = shape.dims, shape.num_heads, shape.num_kv_heads
+        head_dims = d // shape.num_heads
+        self.scale = head_dims**-0.5
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, shape.num_kv_heads * head_dims, bias=False)
+        self.v_proj = nn.Linear(d, shape.num_kv_heads * head_dims, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=False)
+        self.rope = nn.RoPE(head_dims, base=shape.rope_theta)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        q = self.rope(split_heads(self.q_proj(x), self.num_heads))
+        k = self.rope(split_heads(self.k_proj(x), self.num_kv_heads))
+        v = split_heads(self.v_proj(x), self.num_kv_heads)
+        return self.o_proj(attend(q, k, v, self.scale))
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.dims, shape.hidden_dims, bias=False)
+        self.up_proj = nn.Linear(shape.dims, shape.hidden_dims, bias=False)
+        self.down_proj = nn.Linear(shape.hidden_dims, shape.dims, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.self_attn = LlamaAttention(shape)
+        self.mlp = LlamaMLP(shape)
+        self.input_layernorm = nn.RMSNorm(shape.dims, eps=shape.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(shape.dims, eps=shape.norm_eps)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        h = x + self.self_attn(self.input_layernorm(x))
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class LlamaBody(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.dims)
+        self.layers = [LlamaBlock(shape) for _ in range(shape.num_layers)]
+        self.norm = nn.RMSNorm(shape.dims, eps=shape.norm_eps)
+
+    def __call__(self, tokens: mx.array, run_layer) -> mx.array:
+        h = self.embed_tokens(tokens)
+        for layer in self.layers:
+            h = run_layer(layer, h)
+        return self.norm(h)
+
+
+class GPT2Attention(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.num_heads, self.scale = shape.num_heads, (shape.dims // shape.num_heads) ** -0.5
+        self.c_attn = nn.Linear(shape.dims, 3 * shape.dims)
+        self.c_proj = nn.Linear(shape.dims, shape.dims)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        q, k, v = (split_heads(part, self.num_heads) for part in mx.split(self.c_attn(x), 3, axis=-1))
+        return self.c_proj(attend(q, k, v, self.scale))
+
+
+class GPT2MLP(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.c_fc = nn.Linear(shape.dims, shape.hidden_dims)
+        self.c_proj = nn.Linear(shape.hidden_dims, shape.dims)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.c_proj(nn.gelu_approx(self.c_fc(x)))
+
+
+class GPT2Block(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.attn = GPT2Attention(shape)
+        self.mlp = GPT2MLP(shape)
+        self.ln_1 = nn.LayerNorm(shape.dims, eps=shape.norm_eps)
+        self.ln_2 = nn.LayerNorm(shape.dims, eps=shape.norm_eps)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        h = x + self.attn(self.ln_1(x))
+        return h + self.mlp(self.ln_2(h))
+
+
+class GPT2Body(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.wte = nn.Embedding(shape.vocab_size, shape.dims)
+        self.wpe = nn.Embedding(shape.context_length, shape.dims)
+        self.h = [GPT2Block(shape) for _ in range(shape.num_layers)]
+        self.ln_f = nn.LayerNorm(shape.dims, eps=shape.norm_eps)
+
+    def __call__(self, tokens: mx.array, run_layer) -> mx.array:
+        h = self.wte(tokens) + self.wpe(mx.arange(tokens.shape[1]))
+        for layer in self.h:
+            h = run_layer(layer, h)
+        return self.ln_f(h)
+
+
+BODIES = {"llama": LlamaBody, "gpt2": GPT2Body}
+
+
+class Transformer(nn.Module):
+    """tokens int [B, L] -> hidden states [B, L, dims]. `head` is the tied output matrix [vocab_size, dims]."""
+
+    def __init__(self, shape: Shape, checkpoint_layers: bool = False):
+        super().__init__()
+        self.shape = shape
+        self.model = BODIES[shape.family](shape)
+        self._run_layer = run_checkpointed if checkpoint_layers else run_plain
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.model(tokens, self._run_layer)
+
+    @property
+    def head(self) -> mx.array:
+        return (self.model.embed_tokens if self.shape.family == "llama" else self.model.wte).weight
+
+    def logits(self, tokens: mx.array) -> mx.array:
+        """All logits [B, L, vocab_size]: for small inputs and tests."""
+        return self(tokens) @ self.head.T
+
+
+def split_heads(x: mx.array, num_heads: int) -> mx.array:
+    """[B, L, num_heads * head_dims] -> [B, num_heads, L, head_dims]."""
+    B, L, _ = x.shape
+    return x.reshape(B, L, num_heads, -1).transpose(0, 2, 1, 3)
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """Causal attention, heads joined again: [B, L, num_heads * head_dims]."""
+    B, _, L, _ = q.shape
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+    return out.transpose(0, 2, 1, 3).reshape(B, L, -1)
+
+
+def run_plain(layer: nn.Module, x: mx.array) -> mx.array:
+    return layer(x)
+
+
+def run_checkpointed(layer: nn.Module, x: mx.array) -> mx.array:
+    """Keep only the layer's input; the backward pass computes the rest again."""
+
+    def inner(parameters, x):
+        layer.update(parameters)
+        return layer(x)
+
+    return mx.checkpoint(inner)(layer.trainable_parameters(), x)
+
+
+def initialise(shape: Shape, seed: int) -> dict:
+    """Fresh fp32 parameters as a nested dict, GPT's way: N(0, 0.02), the two projections into the residual stream
+    divided by sqrt(2 * num_layers), biases 0, norms 1. The same for a seed on every backend."""
+    scales = {"c_proj", "o_proj", "down_proj"}
+    key = mx.random.key(seed)
+    found = []
+    for name, value in sorted(tree_flatten(Transformer(shape).parameters())):
+        module, kind = name.split(".")[-2:]
+        if kind == "bias":
+            made = mx.zeros(value.shape)
+        elif "norm" in module or module.startswith("ln_"):
+            made = mx.ones(value.shape)
+        else:
+            key, use = mx.random.split(key)
+            scale = 0.02 / ((2 * shape.num_layers) ** 0.5 if module in scales else 1.0)
+            made = mx.random.normal(value.shape, scale=scale, key=use)
+        found.append((name, made))
+    return tree_unflatten(found)

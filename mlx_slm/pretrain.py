@@ -1,0 +1,143 @@
+"""Pretraining: a method is a model and a distribution over clusters (PAPER, section 2).
+
+Here: `slm` and `llm`, one transformer on the generic set as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from mlx_slm import runtime
+from mlx_slm.clustering.sampler import Sampler, Stream
+from mlx_slm.config import Config, TrainingConfig, format_size
+from mlx_slm.errors import Interrupted, SlmError
+from mlx_slm.evaluate import evaluate_windows, validation_windows
+from mlx_slm.export import export_run
+from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.report import Report
+from mlx_slm.text.prepare import ensure_set
+from mlx_slm.text.store import Store
+from mlx_slm.text.tokenizer import Tokenizer
+from mlx_slm.training.optimizer import AdamW
+from mlx_slm.training.runs import Run, open_run
+from mlx_slm.training.step import measure_speed
+from mlx_slm.training.trainer import Plan, Trainer, duration
+from mlx_slm.workspace import Workspace, read_json, write_json
+
+METHODS = ("slm", "llm")
+BYTES_PER_TOKEN = 4.5
+"""Of English text at 32k pieces, with room to spare: how much text a horizon needs."""
+
+
+def pretrain(
+    workspace: Workspace, config: Config, method: str, report: Report, name: str | None = None, fresh: bool = False
+) -> Run:
+    """Train the model of `method` on the generic set and export it to `models/<name>`.
+
+    Prepares the generic set if that was not done. Returns the finished run; raises SlmError, or Interrupted after
+    saving.
+    """
+    training = config.training
+    model_config = config.large if method == "llm" else config.model
+    path = workspace.run(name or method)
+    context = config.data.context_length
+    shape = Shape.of(model_config, config.tokenizer.vocab_size, context)
+    tokens = _horizon_tokens(path, shape, training, report, fresh)
+    generic = config.data.generic
+    ensure_set(workspace, generic, config, report, limit=_text_needed(tokens))
+    tokenizer, store = Tokenizer(workspace.tokenizer), Store(workspace.data(generic, "train"))
+    store.require_tokenizer(tokenizer)
+    if store.context_length != context:
+        raise SlmError(
+            f"data/{generic} was cut into windows of {store.context_length} tokens, the configuration asks for {context}: "
+            f"set data.context_length={store.context_length}, or run `mlx-slm prepare {generic} --fresh`"
+        )
+    shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)
+    valid = Store(workspace.require_set(generic, "valid"))
+    windows = validation_windows(valid, training.eval_tokens, config.data.seed)
+    sampler = Sampler([Stream(store)], np.ones(1), training.batch_rows, training.seed)
+    per_step = training.batch_rows * context
+    steps = math.ceil(tokens / per_step) if tokens else training.steps
+    if training.passes:
+        steps = math.ceil(training.passes * sampler.num_rows / training.batch_rows)
+    settings = training.model_dump(mode="json", exclude={"report_every", "checkpoint_every"})
+    inputs = {
+        "method": method,
+        "shape": shape.to_dict(),
+        "training": settings,
+        "tokenizer": tokenizer.fingerprint,
+        "data": store.fingerprint,
+        "valid": valid.fingerprint,
+    }
+    run = open_run(path, method, inputs, config, fresh)
+    if run.finished:
+        report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
+        return run
+    _announce(shape, steps * per_step, sampler.num_rows * context, report)
+    plan = Plan(
+        steps=steps,
+        learning_rate=training.learning_rate,
+        warmup_steps=training.warmup_steps,
+        schedule=training.schedule,
+        batch_rows=training.batch_rows,
+        micro_rows=training.micro_rows or training.batch_rows,
+        eval_every=training.eval_every,
+        report_every=training.report_every,
+        checkpoint_every=training.checkpoint_every,
+        optimizer=AdamW(training.betas, training.eps, training.weight_decay, training.clip_norm),
+    )
+    trainer = Trainer(
+        Transformer(shape, training.checkpoint_layers),
+        initialise(shape, training.seed),
+        sampler,
+        plan,
+        run.path,
+        lambda model: evaluate_windows(model, valid, windows).nll,
+        report,
+    )
+    run.finish(trainer.run())
+    export_run(workspace, run)
+    return run
+
+
+def _horizon_tokens(path, shape: Shape, training: TrainingConfig, report: Report, fresh: bool) -> int | None:
+    """Tokens of the horizon; None for steps and passes, which need no such number. Hours are measured once."""
+    if training.steps:
+        return training.steps * training.batch_rows * shape.context_length
+    if training.tokens:
+        return training.tokens
+    if training.passes:
+        return None
+    record = path.parent / f".{path.name}.horizon.json"
+    if record.exists() and not fresh:
+        found = read_json(record)
+        if found["hours"] == training.hours and found["shape"] == shape.to_dict():
+            return found["tokens"]
+    report.line(f"measuring this machine's speed to turn {training.hours:g} hours into tokens (about a minute)")
+    speed = measure_speed(shape, training.batch_rows, training.micro_rows or training.batch_rows, 60, training.checkpoint_layers)
+    tokens = int(speed * training.hours * 3600)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, {"hours": training.hours, "shape": shape.to_dict(), "tokens_per_second": speed, "tokens": tokens})
+    report.line(f"{speed:,.0f} tokens/s: {training.hours:g} hours are {tokens:,} tokens")
+    return tokens
+
+
+def _text_needed(tokens: int | None) -> int | None:
+    """Bytes of streamed text that one pass over so many tokens needs."""
+    return int(tokens * BYTES_PER_TOKEN) if tokens else None
+
+
+def _announce(shape: Shape, tokens: int, set_tokens: int, report: Report) -> None:
+    """Say what is about to happen; ask where it takes over ten minutes."""
+    seconds = tokens * shape.flops_per_token / (0.35e9 * runtime.matmul_gflops())
+    disk = 3 * 3 * 4 * shape.num_parameters
+    text = (
+        f"{shape.num_parameters:,} parameters ({shape.family}), {format_size(tokens)} tokens, {tokens / set_tokens:.2g} passes; "
+        f"about {duration(seconds)} on this machine, {disk / 1e9:.1f} GB of checkpoints"
+    )
+    report.line(text)
+    if seconds > 600 and not report.confirm("start?"):
+        raise Interrupted("not started; nothing was lost")

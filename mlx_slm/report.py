@@ -1,0 +1,25 @@
+"""The one interface through which work tells how it goes. `cli/` implements it with rich; the default says nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Report:
+    """Silent. A subclass shows stages, lines, warnings and progress."""
+
+    def line(self, text: str) -> None:
+        """One finished line of information."""
+
+    def warn(self, text: str) -> None:
+        """Something the user should know, that does not stop the work."""
+
+    @contextmanager
+    def progress(self, title: str, total: float | None, unit: str) -> Iterator[Callable[[float], None]]:
+        """A running task; the function that it yields advances the task by so many units (bytes, windows, tokens)."""
+        yield lambda amount: None
+
+    def confirm(self, question: str) -> bool:
+        """Ask before long or large work. Only a terminal can say no."""
+        return True

@@ -1,0 +1,167 @@
+"""The machine: a fast BLAS and an allocator without page faults on Linux, the wired limit on Metal, what the device is.
+
+`prepare` runs on `import mlx_slm`, before anything imports `mlx.core`: on Linux the mlx-cpu wheel links a reference
+BLAS (5 GFLOP/s on two cores), and a CBLAS that is loaded first with global symbols takes its place (180-300 GFLOP/s).
+Nothing here imports mlx at module level.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import site
+import sys
+import time
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+
+blas: str | None = None
+"""The library that was loaded in front of MLX's own, or None."""
+
+
+def prepare() -> None:
+    """Load a fast CBLAS and set the allocator. On macOS and for later calls: nothing."""
+    global blas
+    if sys.platform != "linux" or blas:
+        return
+    if "mlx.core" in sys.modules:
+        warnings.warn("import mlx_slm before mlx: matrix products are up to 30x slower on a CPU now", stacklevel=3)
+        return
+    _set_allocator()
+    # Reproducible sums whatever the alignment of a buffer: a resumed run equals an uninterrupted one bit for bit.
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    os.environ.setdefault("MKL_DYNAMIC", "FALSE")
+    for path in _blas_candidates():
+        try:
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            if path == os.environ.get("MLX_SLM_BLAS"):
+                warnings.warn(f"$MLX_SLM_BLAS={path} cannot be loaded: {error}", stacklevel=3)
+            continue
+        blas = path
+        return
+
+
+def _blas_candidates() -> list[str]:
+    prefixes = dict.fromkeys([sys.prefix, sys.base_prefix, site.getuserbase() or sys.prefix])
+    mkl = [str(p) for prefix in prefixes for p in sorted(Path(prefix, "lib").glob("libmkl_rt.so*"))]
+    named = os.environ.get("MLX_SLM_BLAS")
+    return ([named] if named else []) + mkl + ["libopenblas.so.0", "libopenblas.so"]
+
+
+def _set_allocator() -> None:
+    """Keep freed buffers in the process: MLX on Linux would page-fault every large one back in at each step."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # musl
+        return
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+        mallopt(option, value)
+
+
+def notices() -> list[str]:
+    """What slows this machine down, one sentence each with its fix. Commands that compute show them once."""
+    if sys.platform != "linux" or backend() != "cpu":
+        return []
+    found = []
+    if not blas:
+        found.append(
+            "no fast BLAS found, matrix products are 30x slower: pip install mkl (x86-64), "
+            "or apt install libopenblas0-pthread, or set MLX_SLM_BLAS to a CBLAS library"
+        )
+    if not shutil.which("g++"):
+        found.append("no g++ found, so mx.compile does nothing on this CPU: install g++ for 5-20 % more speed")
+    return found
+
+
+def configure_device() -> None:
+    """Wire as much memory as Metal recommends, so that weights are not paged; nothing on other backends."""
+    import mlx.core as mx
+
+    if backend() == "metal":
+        mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+
+
+@functools.cache
+def backend() -> str:
+    """'metal', 'cuda' or 'cpu': where MLX runs by default."""
+    import mlx.core as mx
+
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def compute_dtype():
+    """fp32 on a CPU, where bf16 products are a scalar loop (40x slower); bf16 on a GPU."""
+    import mlx.core as mx
+
+    return mx.float32 if backend() == "cpu" else mx.bfloat16
+
+
+def memory_bytes() -> int:
+    """Memory that a model can use: the device's on a GPU, else the machine's."""
+    import mlx.core as mx
+
+    info = mx.device_info() if backend() != "cpu" else {}
+    size = info.get("max_recommended_working_set_size") or info.get("total_memory") or info.get("memory_size")
+    return int(size or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def device_name() -> str:
+    """The chip's name as its maker writes it, with the number of cores for a CPU."""
+    import mlx.core as mx
+
+    if backend() != "cpu":
+        return str(mx.device_info().get("device_name", backend()))
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+@functools.cache
+def matmul_gflops(size: int = 1024) -> float:
+    """GFLOP/s of a `size`^3 product in the compute dtype, the best of five: the peak that MFU is measured against."""
+    import mlx.core as mx
+
+    a, b = (mx.random.normal((size, size), key=mx.random.key(i)).astype(compute_dtype()) for i in range(2))
+    mx.eval(a, b, a @ b)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        mx.eval(a @ b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results."""
+    packages = ("mlx-slm", "mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "datasets")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def describe() -> dict:
+    """Return `{"backend", "device", "memory_gb", "blas", "gflops", "versions"}`."""
+    return {
+        "backend": backend(),
+        "device": device_name(),
+        "memory_gb": round(memory_bytes() / 2**30, 1),
+        "blas": (blas or "MLX's own") if backend() == "cpu" else None,
+        "gflops": round(matmul_gflops(), 1),
+        "versions": versions(),
+    }

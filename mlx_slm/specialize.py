@@ -1,0 +1,129 @@
+"""Specialisation: fine-tune a pretrained small model on a domain, or train one on the domain alone (SLM-nopt).
+
+The first `tokens` tokens of the domain's documents in a seeded order are the domain set; evaluation on the domain's
+validation set decides when to stop, and the best checkpoint is exported.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from mlx_slm.clustering.sampler import Sampler, Stream
+from mlx_slm.config import Config, FinetuningConfig, Recipe, format_size
+from mlx_slm.errors import SlmError
+from mlx_slm.evaluate import evaluate_windows, validation_windows
+from mlx_slm.export import export_run
+from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.report import Report
+from mlx_slm.text.prepare import ensure_set
+from mlx_slm.text.store import Store, first_windows
+from mlx_slm.text.tokenizer import Tokenizer
+from mlx_slm.training.checkpoint import load_weights
+from mlx_slm.training.optimizer import AdamW
+from mlx_slm.training.runs import Run, find_run, open_run
+from mlx_slm.training.trainer import Plan, Trainer
+from mlx_slm.workspace import Workspace
+
+FROM_NONE = "none"
+
+
+def specialize(
+    workspace: Workspace,
+    config: Config,
+    domain: str,
+    report: Report,
+    from_run: str | None = None,
+    tokens: int | None = None,
+    name: str | None = None,
+    fresh: bool = False,
+) -> Run:
+    """Train on `tokens` tokens of `domain` (None: all of its train split) and export the best to `models/<name>`.
+
+    `from_run`: the pretrained run (default: that of method slm), or 'none' for SLM-nopt. Returns the finished run.
+    """
+    if domain == config.data.generic:
+        raise SlmError(f"--domain {domain}: that is the generic set; specialise to another one")
+    scratch = from_run == FROM_NONE
+    source = None if scratch else find_run(workspace, from_run or "slm")
+    ensure_set(workspace, domain, config, report)
+    tokenizer = Tokenizer(workspace.tokenizer)
+    store, valid = (Store(workspace.require_set(domain, split)) for split in ("train", "valid"))
+    store.require_tokenizer(tokenizer)
+    windows = first_windows(store, tokens, config.data.seed)
+    finetuning = config.finetuning
+    valid_windows = validation_windows(valid, finetuning.eval_tokens, config.data.seed)
+    if scratch:
+        shape, start = Shape.of(config.model, tokenizer.vocab_size, store.context_length), "none"
+    else:
+        shape, start = source.shape, f"{source.name}@{source.weights_step()}"
+        if source.record["inputs"]["tokenizer"] != tokenizer.fingerprint:
+            raise SlmError(f"run {source.name} was trained with another tokenizer than the workspace's: pretrain it anew")
+        if not source.finished:
+            report.warn(f"run {source.name} is not finished; specialising its step {source.weights_step():,}")
+    method = "nopt" if scratch else source.record["method"]
+    count = int(store.windows[:]["length"][windows].astype(np.int64).sum())
+    recipe = choose_recipe(finetuning, count, scratch)
+    rate = finetuning.learning_rate or config.training.learning_rate * recipe.rate
+    sampler = Sampler([Stream(store, windows)], np.ones(1), finetuning.batch_rows, finetuning.seed)
+    inputs = {
+        "method": method,
+        "from": start,
+        "domain": domain,
+        "tokens": tokens,
+        "shape": shape.to_dict(),
+        "finetuning": finetuning.model_dump(mode="json", exclude={"recipes"}),
+        "recipe": recipe.model_dump(mode="json") | {"learning_rate": rate},
+        "tokenizer": tokenizer.fingerprint,
+        "data": store.fingerprint,
+        "valid": valid.fingerprint,
+    }
+    label = format_size(tokens) if tokens else "all"
+    run = open_run(workspace.run(name or f"{domain}-{method}-{label}"), method, inputs, config, fresh, select="best")
+    if run.finished:
+        report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
+        return run
+    per_pass = sampler.num_rows / finetuning.batch_rows
+    cadence = max(1, round(per_pass / finetuning.evaluations_per_pass))
+    plan = Plan(
+        steps=finetuning.max_steps or recipe.steps,
+        learning_rate=rate,
+        warmup_steps=finetuning.warmup_steps,
+        batch_rows=finetuning.batch_rows,
+        micro_rows=finetuning.micro_rows or finetuning.batch_rows,
+        eval_every=cadence,
+        report_every=cadence,
+        checkpoint_every=4 * cadence,
+        optimizer=AdamW(config.training.betas, config.training.eps, config.training.weight_decay, config.training.clip_norm),
+        patience=finetuning.patience,
+    )
+    report.line(
+        f"{'training from scratch' if scratch else 'fine-tuning ' + source.name} on {count:,} tokens of {domain} "
+        f"({per_pass:.0f} steps a pass), rate {rate:.1e}, at most {plan.steps:,} steps"
+    )
+    parameters = initialise(shape, finetuning.seed) if scratch else load_weights(source.path, source.weights_step())
+    trainer = Trainer(
+        Transformer(shape),
+        parameters,
+        sampler,
+        plan,
+        run.path,
+        lambda model: evaluate_windows(model, valid, valid_windows).nll,
+        report,
+    )
+    state = trainer.run()
+    run.finish(state)
+    best = math.exp(state.best_nll)
+    report.line(f"best at step {state.best_step:,}: validation perplexity {best:.2f}")
+    export_run(workspace, run)
+    return run
+
+
+def choose_recipe(finetuning: FinetuningConfig, tokens: int, scratch: bool) -> Recipe:
+    """The paper's recipe for a domain set of so many tokens; from scratch the rate is the pretraining rate."""
+    recipes = sorted(finetuning.recipes, key=lambda recipe: recipe.tokens)
+    recipe = next((r for r in recipes if tokens <= r.tokens), recipes[-1])
+    return recipe.model_copy(update={"rate": 1.0}) if scratch else recipe
+
+

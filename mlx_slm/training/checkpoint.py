@@ -1,0 +1,120 @@
+"""Checkpoints of a run: `checkpoints/step-<N>/` with weights, moments and state, written whole or not at all.
+
+n steps + kill + resume = an uninterrupted run, bit for bit on a CPU. A damaged checkpoint is passed over for the one
+before it. `metrics.jsonl` is cut back to the step that training resumes from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from mlx_slm.errors import SlmError
+from mlx_slm.report import Report
+from mlx_slm.workspace import Damaged, load_manifest, new_artifact, read_json, verify, write_json
+
+KIND = "checkpoint"
+WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+KEEP = 2
+
+
+def save_arrays(path: Path, tree: dict, metadata: dict[str, str] | None = None) -> None:
+    """Write a nested dict of arrays as safetensors; raises OSError where the disk does not take it."""
+    arrays = {name: np.ascontiguousarray(np.array(value, copy=False)) for name, value in tree_flatten(tree)}
+    try:
+        save_file(arrays, path, metadata=metadata)
+    except SafetensorError as error:
+        if "os error 28" in str(error).lower() or "no space" in str(error).lower():
+            raise OSError(28, "No space left on device", str(path)) from error
+        raise OSError(5, str(error), str(path)) from error
+
+
+def load_arrays(path: Path) -> dict:
+    """Read safetensors as a nested dict of arrays."""
+    return tree_unflatten(list(mx.load(str(path)).items()))
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step}"
+
+
+def save_checkpoint(run: Path, step: int, parameters: dict, moments: dict, state: dict, keep: set[int]) -> None:
+    """Write the checkpoint of a step; then remove all but the last two, and those in `keep`."""
+    with new_artifact(checkpoint_path(run, step), KIND, {"step": step}) as (path, _):
+        save_arrays(path / WEIGHTS, parameters)
+        save_arrays(path / MOMENTS, moments)
+        write_json(path / STATE, state)
+    for old in checkpoint_steps(run)[:-KEEP]:
+        if old not in keep:
+            shutil.rmtree(checkpoint_path(run, old))
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """Steps of the checkpoints at hand, ascending."""
+    found = (run / "checkpoints").glob("step-*/manifest.json")
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+
+
+def load_checkpoint(run: Path, step: int) -> tuple[dict, dict, dict]:
+    """Return (parameters, moments, state) of one checkpoint after checking every byte; raises Damaged."""
+    path = checkpoint_path(run, step)
+    verify(path, load_manifest(path, KIND))
+    return load_arrays(path / WEIGHTS), load_arrays(path / MOMENTS), read_json(path / STATE)
+
+
+def load_weights(run: Path, step: int) -> dict:
+    """Parameters of one checkpoint, checked."""
+    path = checkpoint_path(run, step)
+    verify(path, load_manifest(path, KIND), [WEIGHTS])
+    return load_arrays(path / WEIGHTS)
+
+
+def load_newest(run: Path, report: Report) -> tuple[dict, dict, dict] | None:
+    """The newest whole checkpoint, None if there is none; damaged ones are named, set aside, and passed over."""
+    damaged = []
+    for step in reversed(checkpoint_steps(run)):
+        try:
+            return load_checkpoint(run, step)
+        except Damaged as error:
+            report.warn(f"checkpoint step-{step} cannot be used ({error}); going back to the one before it")
+            damaged.append(step)
+            aside = run / "checkpoints" / f".damaged-{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(checkpoint_path(run, step), aside)
+    if damaged:
+        raise SlmError(f"{run}: every checkpoint is damaged (steps {damaged}); start anew with --fresh")
+    return None
+
+
+class Metrics:
+    """`metrics.jsonl`: a line per report and per evaluation, each with its step."""
+
+    def __init__(self, run: Path, resumed_step: int):
+        self.path = run / "metrics.jsonl"
+        kept = [line for line in self.read(self.path) if line["step"] <= resumed_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self.path)
+
+    def write(self, record: dict) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    @staticmethod
+    def read(path: Path) -> list[dict]:
+        """The records of a file; a last line that was cut off by a kill is left out."""
+        records = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records

@@ -1,0 +1,87 @@
+"""Cross-entropy of a tied head, in chunks: the logits of a whole batch never exist at once.
+
+`linear_cross_entropy` is for training: it makes the gradients of hidden states and head in the forward pass, so that
+each logit costs one exp instead of two. `token_nll` is for evaluation and does no gradient work.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+CHUNK_LOGITS = 4 << 20
+"""Logits that exist at a time: 16 MB in fp32."""
+
+
+def chunk_rows(rows: int, vocab_size: int) -> int:
+    """Rows per chunk: chunks of equal size, as few as fit `CHUNK_LOGITS`."""
+    chunks = max(1, -(-rows * vocab_size // CHUNK_LOGITS))
+    return -(-rows // chunks)
+
+
+def linear_cross_entropy(
+    hidden: mx.array, head: mx.array, targets: mx.array, weights: mx.array, rows: int | None = None
+) -> mx.array:
+    """Sum over positions of weights * cross-entropy(softmax(hidden @ head.T), targets), fp32 scalar.
+
+    hidden [N, D], head [V, D], targets int [N], weights fp32 [N] (0 leaves a position out). `rows`: chunk size.
+    Differentiable with respect to hidden and head; the gradients are those of the sum.
+    """
+    loss, _, _ = _cross_entropy_with_gradients(hidden, head, targets, weights, rows or chunk_rows(len(targets), len(head)))
+    return loss
+
+
+def _cross_entropy_with_gradients(hidden, head, targets, weights, rows: int):
+    """Returns (loss, d loss / d hidden, d loss / d head); backward only scales the two gradients."""
+
+    @mx.custom_function
+    def run(hidden, head, targets, weights):
+        loss, d_head, d_hidden = mx.zeros((), mx.float32), None, []
+        column = mx.ones((len(head), 1), head.dtype)
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            h, t, w = hidden[part], targets[part], weights[part]
+            if d_hidden:  # without this the scheduler keeps the logits of all chunks
+                h, _ = mx.depends([h, h], [d_head, d_hidden[-1]])
+            logits = h @ head.T
+            top = mx.stop_gradient(logits.max(axis=-1, keepdims=True)).astype(mx.float32)
+            chosen = mx.take_along_axis(logits, t[:, None], axis=-1).astype(mx.float32)
+            e = mx.exp(logits.astype(mx.float32) - top)
+            # A product with ones is a fast sum in fp32; in half precision it would round the total.
+            total = e @ column if head.dtype == mx.float32 else e.sum(axis=-1, keepdims=True)
+            e = e.astype(head.dtype)
+            w = w[:, None]
+            loss = loss + mx.inner((mx.log(total) + top - chosen)[:, 0], w[:, 0])
+            # d logits = w (e / total - onehot(target)): the factors go to the small side of the products.
+            share = w / total
+            dh = (e @ head).astype(mx.float32) * share - w * head[t]
+            dw = (e.T @ (h * share).astype(h.dtype)).astype(mx.float32)
+            dw = dw.at[t].add(-w * h.astype(mx.float32))
+            d_head = dw if d_head is None else d_head + dw
+            d_hidden.append(dh.astype(hidden.dtype))
+        return loss, mx.concatenate(d_hidden), d_head
+
+    @run.vjp
+    def backward(primals, cotangents, outputs):
+        hidden, head, targets, weights = primals
+        scale = cotangents[0]
+        return (
+            (outputs[1] * scale).astype(hidden.dtype),
+            (outputs[2] * scale).astype(head.dtype),
+            mx.zeros_like(targets),
+            mx.zeros_like(weights),
+        )
+
+    return run(hidden, head, targets, weights)
+
+
+def token_nll(hidden: mx.array, head: mx.array, targets: mx.array, rows: int | None = None) -> mx.array:
+    """Negative log-likelihood in nats of each target, fp32 [N]; forward only. Shapes as above."""
+    rows = rows or chunk_rows(len(targets), len(head))
+    found: list[mx.array] = []
+    for start in range(0, len(targets), rows):
+        h, t = hidden[start : start + rows], targets[start : start + rows]
+        if found:
+            (h,) = mx.depends([h], [found[-1]])
+        logits = (h @ head.T).astype(mx.float32)
+        found.append(mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, t[:, None], axis=-1)[:, 0])
+    return mx.concatenate(found)

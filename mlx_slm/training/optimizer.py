@@ -1,0 +1,76 @@
+"""AdamW on fp32 masters, the schedule, the exact global norm, and the guard against non-finite steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with bias correction and decoupled decay on matrices only (paper: Adam, no decay, clip norm 5.0)."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 5.0
+
+    def init(self, parameters: dict) -> dict:
+        """`{"m", "v", "updates", "bad"}`: moments like the parameters, updates made, non-finite steps in a row."""
+        return {
+            "m": tree_map(mx.zeros_like, parameters),
+            "v": tree_map(mx.zeros_like, parameters),
+            "updates": mx.array(0, mx.int32),
+            "bad": mx.array(0, mx.int32),
+        }
+
+    def update(self, parameters: dict, state: dict, gradients: dict, total: mx.array, loss: mx.array, rate: mx.array):
+        """One step on gradients of a loss summed over `total` target tokens.
+
+        Returns (parameters, state, norm): the norm is that of the mean gradient before clipping. A loss or a norm that
+        is not finite leaves parameters and moments as they are and adds one to `bad`.
+        """
+        norm = global_norm(gradients) / total
+        good = mx.isfinite(norm) & mx.isfinite(loss)
+        scale = mx.minimum(1.0, self.clip_norm / mx.maximum(norm, 1e-30)) / total
+        updates = state["updates"] + good.astype(mx.int32)
+        b1, b2 = self.betas
+        t = mx.maximum(updates, 1).astype(mx.float32)
+        step_size = rate / (1 - b1**t)
+        root = mx.sqrt(1 - b2**t)
+
+        def one(p, m, v, g):
+            g = g * scale
+            new_m = b1 * m + (1 - b1) * g
+            new_v = b2 * v + (1 - b2) * mx.square(g)
+            decay = self.weight_decay * rate if p.ndim > 1 else 0.0
+            new_p = p - decay * p - step_size * new_m / (mx.sqrt(new_v) / root + self.eps)
+            return mx.where(good, new_p, p), mx.where(good, new_m, m), mx.where(good, new_v, v)
+
+        moved = tree_map(one, parameters, state["m"], state["v"], gradients)
+        is_leaf = lambda x: isinstance(x, tuple)  # noqa: E731
+        pick = [tree_map(lambda x, i=i: x[i], moved, is_leaf=is_leaf) for i in range(3)]
+        bad = mx.where(good, 0, state["bad"] + 1)
+        return pick[0], {"m": pick[1], "v": pick[2], "updates": updates, "bad": bad}, norm
+
+
+def global_norm(tree: dict) -> mx.array:
+    """L2 norm over all tensors. By inner products: `mx.sum` runs one fp32 sum over a whole array on a CPU (NOTES)."""
+    total = mx.zeros((), mx.float32)
+    for _, g in tree_flatten(tree):
+        flat = g.reshape(-1).astype(mx.float32)
+        total = total + mx.inner(flat, flat)
+    return mx.sqrt(total)
+
+
+def learning_rate(step: int, base: float, warmup: int, schedule: str, steps: int) -> float:
+    """The rate of step `step` (from 0): linear warm-up whose first step is not 0, then constant or cosine to a tenth."""
+    if step < warmup:
+        return base * (step + 1) / warmup
+    if schedule == "constant":
+        return base
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return base * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))

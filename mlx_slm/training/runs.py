@@ -1,0 +1,109 @@
+"""A run: one directory with its configuration, metrics, checkpoints and record (`run.json`).
+
+The same command again resumes an unfinished run and says so for a finished one; another configuration under the same
+name is refused.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_slm import runtime
+from mlx_slm.config import Config, dump_config
+from mlx_slm.errors import SlmError, nearest
+from mlx_slm.models.transformer import Shape, Transformer
+from mlx_slm.training import checkpoint
+from mlx_slm.training.trainer import State
+from mlx_slm.workspace import Workspace, read_json, write_json
+
+
+@dataclass
+class Run:
+    """`record` is run.json: method, inputs (fingerprints and settings), status, and what came out."""
+
+    path: Path
+    record: dict
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def finished(self) -> bool:
+        return self.record["status"] == "finished"
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(**self.record["inputs"]["shape"])
+
+    def finish(self, state: State) -> None:
+        """Record the outcome."""
+        last = checkpoint.checkpoint_steps(self.path)[-1]
+        self.record.update(
+            status="finished",
+            step=last,
+            best_step=state.best_step,
+            valid_nll=state.best_nll,
+            tokens=state.tokens,
+            skipped_steps=state.skipped,
+            seconds=round(state.seconds, 2),
+            device=runtime.device_name(),
+        )
+        write_json(self.path / "run.json", self.record)
+
+    def weights_step(self) -> int:
+        """The step whose weights stand for this run: the best of a specialisation, the last of a pretraining."""
+        if self.finished and self.record.get("select") == "best":
+            return self.record["best_step"]
+        steps = checkpoint.checkpoint_steps(self.path)
+        if not steps:
+            raise SlmError(f"run {self.name} has no checkpoint yet: run its command again, it goes on")
+        return self.record["step"] if self.finished else steps[-1]
+
+    def model(self) -> Transformer:
+        """The run's model with its weights, checked."""
+        model = Transformer(self.shape)
+        model.update(checkpoint.load_weights(self.path, self.weights_step()))
+        return model
+
+
+def open_run(path: Path, method: str, inputs: dict, config: Config, fresh: bool, select: str = "last") -> Run:
+    """Open the run of these inputs, new or not; raises SlmError where the name belongs to another configuration."""
+    if fresh:
+        shutil.rmtree(path, ignore_errors=True)
+    if (path / "run.json").exists():
+        record = read_json(path / "run.json")
+        if record["inputs"] != inputs:
+            changed = sorted(k for k in {*inputs, *record["inputs"]} if record["inputs"].get(k) != inputs.get(k))
+            what = ", ".join(_difference(k, record["inputs"].get(k), inputs.get(k)) for k in changed)
+            raise SlmError(
+                f"run {path.name} was started with another configuration ({what}): put it back, "
+                "give another --name, or start anew with --fresh"
+            )
+        return Run(path, record)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.yaml").write_text(dump_config(config))
+    record = {"method": method, "inputs": inputs, "status": "running", "select": select, "started": time.time()}
+    write_json(path / "run.json", record)
+    return Run(path, record)
+
+
+def find_run(workspace: Workspace, name: str) -> Run:
+    """Return a run by name; raises SlmError with the runs there are."""
+    path = workspace.run(name)
+    if not (path / "run.json").exists():
+        known = workspace.runs()
+        listed = ", ".join(known) or "none; `mlx-slm pretrain` makes the first"
+        raise SlmError(f"no run {name!r} in {workspace.root}{nearest(name, known)}; runs: {listed}")
+    return Run(path, read_json(path / "run.json"))
+
+
+def _difference(key: str, old, new) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+        return ", ".join(_difference(f"{key}.{part}", old.get(part), new.get(part)) for part in parts)
+    short = all(len(str(value)) < 30 for value in (old, new))
+    return f"{key} {old} -> {new}" if short else key

@@ -1,0 +1,74 @@
+"""One training step: forward, backward and update, compiled; the state it moves is `parameters` and `moments`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_slm import runtime
+from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.training.loss import linear_cross_entropy
+from mlx_slm.training.optimizer import AdamW
+
+
+class TrainingStep:
+    """Moves `parameters` (fp32 masters) and `moments` by one batch at a time.
+
+    The loss is the mean over the target tokens of all micro-batches of `micro_rows` rows; compute is in
+    `runtime.compute_dtype()`.
+    """
+
+    def __init__(self, model: Transformer, optimizer: AdamW, micro_rows: int, parameters: dict, moments: dict | None = None):
+        self.model, self.micro_rows = model, micro_rows
+        self.parameters, self.moments = parameters, moments or optimizer.init(parameters)
+        self.dtype = runtime.compute_dtype()
+        self._gradients = mx.compile(self._loss_and_gradients)
+        self._add = mx.compile(lambda a, b: tree_map(mx.add, a, b))
+        self._update = mx.compile(optimizer.update)
+
+    def __call__(self, tokens: np.ndarray, weights: np.ndarray, rate: float) -> tuple[mx.array, mx.array, mx.array]:
+        """Start a step on tokens int [B, T+1] with target weights fp32 [B, T]; does not wait for it.
+
+        Returns (sum of losses, norm of the mean gradient, non-finite steps in a row) as arrays in flight.
+        """
+        loss = gradients = None
+        for start in range(0, len(tokens), self.micro_rows):
+            part = slice(start, start + self.micro_rows)
+            found = self._gradients(self.parameters, mx.array(tokens[part]), mx.array(weights[part]))
+            loss, gradients = found if loss is None else (loss + found[0], self._add(gradients, found[1]))
+            if self.micro_rows < len(tokens):
+                mx.async_eval(loss, gradients)
+        total, rate = mx.array(float(weights.sum())), mx.array(rate)
+        self.parameters, self.moments, norm = self._update(self.parameters, self.moments, gradients, total, loss, rate)
+        mx.async_eval(self.parameters, self.moments, loss, norm)
+        return loss, norm, self.moments["bad"]
+
+    def _loss_and_gradients(self, parameters: dict, tokens: mx.array, weights: mx.array) -> tuple[mx.array, dict]:
+        def loss(parameters):
+            self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
+            hidden = self.model(tokens[:, :-1])
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            return linear_cross_entropy(flat, self.model.head, tokens[:, 1:].reshape(-1), weights.reshape(-1))
+
+        return mx.value_and_grad(loss)(parameters)
+
+
+def measure_speed(shape: Shape, batch_rows: int, micro_rows: int, seconds: float, checkpoint_layers: bool) -> float:
+    """Tokens per second of whole training steps on random rows: the median after two, within about `seconds`."""
+    runtime.configure_device()
+    step = TrainingStep(Transformer(shape, checkpoint_layers), AdamW(), micro_rows, initialise(shape, 0))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, shape.vocab_size, (batch_rows, shape.context_length + 1), np.int32)
+    weights = np.ones((batch_rows, shape.context_length), np.float32)
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < 4 or time.perf_counter() - begun < seconds:
+        start = time.perf_counter()
+        step(tokens, weights, 1e-4)
+        mx.eval(step.parameters)
+        times.append(time.perf_counter() - start)
+    return weights.size / statistics.median(times[2:])

@@ -1,0 +1,262 @@
+"""The one training loop: rows -> compiled step -> reports, evaluations, checkpoints, early stopping, resume.
+
+The loss of a step is the mean over its target tokens, whatever the number of micro-batches. One step is always in
+flight: the host reads the numbers of step s while the device works on step s+1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_slm import runtime
+from mlx_slm.clustering.sampler import Sampler
+from mlx_slm.errors import Interrupted, SlmError
+from mlx_slm.models.transformer import Transformer
+from mlx_slm.report import Report
+from mlx_slm.training import checkpoint
+from mlx_slm.training.optimizer import AdamW, learning_rate
+from mlx_slm.training.step import TrainingStep
+
+BAD_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train: everything but model, rows and start."""
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    batch_rows: int
+    micro_rows: int
+    eval_every: int
+    report_every: int
+    checkpoint_every: int
+    optimizer: AdamW = AdamW()
+    schedule: str = "constant"
+    patience: int | None = None
+    """Stop after so many evaluations without a gain; None: never."""
+
+    def rate(self, step: int) -> float:
+        return learning_rate(step, self.learning_rate, self.warmup_steps, self.schedule, self.steps)
+
+
+@dataclass
+class State:
+    """Where a run is. Saved with every checkpoint, so that a resumed run goes on as if nothing had happened."""
+
+    step: int = 0
+    tokens: int = 0
+    """Target tokens seen."""
+    seconds: float = 0.0
+    skipped: int = 0
+    """Steps that were not finite and left the weights alone."""
+    best_step: int | None = None
+    best_nll: float = math.inf
+    stale: int = 0
+    """Evaluations since the best."""
+    window: dict = field(default_factory=lambda: {"loss": 0.0, "tokens": 0, "steps": 0, "seconds": 0.0})
+    """Sums since the last report."""
+
+    def to_json(self) -> dict:
+        found = asdict(self)
+        return found | {"best_nll": None if math.isinf(self.best_nll) else self.best_nll}
+
+    @classmethod
+    def from_json(cls, found: dict) -> State:
+        return cls(**(found | {"best_nll": math.inf if found["best_nll"] is None else found["best_nll"]}))
+
+
+class Trainer:
+    """Trains `model` on the rows of `sampler`, in the directory `run`, from `parameters` or from its last checkpoint.
+
+    `evaluate(model)` gives the validation loss in nats per token.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        parameters: dict,
+        sampler: Sampler,
+        plan: Plan,
+        run: Path,
+        evaluate: Callable[[Transformer], float],
+        report: Report,
+    ):
+        self.model, self.sampler, self.plan, self.run_directory = model, sampler, plan, run
+        self.evaluate, self.report = evaluate, report
+        self.state, moments = State(), None
+        found = checkpoint.load_newest(run, report)
+        if found:
+            parameters, moments, state = found
+            self.state = State.from_json(state)
+            report.line(f"resuming {run.name} at step {self.state.step:,} of {plan.steps:,}")
+        self.metrics = checkpoint.Metrics(run, self.state.step)
+        self.step = TrainingStep(model, plan.optimizer, plan.micro_rows, parameters, moments)
+        self._pending: tuple | None = None
+        self._saved_step = self.state.step if found else -1
+
+    def run(self) -> State:
+        """Train to the horizon or until early stopping; raises Interrupted after saving on SIGINT or SIGTERM."""
+        plan, state = self.plan, self.state
+        runtime.configure_device()
+        peak = runtime.matmul_gflops() * 1e9
+        with stop_requested() as stopping, ThreadPoolExecutor(1) as loader:
+            rows = loader.submit(self.sampler.rows, state.step)
+            started = time.perf_counter()
+            while state.step < plan.steps and not self._stopped_early():
+                tokens, weights, _ = rows.result()
+                rows = loader.submit(self.sampler.rows, state.step + 1)
+                total = int(weights.sum())
+                in_flight = self.step(tokens, weights, plan.rate(state.step))
+                self._collect()
+                self._pending = (state.step, total, *in_flight)
+                state.step += 1
+                state.tokens += total
+                reporting = state.step % plan.report_every == 0 or state.step == plan.steps
+                evaluating = state.step % plan.eval_every == 0 or state.step == plan.steps
+                saving = state.step % plan.checkpoint_every == 0 or state.step == plan.steps
+                if reporting or evaluating or saving or stopping.is_set():
+                    self._collect()
+                now = time.perf_counter()
+                state.seconds += now - started
+                state.window["seconds"] += now - started
+                started = now
+                if reporting:
+                    self._report(peak)
+                better = self._evaluate() if evaluating else False
+                if saving or better or stopping.is_set() or (evaluating and self._stopped_early()):
+                    self._save()
+                if stopping.is_set() and state.step < plan.steps:
+                    raise Interrupted(f"stopped at step {state.step:,}; the same command again goes on from there")
+                if reporting or evaluating or saving:
+                    started = time.perf_counter()
+            rows.cancel()
+        self.model.update(self.step.parameters)
+        return state
+
+    def _stopped_early(self) -> bool:
+        return self.plan.patience is not None and self.state.stale >= self.plan.patience
+
+    def _collect(self) -> None:
+        """Read the numbers of the step in flight, if any; raises SlmError after three that were not finite."""
+        if self._pending is None:
+            return
+        step, total, loss, norm, bad = self._pending
+        self._pending = None
+        count = bad.item()
+        if count:
+            self.state.skipped += 1
+            self.report.warn(f"step {step:,} skipped: its loss is {loss.item():g}, its gradient norm {norm.item():g}")
+            if count >= BAD_STEPS:
+                rows = self.plan.batch_rows
+                raise SlmError(
+                    f"{BAD_STEPS} steps in a row were not finite, the last is step {step:,} (rows {step * rows:,} to "
+                    f"{(step + 1) * rows - 1:,} of the sampler); lower the learning rate and run again: "
+                    "it goes on from the last checkpoint"
+                )
+            return
+        window = self.state.window
+        window["loss"] += loss.item()
+        window["tokens"] += total
+        window["steps"] += 1
+        window["norm"] = norm.item()
+
+    def _report(self, peak: float) -> None:
+        state, plan, window = self.state, self.plan, self.state.window
+        if not window["tokens"]:
+            return
+        shape = self.model.shape
+        positions = plan.batch_rows * shape.context_length * window["steps"]
+        speed = positions / window["seconds"]
+        achieved = speed * shape.flops_per_token
+        loss, rate = window["loss"] / window["tokens"], plan.rate(state.step - 1)
+        left = (plan.steps - state.step) * window["seconds"] / window["steps"]
+        memory = mx.get_peak_memory() / 2**30
+        self.metrics.write(
+            {
+                "step": state.step,
+                "tokens": state.tokens,
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": window["norm"],
+                "skipped": state.skipped,
+                "tokens_per_second": speed,
+                "tflops": achieved / 1e12,
+                "mfu": achieved / peak,
+                "peak_memory_gb": memory,
+                "seconds": state.seconds,
+            }
+        )
+        self.report.line(
+            f"step {state.step:>6,}/{plan.steps:,}  loss {loss:.4f}  lr {rate:.2e}  {speed:,.0f} tok/s  "
+            f"{achieved / 1e12:.3f} TFLOP/s  MFU {achieved / peak:.0%}  {memory:.2f} GB  ETA {duration(left)}"
+        )
+        state.window = State().window
+
+    def _evaluate(self) -> bool:
+        """Evaluate; returns whether it is the best so far."""
+        state = self.state
+        self.model.update(self.step.parameters)
+        nll = self.evaluate(self.model)
+        better = nll < state.best_nll
+        if better:
+            state.best_nll, state.best_step, state.stale = nll, state.step, 0
+        else:
+            state.stale += 1
+        self.metrics.write({"step": state.step, "tokens": state.tokens, "valid_nll": nll})
+        mark = "best so far" if better else f"{state.stale} since the best"
+        self.report.line(f"step {state.step:>6,}/{self.plan.steps:,}  validation perplexity {math.exp(min(nll, 700)):.2f} ({mark})")
+        return better
+
+    def _save(self) -> None:
+        if self._saved_step == self.state.step:
+            return
+        keep = {self.state.best_step} if self.state.best_step is not None else set()
+        checkpoint.save_checkpoint(
+            self.run_directory, self.state.step, self.step.parameters, self.step.moments, self.state.to_json(), keep
+        )
+        self._saved_step = self.state.step
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set once; a second SIGINT interrupts at once. Only in the main thread."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {}
+
+    def handle(number, frame):
+        event.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, handle)
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def duration(seconds: float) -> str:
+    """75 -> '1m15s', 7300 -> '2h02m'."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+

@@ -1,0 +1,241 @@
+"""Where artifacts live, and why they can be trusted.
+
+An artifact is a directory with a `manifest.json` written last: the size of each file, its SHA-256 (or, for files that
+are memory-mapped, a crc32 per block), what it was made from, and a fingerprint of all that. A directory without a valid
+manifest does not exist. Directories are written under a temporary name, flushed, and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mlx_slm.errors import SlmError, nearest
+
+MANIFEST = "manifest.json"
+BLOCK = 4 << 20
+
+
+class Damaged(SlmError):
+    """An artifact whose bytes are not those that were written."""
+
+
+class Workspace:
+    """One directory with everything that a user makes (DESIGN, "The workspace")."""
+
+    def __init__(self, root: str | os.PathLike):
+        self.root = Path(root)
+        self.config_file = self.root / "config.yaml"
+        self.tokenizer = self.root / "tokenizer"
+        self.results = self.root / "results"
+
+    def data(self, name: str, split: str) -> Path:
+        return self.root / "data" / name / split
+
+    def run(self, name: str) -> Path:
+        return self.root / "runs" / name
+
+    def model(self, name: str) -> Path:
+        return self.root / "models" / name
+
+    def sets(self) -> list[str]:
+        """Names of the prepared sets."""
+        return sorted(p.parent.parent.name for p in self.root.glob(f"data/*/train/{MANIFEST}"))
+
+    def runs(self) -> list[str]:
+        return sorted(p.parent.name for p in self.root.glob("runs/*/run.json"))
+
+    def models(self) -> list[str]:
+        return sorted(p.parent.name for p in self.root.glob(f"models/*/{MANIFEST}"))
+
+    def artifacts(self) -> Iterator[Path]:
+        """Every directory here that has a manifest."""
+        return (p.parent for p in sorted(self.root.rglob(MANIFEST)) if not any(q.startswith(".") for q in p.parts[-4:]))
+
+    def require_set(self, name: str, split: str = "train") -> Path:
+        """Return the directory of a prepared split, or raise with the known sets."""
+        path = self.data(name, split)
+        recover(path)
+        if not (path / MANIFEST).exists():
+            known = self.sets()
+            listed = ", ".join(known) or "none yet"
+            hint = nearest(name, known) if name not in known else ""
+            what = f"the {split} split of {name!r}" if name in known else f"set {name!r}"
+            raise SlmError(f"{what} is not prepared{hint}; prepared: {listed}; run `mlx-slm prepare {name} SOURCE...`")
+        return path
+
+
+def fingerprint(value) -> str:
+    """SHA-256 of the canonical JSON of `value`: equal if and only if the values are equal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a file, or, above 64 MiB, of its size and its first and last MiB: cheap enough to ask at each start."""
+    size = path.stat().st_size
+    if size <= 64 << 20:
+        return _sha256(path)
+    with open(path, "rb") as file:
+        head = file.read(1 << 20)
+        file.seek(-(1 << 20), os.SEEK_END)
+        return hashlib.sha256(head + file.read() + str(size).encode()).hexdigest()
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path):
+    """Read a JSON file; raises Damaged, naming it, where it does not parse."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise Damaged(f"{path} is damaged ({error}); remove it and run the command again") from error
+
+
+@contextlib.contextmanager
+def new_artifact(path: Path, kind: str, inputs: dict, mapped: tuple[str, ...] = ()) -> Iterator[tuple[Path, dict]]:
+    """Write an artifact: yields a temporary directory and a dict of facts for the manifest; appears whole or not at all.
+
+    `inputs` says what it is made from (fingerprints, settings). Files named in `mapped` get a crc32 per block.
+    An older artifact at `path` stays until the new one is whole.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    info: dict = {}
+    try:
+        yield temporary, info
+        files = {}
+        for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            name = file.relative_to(temporary).as_posix()
+            digest = {"crc32": block_checksums(file), "block": BLOCK} if name in mapped else {"sha256": _sha256(file)}
+            files[name] = {"bytes": file.stat().st_size, **digest}
+            _sync(file)
+        manifest = {"kind": kind, "inputs": inputs, "info": info, "files": files}
+        manifest["fingerprint"] = fingerprint(manifest)
+        write_json(temporary / MANIFEST, manifest)
+        _sync(temporary)
+        _replace_directory(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _replace_directory(new: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(new, path)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Bring back the older artifact if a replacement was cut off between its two renames."""
+    old = path.with_name(f".{path.name}.old")
+    if not path.exists() and (old / MANIFEST).exists():
+        os.rename(old, path)
+
+
+def load_manifest(path: Path, kind: str) -> dict:
+    """Return the manifest at `path` after checking kind, names and sizes; raises SlmError or Damaged."""
+    recover(path)
+    if not (path / MANIFEST).exists():
+        raise SlmError(f"{path} holds no {kind} (no {MANIFEST})")
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        raise Damaged(f"{path} is not a {kind}")
+    body = {key: value for key, value in manifest.items() if key != "fingerprint"}
+    if fingerprint(body) != manifest.get("fingerprint"):
+        raise Damaged(f"{path / MANIFEST} was changed after it was written; remove {path} and make it again")
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.exists() or file.stat().st_size != entry["bytes"]:
+            found = f"has {file.stat().st_size} bytes" if file.exists() else "is missing"
+            raise Damaged(f"{file} {found}, {entry['bytes']} were written; remove {path} and make it again")
+    return manifest
+
+
+def verify(path: Path, manifest: dict, names: list[str] | None = None) -> None:
+    """Check every byte of an artifact (or of the files named) against its manifest; raises Damaged."""
+    for name in names or manifest["files"]:
+        entry = manifest["files"][name]
+        good = _sha256(path / name) == entry["sha256"] if "sha256" in entry else None
+        if good is None:
+            good = block_checksums(path / name, entry["block"]) == entry["crc32"]
+        if not good:
+            raise Damaged(f"{path / name} is damaged (checksum differs); remove {path} and make it again")
+
+
+class MappedFile:
+    """A memory-mapped array whose blocks are checked against their crc32 when they are first touched."""
+
+    def __init__(self, path: Path, dtype, entry: dict):
+        self.path, self.dtype = path, np.dtype(dtype)
+        self._crc, self._block = entry["crc32"], entry["block"]
+        raw = np.memmap(path, np.uint8, mode="r") if entry["bytes"] else np.zeros(0, np.uint8)
+        self._raw = raw.view(np.ndarray)
+        self._array = self._raw.view(self.dtype)
+        self._seen = np.zeros(len(self._crc), bool)
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, index):
+        """An element or a slice with step 1, as numpy would give it."""
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+        else:
+            start = index + len(self) if index < 0 else index
+            stop = start + 1
+        if stop > start:
+            size = self.dtype.itemsize
+            first, last = start * size // self._block, (stop * size - 1) // self._block
+            if not self._seen[first : last + 1].all():
+                self._check(first, last)
+        return self._array[index]
+
+    def _check(self, first: int, last: int) -> None:
+        for block in range(first, last + 1):
+            data = self._raw[block * self._block : (block + 1) * self._block]
+            if not self._seen[block] and zlib.crc32(data) != self._crc[block]:
+                raise Damaged(
+                    f"{self.path} is damaged in bytes {block * self._block}-{block * self._block + len(data)}; "
+                    f"remove {self.path.parent} and prepare it again"
+                )
+            self._seen[block] = True
+
+
+def block_checksums(path: Path, block: int = BLOCK) -> list[int]:
+    """crc32 of each block of a file."""
+    with open(path, "rb") as file:
+        return [zlib.crc32(data) for data in iter(lambda: file.read(block), b"")]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
