@@ -23,6 +23,7 @@ from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.workspace import Workspace
 
 PROMPT = "Download a file from"
+DOMAIN_TOKENS = 30_000
 
 
 def run_quickstart(workspace: Workspace, config: Config, report: Report, fresh: bool = False) -> dict:
@@ -39,7 +40,7 @@ def run_quickstart(workspace: Workspace, config: Config, report: Report, fresh: 
     report.line("2. pretraining a small model on the generic set")
     base = pretrain(workspace, config, "slm", report)
     report.line(f"3. specialising it to {domain}")
-    tuned = specialize(workspace, config, domain, report)
+    tuned = specialize(workspace, config, domain, report, tokens=DOMAIN_TOKENS)
     report.line(f"4. perplexity of {domain} text that no model has seen")
     untrained = export_untrained(workspace, config)
     names = [untrained, base.name, tuned.name]

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slm.config import ModelConfig
+from mlx_slm.models.ops import causal_attention, gelu, swiglu
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(shape.hidden_dims, shape.dims, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class LlamaBlock(nn.Module):
@@ -142,7 +143,7 @@ class GPT2MLP(nn.Module):
         self.c_proj = nn.Linear(shape.hidden_dims, shape.dims)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.c_proj(nn.gelu_approx(self.c_fc(x)))
+        return self.c_proj(gelu(self.c_fc(x)))
 
 
 class GPT2Block(nn.Module):
@@ -206,7 +207,7 @@ def split_heads(x: mx.array, num_heads: int) -> mx.array:
 def attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     """Causal attention, heads joined again: [B, L, num_heads * head_dims]."""
     B, _, L, _ = q.shape
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+    out = causal_attention(q, k, v, scale)
     return out.transpose(0, 2, 1, 3).reshape(B, L, -1)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_slm.models.ops import exp_shifted
+
 CHUNK_LOGITS = 4 << 20
 """Logits that exist at a time: 16 MB in fp32."""
 
@@ -36,28 +38,24 @@ def _cross_entropy_with_gradients(hidden, head, targets, weights, rows: int):
     @mx.custom_function
     def run(hidden, head, targets, weights):
         loss, d_head, d_hidden = mx.zeros((), mx.float32), None, []
-        column = mx.ones((len(head), 1), head.dtype)
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             h, t, w = hidden[part], targets[part], weights[part]
             if d_hidden:  # without this the scheduler keeps the logits of all chunks
                 h, _ = mx.depends([h, h], [d_head, d_hidden[-1]])
-            logits = h @ head.T
-            top = mx.stop_gradient(logits.max(axis=-1, keepdims=True)).astype(mx.float32)
-            chosen = mx.take_along_axis(logits, t[:, None], axis=-1).astype(mx.float32)
-            e = mx.exp(logits.astype(mx.float32) - top)
-            # A product with ones is a fast sum in fp32; in half precision it would round the total.
-            total = e @ column if head.dtype == mx.float32 else e.sum(axis=-1, keepdims=True)
+            logits = (head @ h.T).astype(mx.float32)  # [V, rows]: reductions over axis -2 are vectorised
+            chosen = mx.take_along_axis(logits, t[None], axis=0)[0]
+            e, top = exp_shifted(logits)
+            total = e.sum(axis=0)
             e = e.astype(head.dtype)
-            w = w[:, None]
-            loss = loss + mx.inner((mx.log(total) + top - chosen)[:, 0], w[:, 0])
+            loss = loss + mx.inner(mx.log(total) + top[0] - chosen, w)
             # d logits = w (e / total - onehot(target)): the factors go to the small side of the products.
-            share = w / total
-            dh = (e @ head).astype(mx.float32) * share - w * head[t]
-            dw = (e.T @ (h * share).astype(h.dtype)).astype(mx.float32)
-            dw = dw.at[t].add(-w * h.astype(mx.float32))
+            w, share = w[:, None], (w / total)[:, None]
+            dh = (e.T @ head).astype(mx.float32) * share - w * head[t]
+            dw = (e @ (h * share).astype(h.dtype)).astype(mx.float32)
             d_head = dw if d_head is None else d_head + dw
             d_hidden.append(dh.astype(hidden.dtype))
+        d_head = d_head.at[targets].add(-weights[:, None] * hidden.astype(mx.float32))
         return loss, mx.concatenate(d_hidden), d_head
 
     @run.vjp

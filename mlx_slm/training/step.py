@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +27,7 @@ class TrainingStep:
         self.model, self.micro_rows = model, micro_rows
         self.parameters, self.moments = parameters, moments or optimizer.init(parameters)
         self.dtype = runtime.compute_dtype()
-        self._gradients = mx.compile(self._loss_and_gradients)
+        self._lanes = [(stream, mx.compile(self._loss_and_gradients)) for stream in runtime.lanes()]
         self._add = mx.compile(lambda a, b: tree_map(mx.add, a, b))
         self._update = mx.compile(optimizer.update)
 
@@ -37,15 +38,22 @@ class TrainingStep:
         """
         loss = gradients = None
         for start in range(0, len(tokens), self.micro_rows):
-            part = slice(start, start + self.micro_rows)
-            found = self._gradients(self.parameters, mx.array(tokens[part]), mx.array(weights[part]))
-            loss, gradients = found if loss is None else (loss + found[0], self._add(gradients, found[1]))
+            for part, (stream, gradients_of) in self._share(start, min(start + self.micro_rows, len(tokens))):
+                with mx.stream(stream):
+                    found = gradients_of(self.parameters, mx.array(tokens[part]), mx.array(weights[part]))
+                loss, gradients = found if loss is None else (loss + found[0], self._add(gradients, found[1]))
             if self.micro_rows < len(tokens):
                 mx.async_eval(loss, gradients)
         total, rate = mx.array(float(weights.sum())), mx.array(rate)
         self.parameters, self.moments, norm = self._update(self.parameters, self.moments, gradients, total, loss, rate)
         mx.async_eval(self.parameters, self.moments, loss, norm)
         return loss, norm, self.moments["bad"]
+
+    def _share(self, start: int, stop: int) -> Iterator[tuple[slice, tuple]]:
+        """Cut the rows of a micro-batch into one run per lane, of equal shape where the number divides."""
+        count = len(self._lanes) if (stop - start) % len(self._lanes) == 0 else 1
+        size = (stop - start) // count
+        return ((slice(start + i * size, start + (i + 1) * size), self._lanes[i]) for i in range(count))
 
     def _loss_and_gradients(self, parameters: dict, tokens: mx.array, weights: mx.array) -> tuple[mx.array, dict]:
         def loss(parameters):

@@ -1,0 +1,1 @@
+"""Benchmarks: what is measured, on which machine, against whom, always in one interleaved run."""
