@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import cycle
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_slm import runtime
 from mlx_slm.config import Config
 from mlx_slm.errors import SlmError
 from mlx_slm.export import load_any
@@ -23,7 +27,7 @@ from mlx_slm.workspace import Workspace
 
 LENGTHS = 8
 """Windows are padded to one of so many lengths, so that few graphs are compiled."""
-BATCH_TOKENS = 16_384
+BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -51,48 +55,67 @@ class Score:
         return cls(total, mean, stderr, math.exp(mean), mean * total / max(1, num_bytes) / math.log(2), count)
 
 
-def evaluate_windows(
-    model: Transformer, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None
-) -> Score:
-    """Score the given windows of a store with a model whose context is at least the store's."""
-    facts = store.windows[:][windows]
-    nll = window_nll(model, store, windows, batch_rows, report)
-    return Score.of(nll, facts["length"], facts["document"], int(facts["bytes"].sum()))
+class Scorer:
+    """Scores windows of stores with the present weights of a model; graphs are compiled once per shape."""
 
+    def __init__(self, model: Transformer):
+        def nll(tokens: mx.array, targets: mx.array) -> mx.array:
+            hidden = model(tokens)
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            return token_nll(flat, model.head, targets.reshape(-1)).reshape(targets.shape)
 
-def window_nll(
-    model: Transformer, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None
-) -> np.ndarray:
-    """Sum of the token losses of each window, float64 [W]."""
-    if not len(windows):
-        raise SlmError(f"{store.directory} has no text to evaluate on")
-    context = store.context_length
-    step = max(1, -(-context // LENGTHS))
-    lengths = store.windows[:]["length"][windows].astype(np.int64)
-    padded = np.minimum(-(-lengths // step) * step, context)
-    result = np.zeros(len(windows))
+        self._lanes = [(stream, mx.compile(nll, inputs=[model.state])) for stream in runtime.lanes()]
 
-    @mx.compile
-    def score(tokens, targets):
-        hidden = model(tokens)
-        return token_nll(hidden.reshape(-1, hidden.shape[-1]), model.head, targets.reshape(-1)).reshape(targets.shape)
+    def __call__(self, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None) -> Score:
+        """Score the given windows. `batch_rows`: rows at a time; by default so many that a batch has 4,096 tokens."""
+        facts = store.windows[:][windows]
+        nll = self.window_nll(store, windows, batch_rows, report)
+        return Score.of(nll, facts["length"], facts["document"], int(facts["bytes"].sum()))
 
-    with (report or Report()).progress("evaluating", int(lengths.sum()), "tok") as advance:
-        for length in np.unique(padded):
-            members = np.flatnonzero(padded == length)
-            rows = batch_rows or max(1, BATCH_TOKENS // int(length))
-            for start in range(0, len(members), rows):
-                chosen = members[start : start + rows]
+    def window_nll(
+        self, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None
+    ) -> np.ndarray:
+        """Sum of the token losses of each window, float64 [W]."""
+        lengths = store.windows[:]["length"][windows].astype(np.int64)
+        if not lengths.sum():
+            raise SlmError(f"{store.directory} has no text to evaluate on")
+        result = np.zeros(len(windows))
+        in_flight: deque[tuple[np.ndarray, mx.array]] = deque()
+
+        def collect(most: int, advance) -> None:
+            while len(in_flight) > most:
+                members, found = in_flight.popleft()
+                counted = np.arange(found.shape[1]) < lengths[members][:, None]
+                result[members] = (np.array(found, np.float64)[: len(members)] * counted).sum(axis=1)
+                advance(int(lengths[members].sum()))
+
+        with (report or Report()).progress("evaluating", int(lengths.sum()), " tok") as advance:
+            batches = _batches(lengths, store.context_length, batch_rows)
+            for (members, rows, length), (stream, nll) in zip(batches, cycle(self._lanes), strict=False):
                 targets = np.full((rows, length), store.eos_id, np.int32)
-                for row, member in enumerate(chosen):
+                for row, member in enumerate(members):
                     targets[row, : lengths[member]] = store.window_tokens(windows[member])
-                inputs = np.full_like(targets, store.eos_id)
-                inputs[:, 1:] = targets[:, :-1]
-                found = np.array(score(mx.array(inputs), mx.array(targets)), np.float64)[: len(chosen)]
-                counted = np.arange(length) < lengths[chosen][:, None]
-                result[chosen] = (found * counted).sum(axis=1)
-                advance(int(lengths[chosen].sum()))
-    return result
+                tokens = np.full_like(targets, store.eos_id)
+                tokens[:, 1:] = targets[:, :-1]
+                with mx.stream(stream):
+                    found = nll(mx.array(tokens), mx.array(targets))
+                mx.async_eval(found)
+                in_flight.append((members, found))
+                collect(len(self._lanes), advance)
+            collect(0, advance)
+        return result
+
+
+def _batches(lengths: np.ndarray, context: int, batch_rows: int | None) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yield (members, rows, padded length): windows of like length together, rows a power of two where few are left."""
+    step = max(1, -(-context // LENGTHS))
+    padded = np.minimum(-(-lengths // step) * step, context)
+    for length in np.unique(padded):
+        members = np.flatnonzero(padded == length)
+        most = batch_rows or max(1, BATCH_TOKENS // int(length))
+        for start in range(0, len(members), most):
+            chosen = members[start : start + most]
+            yield chosen, min(most, 1 << (len(chosen) - 1).bit_length()), int(length)
 
 
 def validation_windows(store: Store, tokens: int, seed: int) -> np.ndarray:
@@ -127,11 +150,11 @@ def evaluate_models(
     results, macro = [], []
     for name in models:
         model, tokenizer = load_any(workspace, name)
-        scores = []
+        scorer, scores = Scorer(model), []
         for set_name, store in stores.items():
             if store.manifest["inputs"]["tokenizer"] != tokenizer:
                 raise SlmError(f"{name} and data/{set_name} were made with different tokenizers: prepare or train one anew")
-            score = evaluate_windows(model, store, np.arange(store.num_windows), report=report)
+            score = scorer(store, np.arange(store.num_windows), report=report)
             scores.append(score)
             results.append({"model": name, "set": set_name, "split": split, **asdict(score)})
         macro.append({"model": name, "sets": sets, "perplexity": macro_perplexity(scores)})

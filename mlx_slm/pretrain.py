@@ -14,7 +14,7 @@ from mlx_slm import runtime
 from mlx_slm.clustering.sampler import Sampler, Stream
 from mlx_slm.config import Config, TrainingConfig, format_size
 from mlx_slm.errors import Interrupted, SlmError
-from mlx_slm.evaluate import evaluate_windows, validation_windows
+from mlx_slm.evaluate import Scorer, validation_windows
 from mlx_slm.export import export_run
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
@@ -89,13 +89,15 @@ def pretrain(
         checkpoint_every=training.checkpoint_every,
         optimizer=AdamW(training.betas, training.eps, training.weight_decay, training.clip_norm),
     )
+    model = Transformer(shape, training.checkpoint_layers)
+    scorer = Scorer(model)
     trainer = Trainer(
-        Transformer(shape, training.checkpoint_layers),
+        model,
         initialise(shape, training.seed),
         sampler,
         plan,
         run.path,
-        lambda model: evaluate_windows(model, valid, windows).nll,
+        lambda: scorer(valid, windows).nll,
         report,
     )
     run.finish(trainer.run())

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_slm.clustering.sampler import Sampler, Stream
 from mlx_slm.config import Config, FinetuningConfig, Recipe, format_size
 from mlx_slm.errors import SlmError
-from mlx_slm.evaluate import evaluate_windows, validation_windows
+from mlx_slm.evaluate import Scorer, validation_windows
 from mlx_slm.export import export_run
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
@@ -103,13 +103,15 @@ def specialize(
         f"({per_pass:.0f} steps a pass), rate {rate:.1e}, at most {plan.steps:,} steps"
     )
     parameters = initialise(shape, finetuning.seed) if scratch else load_weights(source.path, source.weights_step())
+    model = Transformer(shape)
+    scorer = Scorer(model)
     trainer = Trainer(
-        Transformer(shape),
+        model,
         parameters,
         sampler,
         plan,
         run.path,
-        lambda model: evaluate_windows(model, valid, valid_windows).nll,
+        lambda: scorer(valid, valid_windows).nll,
         report,
     )
     state = trainer.run()

@@ -59,11 +59,8 @@ class AdamW:
 
 def global_norm(tree: dict) -> mx.array:
     """L2 norm over all tensors. By inner products: `mx.sum` runs one fp32 sum over a whole array on a CPU (NOTES)."""
-    total = mx.zeros((), mx.float32)
-    for _, g in tree_flatten(tree):
-        flat = g.reshape(-1).astype(mx.float32)
-        total = total + mx.inner(flat, flat)
-    return mx.sqrt(total)
+    flat = [g.reshape(-1).astype(mx.float32) for _, g in tree_flatten(tree)]
+    return mx.sqrt(mx.stack([mx.inner(g, g) for g in flat]).sum())
 
 
 def learning_rate(step: int, base: float, warmup: int, schedule: str, steps: int) -> float:

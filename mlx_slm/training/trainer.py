@@ -80,7 +80,7 @@ class State:
 class Trainer:
     """Trains `model` on the rows of `sampler`, in the directory `run`, from `parameters` or from its last checkpoint.
 
-    `evaluate(model)` gives the validation loss in nats per token.
+    `evaluate()` gives the validation loss of `model` in nats per token.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Trainer:
         sampler: Sampler,
         plan: Plan,
         run: Path,
-        evaluate: Callable[[Transformer], float],
+        evaluate: Callable[[], float],
         report: Report,
     ):
         self.model, self.sampler, self.plan, self.run_directory = model, sampler, plan, run
@@ -113,12 +113,16 @@ class Trainer:
         peak = runtime.matmul_gflops() * 1e9
         with stop_requested() as stopping, ThreadPoolExecutor(1) as loader:
             rows = loader.submit(self.sampler.rows, state.step)
-            started = time.perf_counter()
+            started, first = time.perf_counter(), True
             while state.step < plan.steps and not self._stopped_early():
                 tokens, weights, _ = rows.result()
                 rows = loader.submit(self.sampler.rows, state.step + 1)
                 total = int(weights.sum())
                 in_flight = self.step(tokens, weights, plan.rate(state.step))
+                if first:
+                    mx.eval(in_flight)
+                    self.report.line(f"compiled in {time.perf_counter() - started:.0f}s")
+                    started, first = time.perf_counter(), False
                 self._collect()
                 self._pending = (state.step, total, *in_flight)
                 state.step += 1
@@ -208,7 +212,7 @@ class Trainer:
         """Evaluate; returns whether it is the best so far."""
         state = self.state
         self.model.update(self.step.parameters)
-        nll = self.evaluate(self.model)
+        nll = self.evaluate()
         better = nll < state.best_nll
         if better:
             state.best_nll, state.best_step, state.stale = nll, state.step, 0
