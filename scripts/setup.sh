@@ -40,16 +40,19 @@ install() {
 
 # The packages that MLX needs to run on this platform.
 platform_packages() {
-    [ "$(uname -s)" = Linux ] || return 0
+    [ "$(uname -s)" = Linux ] || {
+        echo '-e .'
+        return
+    }
     if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
-        echo '.[cuda]'
+        echo '-e .[cuda]'
     elif [ "$(uname -m)" != x86_64 ]; then
-        echo '.[cpu]'
+        echo '-e .[cpu]'
     elif [ -n "${MLX_SLM_BLAS:-}" ] || (PATH="$PATH:/sbin:/usr/sbin" ldconfig -p 2>/dev/null || true) | grep -q 'libopenblas\.so'; then
-        echo 'mlx[cpu]'
+        echo '-e . mlx[cpu]'
     else
         echo "installing mkl, a fast BLAS: a download of about 220 MB (set MLX_SLM_BLAS or install libopenblas to do without)" >&2
-        echo '.[cpu]'
+        echo '-e .[cpu]'
     fi
 }
 
@@ -60,7 +63,7 @@ setup() {
         if ! cmp -s "$root/pyproject.toml" "$mark"; then
             echo "installing mlx-slm ($extra) into .venv" >&2
             case $extra in
-                base) install -e . $(platform_packages) ;;
+                base) install $(platform_packages) ;;
                 *) install -e ".[$extra]" ;;
             esac
             cp "$root/pyproject.toml" "$mark"
