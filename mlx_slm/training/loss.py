@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from mlx_slm.models.ops import exp_shifted
 
-CHUNK_LOGITS = 4 << 20
-"""Logits that exist at a time: 16 MB in fp32."""
+CHUNK_LOGITS = 2 << 20
+"""Logits that exist at a time: 8 MB in fp32; half of that is slower, twice is no faster (docs/decisions.md)."""
 
 
 def chunk_rows(rows: int, vocab_size: int) -> int:

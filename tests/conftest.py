@@ -1,0 +1,115 @@
+"""Shared: a small workspace made from docstrings of the standard library, and the real corpora where they are at hand."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import mlx_slm  # noqa: F401  (before mlx: the BLAS)
+from mlx_slm.config import Config, DataConfig, FinetuningConfig, ModelConfig, TokenizerConfig, TrainingConfig
+from mlx_slm.report import Report
+from mlx_slm.text.docstrings import documents
+from mlx_slm.text.prepare import prepare
+from mlx_slm.text.store import Store
+from mlx_slm.text.tokenizer import Tokenizer
+from mlx_slm.workspace import Workspace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+CORPORA = Path(os.environ.get("MLX_SLM_CORPORA", Path(__file__).parents[2] / "shared" / "corpora"))
+
+
+class Recorder(Report):
+    """Keeps what was said."""
+
+    def __init__(self):
+        self.lines, self.warnings = [], []
+
+    def line(self, text):
+        self.lines.append(text)
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+
+@pytest.fixture
+def report() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture(scope="session")
+def corpora() -> Path:
+    if not CORPORA.is_dir():
+        pytest.skip("the real corpora are not at hand")
+    return CORPORA
+
+
+def read_jsonl(path: Path) -> list[str]:
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+    with opened as file:
+        return [json.loads(line)["text"] for line in file]
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """1,200 real short documents."""
+    found = []
+    for text in documents("stdlib"):
+        found.append(text)
+        if len(found) == 1200:
+            break
+    return found
+
+
+def small_config(**changes) -> Config:
+    sections = {
+        "data": DataConfig(context_length=32, valid_fraction=0.1, test_fraction=0.1),
+        "tokenizer": TokenizerConfig(vocab_size=400),
+        "model": ModelConfig(family="llama", num_layers=2, dims=32, num_heads=4, num_kv_heads=2),
+        "training": TrainingConfig(
+            steps=12,
+            learning_rate=3e-3,
+            warmup_steps=4,
+            batch_rows=8,
+            report_every=4,
+            eval_every=6,
+            eval_tokens=2000,
+            checkpoint_every=5,
+        ),
+        "finetuning": FinetuningConfig(learning_rate=1e-3, max_steps=30, warmup_steps=2, batch_rows=4, eval_tokens=2000),
+    }
+    return Config(**(sections | changes))
+
+
+@pytest.fixture(scope="session")
+def config() -> Config:
+    return small_config()
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, texts, config) -> Workspace:
+    """A workspace with a tokenizer, the generic set, and a domain `notes`. Do not write into it."""
+    folder = tmp_path_factory.mktemp("prepared")
+    workspace = Workspace(folder / "workspace")
+    generic, notes = write_jsonl(folder / "generic.jsonl", texts[:900]), write_jsonl(folder / "notes.jsonl", texts[900:])
+    prepare(workspace, "generic", [str(generic)], config, Report())
+    prepare(workspace, "notes", [str(notes)], config, Report())
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def store(prepared) -> Store:
+    return Store(prepared.data("generic", "train"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(prepared) -> Tokenizer:
+    return Tokenizer(prepared.tokenizer)

@@ -1,0 +1,142 @@
+import csv
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from mlx_slm.errors import SlmError
+from mlx_slm.text.sources import LONG_TEXT, Reading, Source, read_file
+
+TEXTS = ["one line", 'two\nlines, "quoted"\ttab', "  äöü \u2028 ¶ 漢字 🙂\r\n", "a,b;c" * 50]
+
+
+def read(source, **options):
+    reading = Reading(**options)
+    return list(Source.parse(str(source)).documents(reading)), reading
+
+
+def jsonl_bytes(texts=TEXTS):
+    return "".join(json.dumps({"text": t, "n": 1}, ensure_ascii=False) + "\n" for t in texts).encode()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.tsv.gz", "a.csv.zst", "a.parquet"])
+def test_every_format_gives_the_same_documents(tmp_path, name):
+    path = tmp_path / name
+    if "parquet" in name:
+        pyarrow.parquet.write_table(pyarrow.table({"n": [1] * len(TEXTS), "text": TEXTS}), path)
+    else:
+        raw = jsonl_bytes()
+        if "jsonl" not in name:
+            with open(tmp_path / "plain", "w", newline="", encoding="utf-8") as file:
+                rows = csv.writer(file, delimiter="\t" if "tsv" in name else ",")
+                rows.writerows([["n", "text"], *([1, text] for text in TEXTS)])
+            raw = (tmp_path / "plain").read_bytes()
+        if name.endswith(".gz"):
+            raw = gzip.compress(raw)
+        if name.endswith(".zst"):  # two frames, as parallel compressors write
+            compress = zstandard.ZstdCompressor().compress
+            raw = compress(raw[:40]) + compress(raw[40:])
+        path.write_bytes(raw)
+    assert read(path)[0] == TEXTS
+
+
+def test_text_files_are_documents_and_long_ones_are_cut_without_loss(tmp_path):
+    (tmp_path / "a.md").write_text("# note\n\nshort\n")
+    long = "".join(f"Paragraph {i}, some words.\nmore of it\n\n" for i in range(8000))
+    (tmp_path / "b.txt").write_text(long)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "c.txt.gz").write_bytes(gzip.compress(b"x" * (LONG_TEXT + 7)))
+    (tmp_path / "ignored.bin").write_bytes(b"\x00")
+    found, _ = read(tmp_path)
+    assert found[0] == "# note\n\nshort\n" and found[-1] == "x" * (LONG_TEXT + 7)
+    parts = found[1:-1]
+    assert "".join(parts) == long and len(parts) > 10
+    assert all(part.endswith("\n\n") and 20_000 <= len(part) <= 21_000 for part in parts[:-1])
+
+
+def test_globs_are_sorted(tmp_path):
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path / "*.txt")[0] == ["a.txt", "b.txt"]
+
+
+def test_hub_source_reads_a_local_dataset_with_the_real_library(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_bytes(jsonl_bytes())
+    assert read(f"hf:{data}")[0] == TEXTS
+    with pytest.raises(SlmError, match="no field 'body'; its fields: text, n"):
+        read(f"hf:{data}", text_field="body")
+    with pytest.raises(SlmError, match="cannot be read"):
+        read("hf:no-such/dataset-anywhere")
+
+
+def test_docs_source(tmp_path):
+    found, _ = read("docs:click")
+    assert len(found) > 50 and any("command" in text for text in found)
+    with pytest.raises(SlmError, match=r"'clik' is not installed here \(did you mean click\?\)"):
+        read("docs:clik")
+    everything = Source.parse("docs:*,-click").documents(Reading())
+    assert next(everything) not in found
+    everything.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not a JSON object"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}\n', r"a\.jsonl:3: no field 'text'; its fields: body"),
+        ("a.jsonl", b'["x"]\n', r"a\.jsonl:1: expected an object with a field 'text', found a list"),
+        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: field 'text' is a int"),
+        ("a.csv", b"title,body\nx,y\n", r"a\.csv:2: no field 'text'; its fields: title, body"),
+        ("a.parquet", b"not parquet", r"a\.parquet: damaged or not a parquet file"),
+        ("a.jsonl.gz", gzip.compress(jsonl_bytes() * 100)[:-20], r"a\.jsonl\.gz: truncated or damaged gzip"),
+        ("a.jsonl.gz", b"plain text", r"a\.jsonl\.gz: truncated or damaged gzip"),
+        ("a.txt.zst", zstandard.ZstdCompressor().compress(b"words " * 9999)[:-8], r"a\.txt\.zst: truncated or damaged"),
+        ("a.exe", b"x", r"a\.exe: unknown kind of file; known: .*jsonl"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SlmError, match=message):
+        read(tmp_path / name)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(SlmError, match=r"gone\.jsonl: no such file"):
+        read(tmp_path / "gone.jsonl")
+    with pytest.raises(SlmError, match="no such file; check the path or the pattern"):
+        read(tmp_path / "*.jsonl")
+    with pytest.raises(SlmError, match="no text files in this directory"):
+        read(tmp_path)
+
+
+def test_invalid_utf8_is_counted_or_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "caf\xe9"}\n{"text": "fine"}\n{"text": "\\ud800"}\n')
+    found, reading = read(path)
+    assert found[0] == "caf\ufffd" and found[1] == "fine" and reading.replaced == 2
+    with pytest.raises(SlmError, match=r"a\.jsonl:1: invalid UTF-8"):
+        read(path, strict=True)
+
+
+def test_empty_and_white_files_hold_no_documents(tmp_path):
+    for name, content in (("a.txt", b""), ("b.txt", b" \n\t\n"), ("c.jsonl", b'{"text": "  "}\n{"text": ""}\n')):
+        (tmp_path / name).write_bytes(content)
+        assert list(read_file(tmp_path / name, Reading())) == []
+    _, reading = read(tmp_path / "*.*")
+    assert len(reading.empty_files) == 3
+
+
+def test_split_prefixes_and_fingerprints(tmp_path):
+    assert Source.parse("valid=x=y.txt") == Source("x=y.txt", "valid")
+    assert Source.parse("a=b.txt") == Source("a=b.txt", None)
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    before = Source.parse(str(path)).fingerprint()
+    assert Source.parse(str(path)).fingerprint() == before
+    path.write_text("two")
+    assert Source.parse(str(path)).fingerprint() != before
