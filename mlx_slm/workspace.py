@@ -1,8 +1,8 @@
 """Where artifacts live, and why they can be trusted.
 
 An artifact is a directory with a `manifest.json` written last: the size of each file, its SHA-256 (or, for files that
-are memory-mapped, a crc32 per block), what it was made from, and a fingerprint of all that. A directory without a valid
-manifest does not exist. Directories are written under a temporary name, flushed, and renamed.
+are memory-mapped, a crc32 per block), what it was made from, and a fingerprint of its content. A directory without a
+valid manifest does not exist. Directories are written under a temporary name, flushed, and renamed.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def new_artifact(path: Path, kind: str, inputs: dict, mapped: tuple[str, ...] = 
             files[name] = {"bytes": file.stat().st_size, **digest}
             _sync(file)
         manifest = {"kind": kind, "inputs": inputs, "info": info, "files": files}
-        manifest["fingerprint"] = fingerprint(manifest)
+        manifest["fingerprint"] = fingerprint([kind, files])
+        manifest["checksum"] = fingerprint(manifest)
         write_json(temporary / MANIFEST, manifest)
         _sync(temporary)
         _replace_directory(temporary, path)
@@ -161,8 +162,8 @@ def load_manifest(path: Path, kind: str) -> dict:
     manifest = read_json(path / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         raise Damaged(f"{path} is not a {kind}")
-    body = {key: value for key, value in manifest.items() if key != "fingerprint"}
-    if fingerprint(body) != manifest.get("fingerprint"):
+    body = {key: value for key, value in manifest.items() if key != "checksum"}
+    if fingerprint(body) != manifest.get("checksum"):
         raise Damaged(f"{path / MANIFEST} was changed after it was written; remove {path} and make it again")
     for name, entry in manifest["files"].items():
         file = path / name

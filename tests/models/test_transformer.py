@@ -1,0 +1,135 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_slm.config import ModelConfig
+from mlx_slm.export import export_model, load_exported
+from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.workspace import Damaged
+
+CONFIGS = {
+    "gpt2": ModelConfig(family="gpt2", num_layers=3, dims=48, num_heads=4),
+    "llama": ModelConfig(family="llama", num_layers=3, dims=48, num_heads=4, num_kv_heads=2, hidden_dims=112, rope_theta=5e4),
+}
+
+
+def make(family, vocab_size=400, context=64, checkpoint_layers=False):
+    shape = Shape.of(CONFIGS[family], vocab_size, context)
+    model = Transformer(shape, checkpoint_layers)
+    parameters = initialise(shape, 1)
+    # Norms and biases away from 1 and 0, so that leaving one out shows.
+    flat = tree_flatten(parameters)
+    for number, (_, value) in enumerate(flat):
+        noise = mx.random.normal(value.shape, key=mx.random.key(number)) * 0.1
+        value[...] = value + noise
+    model.update(parameters)
+    return model, parameters
+
+
+@pytest.fixture(params=list(CONFIGS))
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def exported(family, tmp_path, tokenizer):
+    model, parameters = make(family, tokenizer.vocab_size)
+    path = export_model(tmp_path / "model", model.shape, parameters, tokenizer, {"tokenizer": tokenizer.fingerprint}, {})
+    return model, path
+
+
+def tokens_for(model, rows=3):
+    return np.random.default_rng(0).integers(0, model.shape.vocab_size, (rows, model.shape.context_length))
+
+
+def test_logits_equal_transformers(exported, family):
+    torch = pytest.importorskip("torch", reason="parity needs torch (extra: peers)")
+    from transformers import AutoModelForCausalLM
+
+    model, path = exported
+    other = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32).eval()
+    assert type(other).__name__ == {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[family]
+    assert sum(p.numel() for p in other.parameters()) == model.shape.num_parameters
+    tokens = tokens_for(model)
+    with torch.no_grad():
+        expected = other(torch.tensor(tokens)).logits.numpy()
+    assert np.abs(np.array(model.logits(mx.array(tokens))) - expected).max() < 1e-4
+
+
+def test_logits_equal_mlx_lm(exported):
+    from mlx_lm import load
+
+    model, path = exported
+    other, tokenizer = load(str(path))
+    tokens = mx.array(tokens_for(model))
+    assert mx.abs(other(tokens) - model.logits(tokens)).max() < 1e-4
+    names = {name for name, _ in tree_flatten(other.parameters())}
+    assert names == {name for name, _ in tree_flatten(model.parameters())}
+    assert tokenizer.eos_token_ids == {1}
+
+
+def test_export_and_load_are_inverse_and_damage_is_noticed(exported):
+    model, path = exported
+    again, _ = load_exported(path)
+    for (name, a), (_, b) in zip(tree_flatten(model.parameters()), tree_flatten(again.parameters()), strict=True):
+        assert mx.array_equal(a, b), name
+    weights = path / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-3] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(Damaged, match=r"model\.safetensors is damaged"):
+        load_exported(path)
+
+
+def test_counts_are_exact(family):
+    model, parameters = make(family)
+    assert sum(value.size for _, value in tree_flatten(parameters)) == model.shape.num_parameters
+    assert {n for n, _ in tree_flatten(parameters)} == {n for n, _ in tree_flatten(model.parameters())}
+
+
+def test_initialisation_is_gpts(family):
+    shape = Shape.of(CONFIGS[family], 4000, 64)
+    flat = dict(tree_flatten(initialise(shape, 0)))
+    deviations = {}
+    for name, value in flat.items():
+        kind = "norm" if value.ndim == 1 else "residual" if name.split(".")[-2] in ("c_proj", "o_proj", "down_proj") else "matrix"
+        if kind == "norm":
+            assert (value == (0.0 if name.endswith("bias") else 1.0)).all()
+        else:
+            deviations.setdefault(kind, []).append(float(mx.sqrt(mx.square(value).mean())))
+    assert np.allclose(deviations["matrix"], 0.02, rtol=0.06)
+    assert np.allclose(deviations["residual"], 0.02 / 6**0.5, rtol=0.06)
+    again, other = (dict(tree_flatten(initialise(shape, seed))) for seed in (0, 1))
+    assert all(mx.array_equal(flat[name], again[name]) for name in flat)
+    assert all(mx.array_equal(flat[name], other[name]) == (flat[name].ndim == 1) for name in flat)
+
+
+def test_checkpointed_layers_give_the_same_gradients(family):
+    (plain, parameters), (checkpointed, _) = make(family), make(family, checkpoint_layers=True)
+    tokens = mx.array(tokens_for(plain))
+
+    def gradients(model):
+        def loss(parameters):
+            model.update(parameters)
+            return mx.square(model(tokens)).sum()
+
+        return dict(tree_flatten(mx.grad(loss)(parameters)))
+
+    a, b = gradients(plain), gradients(checkpointed)
+    for name in a:
+        assert mx.allclose(a[name], b[name], rtol=1e-5, atol=1e-5 * float(mx.abs(a[name]).max())), name
+
+
+def test_no_token_sees_its_future(family):
+    model, _ = make(family)
+    tokens = tokens_for(model)
+    changed = tokens.copy()
+    changed[:, 40:] = 7
+    a, b = (np.array(model(mx.array(t))) for t in (tokens, changed))
+    assert np.abs(a[:, :40] - b[:, :40]).max() < 1e-6 < np.abs(a[:, 40:] - b[:, 40:]).max()
+
+
+def test_flops_by_hand():
+    shape = Shape.of(ModelConfig(), 32_000, 1024)
+    assert shape.flops_per_token == 6 * 121_992_192 + 12 * 7 * 1024 * 1024

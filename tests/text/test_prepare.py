@@ -1,0 +1,252 @@
+import errno
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import small_config, write_jsonl
+
+from mlx_slm.config import DataConfig, TokenizerConfig
+from mlx_slm.errors import SlmError
+from mlx_slm.report import Report
+from mlx_slm.text import prepare as p
+from mlx_slm.text.store import Store, cut_windows, first_windows
+from mlx_slm.text.tokenizer import Tokenizer
+from mlx_slm.workspace import Damaged, Workspace
+
+SPLITS = ("train", "valid", "test")
+
+
+@pytest.fixture
+def workspace(tmp_path, prepared) -> Workspace:
+    """A workspace of its own with the shared tokenizer."""
+    made = Workspace(tmp_path / "w")
+    shutil.copytree(prepared.tokenizer, made.tokenizer)
+    return made
+
+
+def decoded(store: Store, tokenizer: Tokenizer) -> list[str]:
+    windows = store.windows[:]
+    texts = []
+    for document in range(store.num_documents):
+        ids = np.concatenate([store.window_tokens(i) for i in np.flatnonzero(windows["document"] == document)])
+        assert ids[-1] == store.eos_id
+        texts.append(tokenizer.decode(ids[:-1]))
+    return texts
+
+
+def test_every_document_is_stored_once_in_one_split(prepared, texts, tokenizer):
+    found = [text for split in SPLITS for text in decoded(Store(prepared.data("generic", split)), tokenizer)]
+    assert sorted(found) == sorted(set(texts[:900]))
+
+
+def test_windows_tile_the_tokens(store, texts):
+    windows = store.windows[:]
+    assert windows["length"].max() == store.context_length == 32
+    assert (np.cumsum(windows["length"]) - windows["length"] == windows["offset"]).all()
+    assert windows["length"].sum() == store.num_tokens == len(store.tokens)
+    assert windows["bytes"].sum() == store.num_bytes
+    ends = store.tokens[:][windows["offset"] + windows["length"] - 1] == store.eos_id
+    assert ends.sum() == store.num_documents
+
+
+def test_cut_windows_by_hand():
+    windows = cut_windows(np.array([3, 8, 4]), np.arange(15), 4)
+    assert windows["offset"].tolist() == [0, 3, 7, 11]
+    assert windows["length"].tolist() == [3, 4, 4, 4]
+    assert windows["document"].tolist() == [0, 1, 1, 2]
+    assert windows["bytes"].tolist() == [3, 18, 34, 50]
+
+
+def test_splits_are_stable_when_the_set_grows(tmp_path, prepared, texts, tokenizer, config):
+    workspace = Workspace(tmp_path / "w")
+    shutil.copytree(prepared.tokenizer, workspace.tokenizer)
+    grown = write_jsonl(tmp_path / "grown.jsonl", list(reversed(texts)))
+    p.prepare(workspace, "generic", [str(grown)], config, Report())
+    for split in SPLITS:
+        before = set(decoded(Store(prepared.data("generic", split)), tokenizer))
+        assert before <= set(decoded(Store(workspace.data("generic", split)), tokenizer))
+
+
+def test_duplicates_are_kept_where_they_are_held_out(workspace, tmp_path, config, tokenizer, report):
+    train = write_jsonl(tmp_path / "train.jsonl", ["kept here", "twice", "twice", "held out"] + ["more text"] * 3)
+    test = write_jsonl(tmp_path / "test.jsonl", ["held out"])
+    p.prepare(workspace, "d", [f"train={train}", f"test={test}"], config, report)
+    assert decoded(Store(workspace.data("d", "train")), tokenizer) == ["kept here", "twice", "more text"]
+    assert decoded(Store(workspace.data("d", "test")), tokenizer) == ["held out"]
+    assert Store(workspace.data("d", "valid")).num_windows == 0
+    assert "left out 4 exact duplicates" in report.lines
+
+
+def test_nothing_is_done_twice_and_changes_are_refused(workspace, tmp_path, texts, config):
+    source = write_jsonl(tmp_path / "a.jsonl", texts[:100])
+    assert p.prepare(workspace, "d", [str(source)], config, Report())
+    assert not p.prepare(workspace, "d", [str(source)], config, Report())
+    write_jsonl(source, texts[:101])
+    with pytest.raises(SlmError, match=r"other inputs \(text changed\): run `mlx-slm prepare d SOURCE\.\.\. --fresh`"):
+        p.prepare(workspace, "d", [str(source)], config, Report())
+    assert p.prepare(workspace, "d", [str(source)], config, Report(), fresh=True)
+    with pytest.raises(SlmError, match=r"other inputs \(context_length, reading changed\)"):
+        p.prepare(workspace, "d", [str(source)], small_config(data=DataConfig(context_length=64)), Report())
+
+
+def test_another_tokenizer_is_refused(workspace, tmp_path, texts, prepared):
+    source = write_jsonl(tmp_path / "a.jsonl", texts[:300])
+    with pytest.raises(SlmError, match=r"made with other settings \(tokenizer\.vocab_size\).*--fresh"):
+        p.prepare(workspace, "generic", [str(source)], small_config(tokenizer=TokenizerConfig(vocab_size=500)), Report())
+    p.prepare(
+        workspace, "generic", [str(source)], small_config(tokenizer=TokenizerConfig(vocab_size=500)), Report(), fresh=True
+    )
+    with pytest.raises(SlmError, match=r"made by another tokenizer .*mlx-slm prepare notes --fresh"):
+        Store(prepared.data("notes", "train")).require_tokenizer(Tokenizer(workspace.tokenizer))
+
+
+def test_a_domain_before_the_generic_set(tmp_path, texts, config):
+    source = write_jsonl(tmp_path / "a.jsonl", texts[:10])
+    with pytest.raises(SlmError, match="no tokenizer yet: .* mlx-slm prepare generic SOURCE"):
+        p.prepare(Workspace(tmp_path / "w"), "d", [str(source)], config, Report())
+
+
+def test_unknown_set_names_the_known(prepared, config):
+    with pytest.raises(SlmError, match=r"unknown set 'note' \(did you mean notes\?\); known: .*generic.*notes"):
+        p.sources_of("note", [], prepared, config)
+    assert p.sources_of("notes", [], prepared, config)[0].endswith("notes.jsonl")
+
+
+def test_text_without_documents(workspace, tmp_path, config, report):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "white.txt").write_text(" \n\n")
+    for name in ("empty.txt", "white.txt"):
+        with pytest.raises(SlmError, match=f"no text in .*{name}: every file is empty or only white space"):
+            p.prepare(workspace, "d", [str(tmp_path / name)], config, report)
+    (tmp_path / "full.txt").write_text("something to train on")
+    p.prepare(workspace, "d", [f"train={tmp_path / '*.txt'}"], config, report)
+    assert any("no text in" in warning and "white.txt" in warning for warning in report.warnings)
+
+
+def test_invalid_utf8_is_reported(workspace, tmp_path, config, report):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "caf\xe9"}\n{"text": "fine"}\n')
+    with pytest.raises(SlmError, match="invalid UTF-8"):
+        p.prepare(workspace, "d", [f"train={path}"], config, report, strict=True)
+    p.prepare(workspace, "d", [f"train={path}"], config, report)
+    assert report.warnings == ["replaced invalid UTF-8 in 1 documents (--strict fails instead)"]
+
+
+def shards_of(workspace, monkeypatch):
+    """Shards of one document each, written in this process so that they can be counted and made to fail."""
+    monkeypatch.setattr(p, "SHARD_BYTES", 1)
+    written = []
+    real = p.write_shard
+
+    class Here:
+        def __init__(self, *_, **__): ...
+
+        def submit(self, _, texts, path):
+            written.append(path.name)
+            future = p.Future()
+            try:
+                future.set_result(real(texts, Tokenizer(workspace.tokenizer), path))
+            except BaseException as error:
+                future.set_exception(error)
+            return future
+
+        def shutdown(self, **_): ...
+
+    monkeypatch.setattr(p, "ProcessPoolExecutor", Here)
+    return written
+
+
+def test_a_killed_run_tokenises_only_what_is_missing(workspace, tmp_path, texts, config, monkeypatch, report, tokenizer):
+    distinct = list(dict.fromkeys(texts))[:60]
+    source = write_jsonl(tmp_path / "a.jsonl", distinct)
+    expected = Workspace(tmp_path / "whole")
+    shutil.copytree(workspace.tokenizer, expected.tokenizer)
+    p.prepare(expected, "d", [str(source)], config, Report())
+    written = shards_of(workspace, monkeypatch)
+    monkeypatch.setattr(p, "merge_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        p.prepare(workspace, "d", [str(source)], config, report)
+    monkeypatch.undo()
+    partial = workspace.root / "data" / "d" / ".partial"
+    assert len(written) == 60 == len(list(partial.glob("*.npz")))
+    for name in written[10:14]:
+        (partial / name).unlink()
+    again = shards_of(workspace, monkeypatch)
+    p.prepare(workspace, "d", [str(source)], config, report)
+    assert again == written[10:14] and "resuming: 56 finished shards are kept" in report.lines
+    for split in SPLITS:
+        assert Store(workspace.data("d", split)).fingerprint == Store(expected.data("d", split)).fingerprint
+    assert not partial.exists()
+
+
+def test_shards_of_other_text_are_thrown_away(workspace, tmp_path, texts, config, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", texts[:5])
+    partial = workspace.root / "data" / "d" / ".partial"
+    partial.mkdir(parents=True)
+    (partial / "plan.json").write_text(json.dumps({"text": "other"}))
+    (partial / "train-00000.npz").write_bytes(b"rubbish")
+    p.prepare(workspace, "d", [f"train={source}"], config, Report())
+    assert Store(workspace.data("d", "train")).num_documents == 5
+
+
+def test_a_full_disk_keeps_the_old_store_and_the_shards(workspace, tmp_path, texts, config, monkeypatch, report):
+    source = write_jsonl(tmp_path / "a.jsonl", texts[:20])
+    p.prepare(workspace, "d", [f"train={source}"], config, Report())
+    before = Store(workspace.data("d", "train")).fingerprint
+    write_jsonl(source, texts[:30])
+    written = shards_of(workspace, monkeypatch)
+    real, left = p.os.fsync, [7]
+
+    def fsync(descriptor):
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(errno.ENOSPC, "No space left on device", "shard")
+        real(descriptor)
+
+    monkeypatch.setattr(p.os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        p.prepare(workspace, "d", [f"train={source}"], config, report, fresh=True)
+    assert Store(workspace.data("d", "train")).fingerprint == before
+    del written[:]
+    p.prepare(workspace, "d", [f"train={source}"], config, report, fresh=True)
+    assert 0 < len(written) < 30 and Store(workspace.data("d", "train")).num_documents == len(set(texts[:30]))
+
+
+def test_parallel_processes_write_the_same_store(workspace, tmp_path, texts, config, prepared, monkeypatch):
+    source = write_jsonl(tmp_path / "generic.jsonl", texts[:900])
+    monkeypatch.setattr(p, "SHARD_BYTES", 60_000)
+    p.prepare(workspace, "generic", [str(source)], config, Report())
+    for split in SPLITS:
+        assert Store(workspace.data("generic", split)).fingerprint == Store(prepared.data("generic", split)).fingerprint
+
+
+def test_limit_takes_the_first_text(workspace, tmp_path, texts):
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    p.prepare(workspace, "d", [f"train={source}"], small_config(data=DataConfig(context_length=32, limit=5000)), Report())
+    made = Store(workspace.data("d", "train"))
+    assert 5000 <= made.num_bytes < 5000 + max(len(text.encode()) for text in texts)
+
+
+def test_first_windows_are_nested_seeded_and_whole_documents(store):
+    small, large = first_windows(store, 500, 0), first_windows(store, 2000, 0)
+    length = store.windows[:]["length"]
+    assert large[: len(small)].tolist() == small.tolist()
+    assert 500 <= length[small].sum() < 532 and 2000 <= length[large].sum() < 2032
+    assert first_windows(store, 500, 1).tolist() != small.tolist()
+    assert sorted(first_windows(store, store.num_tokens, 0)) == list(range(store.num_windows))
+    document = store.windows[:]["document"][large]
+    assert (np.diff(np.flatnonzero(np.diff(document))) > 0).all() and len(set(document)) == (np.diff(document) != 0).sum() + 1
+    with pytest.raises(SlmError, match=r"asks for more than generic has: .* holds [\d,]+ tokens"):
+        first_windows(store, store.num_tokens + 1, 0)
+
+
+def test_damaged_tokens_are_noticed_before_use(workspace, tmp_path, texts, config):
+    source = write_jsonl(tmp_path / "a.jsonl", texts[:50])
+    p.prepare(workspace, "d", [f"train={source}"], config, Report())
+    path = workspace.data("d", "train") / "tokens.bin"
+    raw = bytearray(path.read_bytes())
+    raw[33] ^= 4
+    path.write_bytes(raw)
+    with pytest.raises(Damaged, match=r"tokens\.bin is damaged"):
+        Store(workspace.data("d", "train")).window_tokens(0)

@@ -1,0 +1,269 @@
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_slm.clustering.sampler import Sampler, Stream
+from mlx_slm.config import ModelConfig
+from mlx_slm.errors import Interrupted, SlmError
+from mlx_slm.evaluate import Scorer
+from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.report import Report
+from mlx_slm.text.store import Store
+from mlx_slm.training import checkpoint
+from mlx_slm.training.checkpoint import Metrics, checkpoint_steps, load_checkpoint
+from mlx_slm.training.optimizer import AdamW
+from mlx_slm.training.step import TrainingStep, measure_speed
+from mlx_slm.training.trainer import Plan, Trainer
+
+STEPS = 26
+EXACT = ("step", "tokens", "loss", "learning_rate", "grad_norm", "skipped", "valid_nll")
+
+
+def make_trainer(store_directory, run, report=None, **changes) -> Trainer:
+    """A run of 26 steps that crosses two passes over its rows, with two micro-batches a step."""
+    store = Store(Path(store_directory))
+    shape = Shape.of(ModelConfig(family="llama", num_layers=1, dims=32, num_heads=4), 400, store.context_length)
+    sampler = Sampler([Stream(store, np.arange(75))], np.ones(1), 8, seed=5)
+    assert STEPS * 8 > 2 * sampler.num_rows
+    plan = dict(steps=STEPS, learning_rate=1e-2, warmup_steps=3, batch_rows=8, micro_rows=4, eval_every=7, report_every=4)
+    plan |= dict(checkpoint_every=5, schedule="cosine")
+    model = Transformer(shape)
+    scorer, windows = Scorer(model), np.arange(40)
+    run.mkdir(parents=True, exist_ok=True)
+    return Trainer(
+        model, initialise(shape, 0), sampler, Plan(**(plan | changes)), run, lambda: scorer(store, windows).nll, report or Report()
+    )
+
+
+def everything(run) -> tuple[dict, list]:
+    """All tensors and state of the last checkpoint, and the metrics that do not depend on the clock."""
+    parameters, moments, state = load_checkpoint(run, checkpoint_steps(run)[-1])
+    state = {k: v for k, v in state.items() if k not in ("seconds", "window")}
+    records = [{k: record[k] for k in EXACT if k in record} for record in Metrics.read(run / "metrics.jsonl")]
+    return dict(tree_flatten([parameters, moments])) | {"state": state}, records
+
+
+def assert_same(run, expected):
+    (tensors, records), (other, other_records) = everything(run), expected
+    assert records == other_records
+    assert tensors.pop("state") == other["state"]
+    for name, value in tensors.items():
+        assert mx.array_equal(value, other[name]), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run") / "r"
+    make_trainer(prepared.data("generic", "train"), run).run()
+    return everything(run)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import mlx_slm
+from training.test_trainer import make_trainer
+from mlx_slm import workspace
+from mlx_slm.training import checkpoint, trainer
+
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+point = {point!r}
+if point == "while saving":
+    real, saves = checkpoint.save_arrays, []
+    def save(path, tree, metadata=None):
+        saves.append(path)
+        real(path, tree, metadata)
+        if len(saves) == 5:  # the weights of the third checkpoint are written, its moments are not
+            kill()
+    checkpoint.save_arrays = save
+elif point == "between the renames":
+    real, renames = os.rename, []
+    def rename(a, b):
+        renames.append(b)
+        if len(renames) == 3:
+            kill()
+        real(a, b)
+    workspace.os.rename = rename
+trainer_ = make_trainer({store!r}, Path({run!r}))
+if point == "between checkpoints":
+    real, calls = trainer_.sampler.rows, []
+    def rows(step):
+        calls.append(step)
+        if len(calls) == 19:
+            kill()
+        return real(step)
+    trainer_.sampler.rows = rows
+trainer_.run()
+"""
+
+
+@pytest.mark.parametrize("point", ["between checkpoints", "while saving", "between the renames"])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(point, prepared, tmp_path, uninterrupted, report):
+    run, store = tmp_path / "r", str(prepared.data("generic", "train"))
+    script = KILLED.format(tests=str(Path(__file__).parents[1]), point=point, store=store, run=str(run))
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert finished.returncode == -signal.SIGKILL, finished.stderr
+    done = checkpoint_steps(run)
+    assert done and done[-1] < STEPS
+    make_trainer(store, run, report).run()
+    assert f"resuming r at step {done[-1]} of {STEPS}" in report.lines
+    assert_same(run, uninterrupted)
+
+
+def test_interrupted_saves_and_resumes(prepared, tmp_path, uninterrupted):
+    run = tmp_path / "r"
+    trainer = make_trainer(prepared.data("generic", "train"), run)
+    real = trainer.sampler.rows
+
+    def rows(step):
+        if step == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(step)
+
+    trainer.sampler.rows = rows
+    with pytest.raises(Interrupted, match=r"stopped at step 1[2-4]; the same command again goes on"):
+        trainer.run()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    make_trainer(prepared.data("generic", "train"), run).run()
+    assert_same(run, uninterrupted)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(prepared, tmp_path, uninterrupted, report):
+    run = tmp_path / "r"
+    make_trainer(prepared.data("generic", "train"), run).run()
+    last = checkpoint_steps(run)[-1]
+    path = run / "checkpoints" / f"step-{last}" / "optimizer.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-100] ^= 16
+    path.write_bytes(raw)
+    make_trainer(prepared.data("generic", "train"), run, report).run()
+    assert f"step-{last} cannot be used" in report.warnings[0] and "optimizer.safetensors is damaged" in report.warnings[0]
+    assert_same(run, uninterrupted)
+    for step in checkpoint_steps(run):
+        (run / "checkpoints" / f"step-{step}" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(SlmError, match="every checkpoint is damaged .* start anew with --fresh"):
+        make_trainer(prepared.data("generic", "train"), run)
+
+
+def test_a_full_disk_loses_no_checkpoint(prepared, tmp_path, uninterrupted, monkeypatch):
+    run, store = tmp_path / "r", prepared.data("generic", "train")
+    real, count = checkpoint.save_file, itertools.count()
+
+    def save(arrays, path, metadata=None):
+        if next(count) == 5:
+            Path(path).write_bytes(b"half")
+            raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        real(arrays, path, metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", save)
+    trainer = make_trainer(store, run)
+    with pytest.raises(OSError) as error:
+        trainer.run()
+    assert error.value.errno == 28 and "step-10" in str(error.value.filename)
+    assert checkpoint_steps(run) == [5, 7]
+    make_trainer(store, run).run()
+    assert_same(run, uninterrupted)
+
+
+def test_the_last_two_and_the_best_are_kept(prepared, tmp_path):
+    run = tmp_path / "r"
+    losses = iter([3.0, 1.0, 2.0, 2.0, 2.0])
+    trainer = make_trainer(prepared.data("generic", "train"), run)
+    trainer.evaluate = lambda: next(losses)
+    state = trainer.run()
+    assert (state.best_step, state.best_nll) == (14, 1.0)
+    assert checkpoint_steps(run) == [14, 25, 26]
+
+
+def test_early_stopping_and_its_state_survive_a_resume(prepared, tmp_path):
+    run = tmp_path / "r"
+    losses = [3.0, 1.0, 2.0, 1.5, 0.1]
+    trainer = make_trainer(prepared.data("generic", "train"), run, eval_every=3, patience=2)
+    trainer.evaluate = lambda: losses[trainer.state.step // 3 - 1]
+    assert trainer.run().step == 12
+    again = make_trainer(prepared.data("generic", "train"), run, eval_every=3, patience=2)
+    state = again.run()
+    assert (state.step, state.best_step, state.best_nll, state.stale) == (12, 6, 1.0, 2)
+
+
+def poison(trainer, bad: set[int]) -> None:
+    """Make the loss of these steps overflow."""
+
+    class Poisoned(TrainingStep):
+        def __call__(self, tokens, weights, rate):
+            scale = np.float32(3e38 if trainer.state.step in bad else 1)
+            with np.errstate(over="ignore"):
+                return super().__call__(tokens, weights * scale, rate)
+
+    trainer.step.__class__ = Poisoned
+
+
+def test_a_bad_step_is_skipped_and_counted_and_three_stop_the_run(prepared, tmp_path, report):
+    trainer = make_trainer(prepared.data("generic", "train"), tmp_path / "one", report)
+    poison(trainer, {4, 6})
+    state = trainer.run()
+    assert state.skipped == 2 and state.step == STEPS and trainer.step.moments["updates"].item() == STEPS - 2
+    assert [w.split(":")[0] for w in report.warnings] == ["step 4 skipped", "step 6 skipped"]
+    trainer = make_trainer(prepared.data("generic", "train"), tmp_path / "three", report)
+    poison(trainer, {3, 9, 10, 11})
+    with pytest.raises(SlmError, match=r"3 steps in a row were not finite, the last is step 11 \(rows 88 to 95"):
+        trainer.run()
+    assert checkpoint_steps(tmp_path / "three")[-1] == 10
+
+
+def test_rows_and_steps_do_not_depend_on_the_micro_batch(prepared, tmp_path):
+    runs = {}
+    for micro in (1, 2, 4, 8):
+        trainer = make_trainer(prepared.data("generic", "train"), tmp_path / str(micro), micro_rows=micro, steps=6)
+        seen, real = [], trainer.sampler.rows
+
+        def rows(step, seen=seen, real=real):
+            seen.append(real(step)[0])
+            return real(step)
+
+        trainer.sampler.rows = rows
+        trainer.run()
+        runs[micro] = np.stack(seen[:6]), dict(tree_flatten(trainer.step.parameters))
+    for micro in (1, 2, 4):
+        assert (runs[micro][0] == runs[8][0]).all()
+        for name, value in runs[8][1].items():
+            assert mx.abs(runs[micro][1][name] - value).max() < 2e-4, (micro, name)
+
+
+def test_the_loss_is_a_mean_over_tokens_not_over_micro_batches(store):
+    """Two micro-batches with unequal numbers of targets: the gradient is that of one batch with all of them."""
+    shape = Shape.of(ModelConfig(family="llama", num_layers=1, dims=32, num_heads=4), 400, store.context_length)
+    stream = Stream(store)
+    tokens, weights = (np.stack(x) for x in zip(*(stream.row(i) for i in range(4)), strict=True))
+    weights[:2, 5:] = 0
+    moved = []
+    for micro in (2, 4):
+        step = TrainingStep(Transformer(shape), AdamW(), micro, initialise(shape, 0))
+        loss, norm, _ = step(tokens, weights, 1e-3)
+        moved.append((loss.item(), norm.item()))
+    assert np.allclose(moved[0], moved[1], rtol=1e-5)
+    assert moved[0][0] / weights.sum() == pytest.approx(math.log(400), rel=0.05)
+
+
+def test_metrics_have_a_record_for_every_report(uninterrupted):
+    _, records = uninterrupted
+    assert [r["step"] for r in records if "loss" in r] == [4, 8, 12, 16, 20, 24, 26]
+    assert [r["step"] for r in records if "valid_nll" in r] == [7, 14, 21, 26]
+    assert records[0]["loss"] > records[-2]["loss"]
+    json.dumps(records)
+
+
+def test_measured_speed_is_of_whole_steps():
+    shape = Shape.of(ModelConfig(family="llama", num_layers=1, dims=32, num_heads=4), 400, 32)
+    assert 100 < measure_speed(shape, 4, 2, 0.1, False) < 10**8
