@@ -204,7 +204,8 @@ def show(options, found: dict[str, list]) -> None:
 
     tokens = options.rows * options.context
     medians = {side: statistics.median(seconds for seconds, _, _ in rounds) for side, rounds in found.items()}
-    size = f"{shape_of(options).num_parameters / 1e6:.1f}M, vocabulary {options.vocab_size}, {options.rows} x {options.context}"
+    millions = shape_of(options).num_parameters / 1e6
+    size = f"{millions:.1f}M, vocabulary {options.vocab_size}, {options.rows} x {options.context}"
     results = []
     print(f"\n{'side':<14}{'tokens/s':>10}{'quartiles (s/step)':>24}{'MLX peak':>12}{'RSS peak':>12}{'ours is':>10}")
     for side, rounds in found.items():
@@ -231,7 +232,10 @@ def show(options, found: dict[str, list]) -> None:
         )
         shown_peak = f"{peak / 2**20:,.0f} MB" if peak else "-"
         quartiles = f"{low:.3f} - {high:.3f}"
-        print(f"{side:<14}{tokens / medians[side]:>10,.0f}{quartiles:>24}{shown_peak:>12}{rss / 2**20:>9,.0f} MB{ratio:>9.2f}x")
+        print(
+            f"{side:<14}{tokens / medians[side]:>10,.0f}{quartiles:>24}{shown_peak:>12}"
+            f"{rss / 2**20:>9,.0f} MB{ratio:>9.2f}x"
+        )
     if options.json:
         with open(options.json, "w") as file:
             json.dump(results, file, indent=1)

@@ -52,7 +52,7 @@ class DataConfig(Section):
     generic: str = "generic"
     """The name of the generic set; every other set is a domain."""
     sets: dict[str, list[str]] = {}
-    """Sources per set: files, globs, `hf:<dataset>[:<config>]`, `docs:<packages>`; `train=`, `valid=`, `test=` in front."""
+    """Sources per set: files, globs, `hf:<dataset>[:<config>]`, `docs:<packages>`; `train=` and so on in front."""
     field: str = "text"
     """The field (column, key) that holds the text in jsonl, csv, parquet and Hugging Face sources."""
     context_length: PositiveSize = 1024
@@ -83,11 +83,11 @@ class ModelConfig(Section):
     """A transformer: the shape of its body. Vocabulary and context come from the tokenizer and the data."""
 
     family: Literal["gpt2", "llama"] = "gpt2"
-    """gpt2: LayerNorm, learned positions, GELU (fits the paper's counts). llama: RMSNorm, RoPE, SwiGLU. Not specified."""
+    """gpt2: LayerNorm, learned positions, GELU; llama: RMSNorm, RoPE, SwiGLU. gpt2 fits the paper's counts."""
     num_layers: PositiveSize = 7
     dims: PositiveSize = 1024
     hidden_dims: PositiveSize | None = None
-    """Inner size of the MLP. Default: 4 * dims for gpt2 (the paper's ratio), 8/3 * dims to a multiple of 32 for llama."""
+    """Inner size of the MLP. Default: 4 * dims for gpt2 (the paper's), 8/3 * dims rounded up to 32 for llama."""
     num_heads: PositiveSize = 8
     num_kv_heads: PositiveSize | None = None
     """Heads of keys and values (llama only); default: num_heads."""
@@ -106,7 +106,9 @@ class ModelConfig(Section):
             if self.num_kv_heads not in (None, self.num_heads):
                 raise ValueError("num_kv_heads is for family llama; gpt2 has as many as num_heads")
             if self.hidden_dims not in (None, 4 * self.dims):
-                raise ValueError(f"hidden_dims is 4 * dims = {4 * self.dims} for family gpt2 (mlx-lm's gpt2 has no other)")
+                raise ValueError(
+                    f"hidden_dims is 4 * dims = {4 * self.dims} for family gpt2 (mlx-lm's gpt2 has no other)"
+                )
         return self
 
 
@@ -223,7 +225,10 @@ def find_config(name: str) -> Path:
         return Path(name)
     if name in shipped:
         return shipped[name]
-    raise SlmError(f"--config {name}: no such file, and no shipped configuration{nearest(name, shipped)}; shipped: {', '.join(shipped)}")
+    raise SlmError(
+        f"--config {name}: no such file, and no shipped configuration{nearest(name, shipped)}; "
+        f"shipped: {', '.join(shipped)}"
+    )
 
 
 def known_domains() -> dict[str, list[str]]:

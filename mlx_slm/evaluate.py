@@ -66,7 +66,9 @@ class Scorer:
 
         self._lanes = [(stream, mx.compile(nll, inputs=[model.state])) for stream in runtime.lanes()]
 
-    def __call__(self, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None) -> Score:
+    def __call__(
+        self, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None
+    ) -> Score:
         """Score the given windows. `batch_rows`: rows at a time; by default so many that a batch has 4,096 tokens."""
         facts = store.windows[:][windows]
         nll = self.window_nll(store, windows, batch_rows, report)
@@ -122,8 +124,8 @@ def validation_windows(store: Store, tokens: int, seed: int) -> np.ndarray:
     """The windows of the first documents in a seeded order that hold about `tokens` tokens: the same at every call."""
     if store.num_tokens < store.context_length:
         raise SlmError(
-            f"the validation set of {store.directory.parent.name} has {store.num_tokens:,} tokens, less than one window "
-            f"({store.context_length}): add text, raise data.valid_fraction, or name a file with valid=PATH"
+            f"the validation set of {store.directory.parent.name} has {store.num_tokens:,} tokens, "
+            f"less than one window ({store.context_length}): add text, raise data.valid_fraction, or name a file with valid=PATH"
         )
     return first_windows(store, min(tokens, store.num_tokens), seed)
 
@@ -153,7 +155,9 @@ def evaluate_models(
         scorer, scores = Scorer(model), []
         for set_name, store in stores.items():
             if store.manifest["inputs"]["tokenizer"] != tokenizer:
-                raise SlmError(f"{name} and data/{set_name} were made with different tokenizers: prepare or train one anew")
+                raise SlmError(
+                    f"{name} and data/{set_name} were made with different tokenizers: prepare or train one anew"
+                )
             score = scorer(store, np.arange(store.num_windows), report=report)
             scores.append(score)
             results.append({"model": name, "set": set_name, "split": split, **asdict(score)})

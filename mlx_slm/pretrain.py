@@ -52,7 +52,7 @@ def pretrain(
     store.require_tokenizer(tokenizer)
     if store.context_length != context:
         raise SlmError(
-            f"data/{generic} was cut into windows of {store.context_length} tokens, the configuration asks for {context}: "
+            f"data/{generic} has windows of {store.context_length} tokens, the configuration asks for {context}: "
             f"set data.context_length={store.context_length}, or run `mlx-slm prepare {generic} --fresh`"
         )
     shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)
@@ -119,10 +119,14 @@ def _horizon_tokens(path, shape: Shape, training: TrainingConfig, report: Report
         if found["hours"] == training.hours and found["shape"] == shape.to_dict():
             return found["tokens"]
     report.line(f"measuring this machine's speed to turn {training.hours:g} hours into tokens (about a minute)")
-    speed = measure_speed(shape, training.batch_rows, training.micro_rows or training.batch_rows, 60, training.checkpoint_layers)
+    speed = measure_speed(
+        shape, training.batch_rows, training.micro_rows or training.batch_rows, 60, training.checkpoint_layers
+    )
     tokens = int(speed * training.hours * 3600)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, {"hours": training.hours, "shape": shape.to_dict(), "tokens_per_second": speed, "tokens": tokens})
+    write_json(
+        record, {"hours": training.hours, "shape": shape.to_dict(), "tokens_per_second": speed, "tokens": tokens}
+    )
     report.line(f"{speed:,.0f} tokens/s: {training.hours:g} hours are {tokens:,} tokens")
     return tokens
 
@@ -137,7 +141,7 @@ def _announce(shape: Shape, tokens: int, set_tokens: int, report: Report) -> Non
     seconds = tokens * shape.flops_per_token / (0.35e9 * runtime.matmul_gflops())
     disk = 3 * 3 * 4 * shape.num_parameters
     text = (
-        f"{shape.num_parameters:,} parameters ({shape.family}), {format_size(tokens)} tokens, {tokens / set_tokens:.2g} passes; "
+        f"{shape.num_parameters:,} parameters ({shape.family}), {tokens:,} tokens, {tokens / set_tokens:.2g} passes; "
         f"about {duration(seconds)} on this machine, {disk / 1e9:.1f} GB of checkpoints"
     )
     report.line(text)

@@ -59,7 +59,9 @@ def specialize(
     else:
         shape, start = source.shape, f"{source.name}@{source.weights_step()}"
         if source.record["inputs"]["tokenizer"] != tokenizer.fingerprint:
-            raise SlmError(f"run {source.name} was trained with another tokenizer than the workspace's: pretrain it anew")
+            raise SlmError(
+                f"run {source.name} was trained with another tokenizer than the workspace's: pretrain it anew"
+            )
         if not source.finished:
             report.warn(f"run {source.name} is not finished; specialising its step {source.weights_step():,}")
     method = "nopt" if scratch else source.record["method"]
@@ -95,7 +97,9 @@ def specialize(
         eval_every=cadence,
         report_every=cadence,
         checkpoint_every=4 * cadence,
-        optimizer=AdamW(config.training.betas, config.training.eps, config.training.weight_decay, config.training.clip_norm),
+        optimizer=AdamW(
+            config.training.betas, config.training.eps, config.training.weight_decay, config.training.clip_norm
+        ),
         patience=finetuning.patience,
     )
     report.line(
@@ -127,5 +131,3 @@ def choose_recipe(finetuning: FinetuningConfig, tokens: int, scratch: bool) -> R
     recipes = sorted(finetuning.recipes, key=lambda recipe: recipe.tokens)
     recipe = next((r for r in recipes if tokens <= r.tokens), recipes[-1])
     return recipe.model_copy(update={"rate": 1.0}) if scratch else recipe
-
-

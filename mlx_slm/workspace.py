@@ -79,7 +79,7 @@ def fingerprint(value) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """SHA-256 of a file, or, above 64 MiB, of its size and its first and last MiB: cheap enough to ask at each start."""
+    """SHA-256 of a file; above 64 MiB of its size and its first and last MiB, cheap enough to ask at each start."""
     size = path.stat().st_size
     if size <= 64 << 20:
         return _sha256(path)
@@ -109,7 +109,7 @@ def read_json(path: Path):
 
 @contextlib.contextmanager
 def new_artifact(path: Path, kind: str, inputs: dict, mapped: tuple[str, ...] = ()) -> Iterator[tuple[Path, dict]]:
-    """Write an artifact: yields a temporary directory and a dict of facts for the manifest; appears whole or not at all.
+    """Write an artifact, whole or not at all: yields a temporary directory and a dict of facts for the manifest.
 
     `inputs` says what it is made from (fingerprints, settings). Files named in `mapped` get a crc32 per block.
     An older artifact at `path` stays until the new one is whole.

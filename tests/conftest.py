@@ -1,4 +1,4 @@
-"""Shared: a small workspace made from docstrings of the standard library, and the real corpora where they are at hand."""
+"""Shared: a small workspace made from docstrings of the standard library; the real corpora where they are at hand."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def small_config(**changes) -> Config:
             eval_tokens=2000,
             checkpoint_every=5,
         ),
-        "finetuning": FinetuningConfig(learning_rate=1e-3, max_steps=30, warmup_steps=2, batch_rows=4, eval_tokens=2000),
+        "finetuning": FinetuningConfig(
+            learning_rate=1e-3, max_steps=30, warmup_steps=2, batch_rows=4, eval_tokens=2000
+        ),
     }
     return Config(**(sections | changes))
 
@@ -99,7 +101,10 @@ def prepared(tmp_path_factory, texts, config) -> Workspace:
     """A workspace with a tokenizer, the generic set, and a domain `notes`. Do not write into it."""
     folder = tmp_path_factory.mktemp("prepared")
     workspace = Workspace(folder / "workspace")
-    generic, notes = write_jsonl(folder / "generic.jsonl", texts[:900]), write_jsonl(folder / "notes.jsonl", texts[900:])
+    generic, notes = (
+        write_jsonl(folder / "generic.jsonl", texts[:900]),
+        write_jsonl(folder / "notes.jsonl", texts[900:]),
+    )
     prepare(workspace, "generic", [str(generic)], config, Report())
     prepare(workspace, "notes", [str(notes)], config, Report())
     return workspace

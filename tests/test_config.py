@@ -13,7 +13,9 @@ def write(tmp_path, text):
 
 
 def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
-    path = write(tmp_path, "training: {tokens: 1M, lerning_rate: 1.0, warmup_steps: -3}\nmodel: {dims: 100, num_heads: 7}\n")
+    path = write(
+        tmp_path, "training: {tokens: 1M, lerning_rate: 1.0, warmup_steps: -3}\nmodel: {dims: 100, num_heads: 7}\n"
+    )
     with pytest.raises(SlmError) as error:
         load_config(path)
     text = str(error.value)
@@ -30,7 +32,9 @@ def test_exactly_one_horizon(tmp_path, horizon):
 
 def test_set_replaces_a_value_and_the_horizon(tmp_path):
     path = write(tmp_path, "training: {tokens: 1M}\n")
-    found = load_config(path, ("training.steps=7", "model.dims=64", "model.family=llama", "training.learning_rate=3e-3"))
+    found = load_config(
+        path, ("training.steps=7", "model.dims=64", "model.family=llama", "training.learning_rate=3e-3")
+    )
     assert (found.training.steps, found.training.tokens, found.model.dims) == (7, None, 64)
     assert found.training.learning_rate == 0.003
     with pytest.raises(SlmError, match=r"section\.key=value"):

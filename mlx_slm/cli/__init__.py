@@ -68,7 +68,9 @@ def run(arguments: list[str]) -> int:
                 FAILED,
             )
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            return _fail(f"error: {error.filename}: {error.strerror}; choose another --workspace or mend the rights", FAILED)
+            return _fail(
+                f"error: {error.filename}: {error.strerror}; choose another --workspace or mend the rights", FAILED
+            )
         raise
     return DONE
 

@@ -69,9 +69,15 @@ class Session:
 def common(function: Callable) -> Callable:
     """Give a command the shared options; it gets a `Session` first."""
 
-    @click.option("--workspace", "workspace_path", metavar="DIR", help="Where everything is kept. [default: ./workspace]")
-    @click.option("--config", "config_name", metavar="FILE_OR_NAME", help="A YAML file, or mac, paper, mini, quickstart.")
-    @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value, such as training.tokens=4M.")
+    @click.option(
+        "--workspace", "workspace_path", metavar="DIR", help="Where everything is kept. [default: ./workspace]"
+    )
+    @click.option(
+        "--config", "config_name", metavar="FILE_OR_NAME", help="A YAML file, or mac, paper, mini, quickstart."
+    )
+    @click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value, such as training.tokens=4M."
+    )
     @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, everything else on stderr.")
     @click.option("-q", "--quiet", is_flag=True, help="Say only what went wrong.")
     @click.option("-y", "--yes", is_flag=True, help="Do not ask before long work.")

@@ -35,7 +35,9 @@ def prepare(session: Session, name, sources, field, limit, strict, fresh) -> Non
     result = {
         "set": name,
         "made": made,
-        "splits": {s: {"documents": t.num_documents, "tokens": t.num_tokens, "bytes": t.num_bytes} for s, t in stores.items()},
+        "splits": {
+            s: {"documents": t.num_documents, "tokens": t.num_tokens, "bytes": t.num_bytes} for s, t in stores.items()
+        },
     }
 
     def text() -> None:

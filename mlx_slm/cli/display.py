@@ -41,7 +41,13 @@ class RichReport(Report):
         if self.quiet:
             yield lambda amount: None
         elif self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), Amount(unit), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                Amount(unit),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             with Progress(*columns, console=self.console, transient=True) as bar:
                 task = bar.add_task(title, total=total)
                 yield lambda amount: bar.advance(task, amount)

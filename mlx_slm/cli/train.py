@@ -29,19 +29,28 @@ def quickstart(session: Session, fresh) -> None:
 
     def text() -> None:
         rows = [
-            [f"{row['method']}, {row['stage']}", f"{row['perplexity']:.1f}", f"{row['tokens']:,}", f"{row['seconds']:.0f}"]
+            [
+                f"{row['method']}, {row['stage']}",
+                f"{row['perplexity']:.1f}",
+                f"{row['tokens']:,}",
+                f"{row['seconds']:.0f}",
+            ]
             for row in result["results"]
         ]
         title = f"Perplexity of {result['domain']} (test), {result['seconds']:.0f} s in all on {result['device']}"
         session.report.table(title, ["model", "perplexity", "training tokens", "seconds"], rows)
-        session.report.line(f"\nThe model: {result['model']}\nIt continues {result['prompt']!r}:\n\n{result['sample']}\n")
+        session.report.line(
+            f"\nThe model: {result['model']}\nIt continues {result['prompt']!r}:\n\n{result['sample']}\n"
+        )
         session.report.line(f"Ask it yourself: mlx-slm generate {result['model']} --prompt {result['prompt']!r}")
 
     session.show(result, text)
 
 
 @click.command()
-@click.option("--method", type=click.Choice(["slm", "llm"]), default="slm", show_default=True, help="Small or large model.")
+@click.option(
+    "--method", type=click.Choice(["slm", "llm"]), default="slm", show_default=True, help="Small or large model."
+)
 @click.option("--tokens", type=SIZE, help="Train on so many tokens (replaces the configured horizon).")
 @click.option("--hours", type=float, help="Train for about so many hours on this machine.")
 @click.option("--name", help="Name of the run. [default: the method]")
@@ -67,7 +76,9 @@ def pretrain(session: Session, method, tokens, hours, name, fresh) -> None:
 
 @click.command()
 @click.option("--domain", required=True, help="The prepared (or known) set to specialise to.")
-@click.option("--from", "from_run", metavar="RUN", help="The pretrained run, or none to train from scratch. [default: slm]")
+@click.option(
+    "--from", "from_run", metavar="RUN", help="The pretrained run, or none to train from scratch. [default: slm]"
+)
 @click.option("--tokens", type=SIZE, help="Use so many tokens of the domain, such as 1M. [default: all]")
 @click.option("--name", help="Name of the run and the model. [default: <domain>-<method>-<tokens>]")
 @click.option("--fresh", is_flag=True, help="Start anew, throwing an earlier run of this name away.")

@@ -9,7 +9,9 @@ from mlx_slm.cli.common import Session, common
 
 @click.command()
 @click.argument("models", nargs=-1, metavar="[RUN_OR_MODEL]...")
-@click.option("--domain", "domains", multiple=True, help="A prepared set, several times if wished. [default: all domains]")
+@click.option(
+    "--domain", "domains", multiple=True, help="A prepared set, several times if wished. [default: all domains]"
+)
 @click.option("--split", type=click.Choice(["valid", "test"]), default="test", show_default=True)
 @common
 def evaluate(session: Session, models, domains, split) -> None:
@@ -24,8 +26,14 @@ def evaluate(session: Session, models, domains, split) -> None:
 
     def text() -> None:
         rows = [
-            [r["model"], r["set"], f"{r['tokens']:,}", f"{r['nll']:.4f} ± {r['stderr']:.4f}", f"{r['perplexity']:.2f}"]
-            + [f"{r['bits_per_byte']:.4f}"]
+            [
+                r["model"],
+                r["set"],
+                f"{r['tokens']:,}",
+                f"{r['nll']:.4f} ± {r['stderr']:.4f}",
+                f"{r['perplexity']:.2f}",
+                f"{r['bits_per_byte']:.4f}",
+            ]
             for r in result["results"]
         ]
         columns = ["model", "set", "tokens", "nats per token", "perplexity", "bits per byte"]
@@ -41,7 +49,9 @@ def evaluate(session: Session, models, domains, split) -> None:
 @click.argument("model")
 @click.option("--prompt", "-p", required=True, help="The text to continue; - reads it from stdin.")
 @click.option("--max-tokens", "-m", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--temp", type=click.FloatRange(0), default=0.7, show_default=True, help="0: the likeliest token each time.")
+@click.option(
+    "--temp", type=click.FloatRange(0), default=0.7, show_default=True, help="0: the likeliest token each time."
+)
 @click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @common

@@ -120,7 +120,7 @@ class Sampler:
         return np.stack(tokens), np.stack(weights), clusters
 
     def _drawn_before(self, step: int) -> np.ndarray:
-        """Rows taken from each cluster in the steps before `step`, replayed from the seed where they are not at hand."""
+        """Rows taken from each cluster before `step`, replayed from the seed where they are not at hand."""
         if len(self.streams) == 1:
             return np.array([step * self.groups * self.rows_per_cluster], np.int64)
         known, drawn = (self._step, self._drawn.copy()) if self._step <= step else (0, np.zeros_like(self._drawn))

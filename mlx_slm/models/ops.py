@@ -37,7 +37,7 @@ def scalar_exp() -> bool:
 
 
 def exp_nonpositive(x: mx.array) -> mx.array:
-    """exp(x) for x <= 0 to 1e-5 relative (2e-6 above -10), and e^-32 = 1.3e-14 below -32; NaN stays NaN. Not differentiable.
+    """exp(x) for x <= 0 to 1e-5 relative (2e-6 above -10), e^-32 = 1.3e-14 below -32, NaN for NaN. No gradient.
 
     exp(x) = exp(x / 32)^32, the inner one by a polynomial: only products and sums, which g++ vectorises.
     """
@@ -121,7 +121,7 @@ def _alone(x: mx.array) -> mx.array:
 
 
 def exp_shifted(x: mx.array) -> tuple[mx.array, mx.array]:
-    """Return (exp(x - top), top) with top the maximum over axis -2, where reductions are vectorised; kept as an axis."""
+    """Return (exp(x - top), top), top the maximum over axis -2 (kept): there reductions are vectorised."""
     top = x.max(axis=-2, keepdims=True)
     return exp_nonpositive(_alone(x - top)), top
 

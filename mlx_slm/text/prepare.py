@@ -74,7 +74,7 @@ class Documents:
 
 
 def sources_of(name: str, given: list[str], workspace: Workspace, config: Config) -> list[str]:
-    """The sources of a set: as given, else as configured, as recorded, or as shipped; raises SlmError for an unknown set."""
+    """The sources of a set: as given, configured, recorded, or shipped, in this order; raises SlmError for none."""
     if given:
         return given
     domains = known_domains()
@@ -158,7 +158,7 @@ def prepare(
 
 
 def ensure_tokenizer(workspace, name, sources: list[Source], origin: str, config: Config, report, fresh) -> Tokenizer:
-    """Load the workspace's tokenizer, or train it on the generic set `sources`; raises SlmError for a domain before it."""
+    """Load the tokenizer, or train it if this is the generic set; raises SlmError for a domain that comes before."""
     settings = config.tokenizer.model_dump()
     exists = (workspace.tokenizer / MANIFEST).exists()
     if exists:
@@ -181,11 +181,13 @@ def ensure_tokenizer(workspace, name, sources: list[Source], origin: str, config
     reading = Reading(text_field=config.data.field)
     documents = Documents(sources, config, reading)
     with report.progress("reading a sample for the tokenizer", None, "B") as advance:
+
         def training_text():
             for digest, text, split in documents:
                 advance(len(text))
                 if split == "train":
                     yield digest, text
+
         texts = sample_documents(training_text(), config.tokenizer)
     if not documents.counts.documents:
         raise SlmError(_no_text(sources))
@@ -194,7 +196,9 @@ def ensure_tokenizer(workspace, name, sources: list[Source], origin: str, config
     return train_tokenizer(workspace.tokenizer, texts, config.tokenizer, {"settings": settings, "text": origin})
 
 
-def tokenise(documents: Documents, tokenizer: Tokenizer, partial: Path, report: Report, title: str) -> dict[str, list[Path]]:
+def tokenise(
+    documents: Documents, tokenizer: Tokenizer, partial: Path, report: Report, title: str
+) -> dict[str, list[Path]]:
     """Write shards of about 4 MB of text per split, those missing, in parallel; returns their paths in order."""
     shards: dict[str, list[Path]] = {split: [] for split in SPLITS}
     buffers: dict[str, list[str]] = {split: [] for split in SPLITS}

@@ -1,4 +1,4 @@
-"""Sources of text -> documents. A source is a file, a glob, a directory, `hf:<dataset>[:<config>]` or `docs:<packages>`.
+"""Sources -> documents. A source is a file, a glob, a directory, `hf:<dataset>[:<config>]` or `docs:<packages>`.
 
 A text file is one document; one of over 100 kB is cut at blank lines (else line ends) into documents of about 20 kB,
 so that it can be shuffled and held out. jsonl, csv and parquet hold one document per record, in the field `text`.
@@ -72,7 +72,9 @@ class Source:
         if path.is_file():
             found = [path]
         if not found:
-            raise SlmError(f"{self.text}: no such file; check the path" + (" or the pattern" if "*" in self.text else ""))
+            raise SlmError(
+                f"{self.text}: no such file; check the path" + (" or the pattern" if "*" in self.text else "")
+            )
         for file in found:
             if not file_kind(file):
                 raise SlmError(f"{file}: unknown kind of file; known: {_known_kinds()}")
@@ -230,9 +232,14 @@ def _read_json(path: Path, reading: Reading) -> Iterator[str]:
 
 def _text_field(record, where: str, reading: Reading) -> str:
     if not isinstance(record, dict):
-        raise SlmError(f"{where}: expected an object with a field {reading.text_field!r}, found a {type(record).__name__}")
+        raise SlmError(
+            f"{where}: expected an object with a field {reading.text_field!r}, found a {type(record).__name__}"
+        )
     if reading.text_field not in record:
-        raise SlmError(f"{where}: no field {reading.text_field!r}; its fields: {', '.join(map(str, record))}; name one with --field")
+        raise SlmError(
+            f"{where}: no field {reading.text_field!r}; its fields: {', '.join(map(str, record))}; "
+            "name one with --field"
+        )
     value = record[reading.text_field]
     if value is None:
         return ""
@@ -268,7 +275,10 @@ def _read_parquet(path: Path, reading: Reading) -> Iterator[str]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         if reading.text_field not in file.schema_arrow.names:
-            raise SlmError(f"{path}: no column {reading.text_field!r}; its columns: {', '.join(file.schema_arrow.names)}; name one with --field")
+            raise SlmError(
+                f"{path}: no column {reading.text_field!r}; its columns: {', '.join(file.schema_arrow.names)}; "
+                "name one with --field"
+            )
         row = 0
         for batch in file.iter_batches(batch_size=1024, columns=[reading.text_field]):
             for value in batch.column(0).to_pylist():
@@ -296,7 +306,9 @@ def _read_hub(source: str, reading: Reading) -> Iterator[str]:
     except SlmError:
         raise
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, ValueError, OSError) as error:
-        raise SlmError(f"{source}: cannot be read ({' '.join(str(error).split())[:300]}); check the name and the network") from error
+        raise SlmError(
+            f"{source}: cannot be read ({' '.join(str(error).split())[:300]}); check the name and the network"
+        ) from error
 
 
 def _known_kinds() -> str:

@@ -29,7 +29,7 @@ PIECE_BYTES = 4000
 
 
 class Tokenizer:
-    """A trained tokenizer. `vocab_size`, `eos_id`, `token_bytes` (uint8 [vocab_size]: UTF-8 bytes that each id stands for)."""
+    """A trained tokenizer. `token_bytes` is uint8 [vocab_size]: the UTF-8 bytes of text that each id stands for."""
 
     def __init__(self, directory: Path):
         self.manifest = load_manifest(directory, KIND)
@@ -77,7 +77,7 @@ def sample_documents(documents: Iterable[tuple[bytes, str]], config: TokenizerCo
 
 
 def pieces(text: str, limit: int = PIECE_BYTES) -> Iterator[str]:
-    """Cut a text into pieces of at most `limit` bytes at line ends, else spaces, else anywhere; joined they are the text.
+    """Cut a text into pieces of at most `limit` bytes, behind white space where there is any; joined they are the text.
 
     sentencepiece's trainer silently skips anything longer than its `max_sentence_length`.
     """
@@ -135,7 +135,10 @@ def train_tokenizer(directory: Path, texts: list[str], config: TokenizerConfig, 
 
 def _explain_training(message: str, vocab_size: int, size: int) -> str:
     if needed := re.search(r"smaller than required_chars\D+\d+ vs (\d+)", message):
-        return f"tokenizer.vocab_size {vocab_size} is too small: 256 bytes and this text's characters need {needed[1]} at least"
+        return (
+            f"tokenizer.vocab_size {vocab_size} is too small: 256 bytes and this text's characters "
+            f"need {needed[1]} at least"
+        )
     if best := re.search(r"too high .*<= (\d+)", message):
         return (
             f"tokenizer.vocab_size {vocab_size} is more than {size:,} bytes of generic text support: "
@@ -150,7 +153,9 @@ def write_huggingface(model: sentencepiece.SentencePieceProcessor, directory: Pa
     from tokenizers import Tokenizer as HuggingFace
 
     vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
-    tokenizer = HuggingFace(models.BPE(vocab, _merges(model, vocab), unk_token=UNKNOWN, byte_fallback=True, fuse_unk=True))
+    tokenizer = HuggingFace(
+        models.BPE(vocab, _merges(model, vocab), unk_token=UNKNOWN, byte_fallback=True, fuse_unk=True)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (UNKNOWN, END)])

@@ -28,7 +28,9 @@ def linear_cross_entropy(
     hidden [N, D], head [V, D], targets int [N], weights fp32 [N] (0 leaves a position out). `rows`: chunk size.
     Differentiable with respect to hidden and head; the gradients are those of the sum.
     """
-    loss, _, _ = _cross_entropy_with_gradients(hidden, head, targets, weights, rows or chunk_rows(len(targets), len(head)))
+    loss, _, _ = _cross_entropy_with_gradients(
+        hidden, head, targets, weights, rows or chunk_rows(len(targets), len(head))
+    )
     return loss
 
 

@@ -67,7 +67,7 @@ def global_norm(tree: dict) -> mx.array:
 
 
 def learning_rate(step: int, base: float, warmup: int, schedule: str, steps: int) -> float:
-    """The rate of step `step` (from 0): linear warm-up whose first step is not 0, then constant or cosine to a tenth."""
+    """The rate of a step (from 0): linear warm-up that does not begin at 0, then constant or cosine to a tenth."""
     if step < warmup:
         return base * (step + 1) / warmup
     if schedule == "constant":

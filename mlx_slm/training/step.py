@@ -23,7 +23,9 @@ class TrainingStep:
     `runtime.compute_dtype()`.
     """
 
-    def __init__(self, model: Transformer, optimizer: AdamW, micro_rows: int, parameters: dict, moments: dict | None = None):
+    def __init__(
+        self, model: Transformer, optimizer: AdamW, micro_rows: int, parameters: dict, moments: dict | None = None
+    ):
         self.model, self.micro_rows = model, micro_rows
         self.parameters, self.moments = parameters, moments or optimizer.init(parameters)
         self.dtype = runtime.compute_dtype()

@@ -42,7 +42,7 @@ class Plan:
     eval_every: int
     report_every: int
     checkpoint_every: int
-    optimizer: AdamW = AdamW()
+    optimizer: AdamW = field(default_factory=AdamW)
     schedule: str = "constant"
     patience: int | None = None
     """Stop after so many evaluations without a gain; None: never."""
@@ -220,7 +220,9 @@ class Trainer:
             state.stale += 1
         self.metrics.write({"step": state.step, "tokens": state.tokens, "valid_nll": nll})
         mark = "best so far" if better else f"{state.stale} since the best"
-        self.report.line(f"step {state.step:>6,}/{self.plan.steps:,}  validation perplexity {math.exp(min(nll, 700)):.2f} ({mark})")
+        self.report.line(
+            f"step {state.step:>6,}/{self.plan.steps:,}  validation perplexity {math.exp(min(nll, 700)):.2f} ({mark})"
+        )
         return better
 
     def _save(self) -> None:
@@ -263,4 +265,3 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-

@@ -10,7 +10,9 @@ from mlx_slm.workspace import Damaged
 
 CONFIGS = {
     "gpt2": ModelConfig(family="gpt2", num_layers=3, dims=48, num_heads=4),
-    "llama": ModelConfig(family="llama", num_layers=3, dims=48, num_heads=4, num_kv_heads=2, hidden_dims=112, rope_theta=5e4),
+    "llama": ModelConfig(
+        family="llama", num_layers=3, dims=48, num_heads=4, num_kv_heads=2, hidden_dims=112, rope_theta=5e4
+    ),
 }
 
 
@@ -35,7 +37,9 @@ def family(request):
 @pytest.fixture
 def exported(family, tmp_path, tokenizer):
     model, parameters = make(family, tokenizer.vocab_size)
-    path = export_model(tmp_path / "model", model.shape, parameters, tokenizer, {"tokenizer": tokenizer.fingerprint}, {})
+    path = export_model(
+        tmp_path / "model", model.shape, parameters, tokenizer, {"tokenizer": tokenizer.fingerprint}, {}
+    )
     return model, path
 
 
@@ -93,7 +97,13 @@ def test_initialisation_is_gpts(family):
     flat = dict(tree_flatten(initialise(shape, 0)))
     deviations = {}
     for name, value in flat.items():
-        kind = "norm" if value.ndim == 1 else "residual" if name.split(".")[-2] in ("c_proj", "o_proj", "down_proj") else "matrix"
+        kind = (
+            "norm"
+            if value.ndim == 1
+            else "residual"
+            if name.split(".")[-2] in ("c_proj", "o_proj", "down_proj")
+            else "matrix"
+        )
         if kind == "norm":
             assert (value == (0.0 if name.endswith("bias") else 1.0)).all()
         else:

@@ -93,9 +93,16 @@ def test_nothing_is_done_twice_and_changes_are_refused(workspace, tmp_path, text
 def test_another_tokenizer_is_refused(workspace, tmp_path, texts, prepared):
     source = write_jsonl(tmp_path / "a.jsonl", texts[:300])
     with pytest.raises(SlmError, match=r"made with other settings \(tokenizer\.vocab_size\).*--fresh"):
-        p.prepare(workspace, "generic", [str(source)], small_config(tokenizer=TokenizerConfig(vocab_size=500)), Report())
+        p.prepare(
+            workspace, "generic", [str(source)], small_config(tokenizer=TokenizerConfig(vocab_size=500)), Report()
+        )
     p.prepare(
-        workspace, "generic", [str(source)], small_config(tokenizer=TokenizerConfig(vocab_size=500)), Report(), fresh=True
+        workspace,
+        "generic",
+        [str(source)],
+        small_config(tokenizer=TokenizerConfig(vocab_size=500)),
+        Report(),
+        fresh=True,
     )
     with pytest.raises(SlmError, match=r"made by another tokenizer .*mlx-slm prepare notes --fresh"):
         Store(prepared.data("notes", "train")).require_tokenizer(Tokenizer(workspace.tokenizer))
@@ -157,7 +164,9 @@ def shards_of(workspace, monkeypatch):
     return written
 
 
-def test_a_killed_run_tokenises_only_what_is_missing(workspace, tmp_path, texts, config, monkeypatch, report, tokenizer):
+def test_a_killed_run_tokenises_only_what_is_missing(
+    workspace, tmp_path, texts, config, monkeypatch, report, tokenizer
+):
     distinct = list(dict.fromkeys(texts))[:60]
     source = write_jsonl(tmp_path / "a.jsonl", distinct)
     expected = Workspace(tmp_path / "whole")
@@ -223,7 +232,9 @@ def test_parallel_processes_write_the_same_store(workspace, tmp_path, texts, con
 
 def test_limit_takes_the_first_text(workspace, tmp_path, texts):
     source = write_jsonl(tmp_path / "a.jsonl", texts)
-    p.prepare(workspace, "d", [f"train={source}"], small_config(data=DataConfig(context_length=32, limit=5000)), Report())
+    p.prepare(
+        workspace, "d", [f"train={source}"], small_config(data=DataConfig(context_length=32, limit=5000)), Report()
+    )
     made = Store(workspace.data("d", "train"))
     assert 5000 <= made.num_bytes < 5000 + max(len(text.encode()) for text in texts)
 
@@ -236,7 +247,9 @@ def test_first_windows_are_nested_seeded_and_whole_documents(store):
     assert first_windows(store, 500, 1).tolist() != small.tolist()
     assert sorted(first_windows(store, store.num_tokens, 0)) == list(range(store.num_windows))
     document = store.windows[:]["document"][large]
-    assert (np.diff(np.flatnonzero(np.diff(document))) > 0).all() and len(set(document)) == (np.diff(document) != 0).sum() + 1
+    assert (np.diff(np.flatnonzero(np.diff(document))) > 0).all() and len(set(document)) == (
+        np.diff(document) != 0
+    ).sum() + 1
     with pytest.raises(SlmError, match=r"asks for more than generic has: .* holds [\d,]+ tokens"):
         first_windows(store, store.num_tokens + 1, 0)
 

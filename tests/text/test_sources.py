@@ -22,7 +22,9 @@ def jsonl_bytes(texts=TEXTS):
     return "".join(json.dumps({"text": t, "n": 1}, ensure_ascii=False) + "\n" for t in texts).encode()
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.tsv.gz", "a.csv.zst", "a.parquet"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.tsv.gz", "a.csv.zst", "a.parquet"]
+)
 def test_every_format_gives_the_same_documents(tmp_path, name):
     path = tmp_path / name
     if "parquet" in name:

@@ -93,8 +93,12 @@ def test_sample_is_repeatable_whatever_the_order_and_bounded(texts):
 
 
 def test_vocabulary_must_fit_the_text(tmp_path):
-    with pytest.raises(SlmError, match=r"vocab_size 9000 is more than .* bytes of generic text support: set it to \d+ or less"):
-        train_tokenizer(tmp_path / "t", ["a few words of text here, not many"] * 3, TokenizerConfig(vocab_size=9000), {})
+    with pytest.raises(
+        SlmError, match=r"vocab_size 9000 is more than .* bytes of generic text support: set it to \d+ or less"
+    ):
+        train_tokenizer(
+            tmp_path / "t", ["a few words of text here, not many"] * 3, TokenizerConfig(vocab_size=9000), {}
+        )
     with pytest.raises(SlmError, match=r"vocab_size 200 is too small: .* need \d+ at least"):
         train_tokenizer(tmp_path / "t", ["a few words"], TokenizerConfig(vocab_size=200), {})
     assert not (tmp_path / "t").exists()

@@ -12,7 +12,10 @@ def make(n=100, d=24, v=333, seed=0):
     rng = np.random.default_rng(seed)
     hidden, head = rng.normal(size=(n, d)), rng.normal(size=(v, d))
     return tuple(
-        map(mx.array, (hidden.astype(np.float32), head.astype(np.float32), rng.integers(0, v, n), rng.random(n, np.float32)))
+        map(
+            mx.array,
+            (hidden.astype(np.float32), head.astype(np.float32), rng.integers(0, v, n), rng.random(n, np.float32)),
+        )
     )
 
 
@@ -47,7 +50,9 @@ def test_a_position_of_weight_zero_has_no_part():
     weights = mx.array([1.0] * 60 + [0.0] * 40)
     gradient = mx.grad(lambda h: linear_cross_entropy(h, head, targets, weights, 32))(hidden)
     assert (gradient[60:] == 0).all() and (mx.abs(gradient[:60]).sum(axis=1) > 0).all()
-    value, gradients = mx.value_and_grad(lambda h, w: linear_cross_entropy(h, w, targets, mx.zeros(100), 32), (0, 1))(hidden, head)
+    value, gradients = mx.value_and_grad(lambda h, w: linear_cross_entropy(h, w, targets, mx.zeros(100), 32), (0, 1))(
+        hidden, head
+    )
     assert value.item() == 0 and all((g == 0).all() for g in gradients)
 
 

@@ -34,14 +34,22 @@ def make_trainer(store_directory, run, report=None, **changes) -> Trainer:
     store = Store(Path(store_directory))
     shape = Shape.of(ModelConfig(family="llama", num_layers=1, dims=32, num_heads=4), 400, store.context_length)
     sampler = Sampler([Stream(store, np.arange(75))], np.ones(1), 8, seed=5)
-    assert STEPS * 8 > 2 * sampler.num_rows
-    plan = dict(steps=STEPS, learning_rate=1e-2, warmup_steps=3, batch_rows=8, micro_rows=4, eval_every=7, report_every=4)
+    assert 2 * sampler.num_rows < STEPS * 8
+    plan = dict(
+        steps=STEPS, learning_rate=1e-2, warmup_steps=3, batch_rows=8, micro_rows=4, eval_every=7, report_every=4
+    )
     plan |= dict(checkpoint_every=5, schedule="cosine")
     model = Transformer(shape)
     scorer, windows = Scorer(model), np.arange(40)
     run.mkdir(parents=True, exist_ok=True)
     return Trainer(
-        model, initialise(shape, 0), sampler, Plan(**(plan | changes)), run, lambda: scorer(store, windows).nll, report or Report()
+        model,
+        initialise(shape, 0),
+        sampler,
+        Plan(**(plan | changes)),
+        run,
+        lambda: scorer(store, windows).nll,
+        report or Report(),
     )
 
 
@@ -148,7 +156,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(prepared, tmp_pa
     raw[-100] ^= 16
     path.write_bytes(raw)
     make_trainer(prepared.data("generic", "train"), run, report).run()
-    assert f"step-{last} cannot be used" in report.warnings[0] and "optimizer.safetensors is damaged" in report.warnings[0]
+    assert (
+        f"step-{last} cannot be used" in report.warnings[0] and "optimizer.safetensors is damaged" in report.warnings[0]
+    )
     assert_same(run, uninterrupted)
     for step in checkpoint_steps(run):
         (run / "checkpoints" / f"step-{step}" / "model.safetensors").write_bytes(b"")
@@ -163,7 +173,9 @@ def test_a_full_disk_loses_no_checkpoint(prepared, tmp_path, uninterrupted, monk
     def save(arrays, path, metadata=None):
         if next(count) == 5:
             Path(path).write_bytes(b"half")
-            raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise checkpoint.SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            )
         real(arrays, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", save)
