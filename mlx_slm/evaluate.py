@@ -123,9 +123,10 @@ def _batches(lengths: np.ndarray, context: int, batch_rows: int | None) -> Itera
 def validation_windows(store: Store, tokens: int, seed: int) -> np.ndarray:
     """The windows of the first documents in a seeded order that hold about `tokens` tokens: the same at every call."""
     if store.num_tokens < store.context_length:
+        name, context = store.directory.parent.name, store.context_length
         raise SlmError(
-            f"the validation set of {store.directory.parent.name} has {store.num_tokens:,} tokens, "
-            f"less than one window ({store.context_length}): add text, raise data.valid_fraction, or name a file with valid=PATH"
+            f"the validation set of {name} has {store.num_tokens:,} tokens, less than one window ({context}): "
+            "add text, raise data.valid_fraction, or name a file with valid=PATH"
         )
     return first_windows(store, min(tokens, store.num_tokens), seed)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_slm import runtime
 from mlx_slm.clustering.sampler import Sampler, Stream
-from mlx_slm.config import Config, TrainingConfig, format_size
+from mlx_slm.config import Config, TrainingConfig
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.evaluate import Scorer, validation_windows
 from mlx_slm.export import export_run

@@ -1,33 +1,25 @@
-"""Text -> token stores: read, drop exact duplicates, split by document, tokenise in shards by parallel processes.
+"""Text -> token stores: read, drop exact duplicates, split by document, tokenise (text/shards.py).
 
-A document's split depends on the hash of its text alone, so it stays where it is when the set grows. Each finished
-shard is a file of its own; a run that was killed reads the text again and tokenises what is missing.
+A document's split depends on the hash of its text alone, so it stays where it is when the set grows.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import io
-import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-
-import numpy as np
 
 from mlx_slm.config import Config, known_domains
 from mlx_slm.errors import Interrupted, SlmError, nearest
 from mlx_slm.report import Report
+from mlx_slm.text.shards import merge_shards, start_shards, tokenise
 from mlx_slm.text.sources import SPLITS, Reading, Source
-from mlx_slm.text.store import KIND, TOKENS, WINDOWS, cut_windows
+from mlx_slm.text.store import KIND
 from mlx_slm.text.tokenizer import Tokenizer, sample_documents, train_tokenizer
-from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, load_manifest, new_artifact, read_json, write_json
-
-SHARD_BYTES = 4 << 20
+from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, load_manifest
 
 
 @dataclass
@@ -146,9 +138,11 @@ def prepare(
         return False
     documents = Documents(parsed, config, reading)
     partial = workspace.root / "data" / name / ".partial"
-    _start_shards(partial, {k: v for k, v in inputs.items() if k != "sources"}, report)
+    start_shards(partial, {k: v for k, v in inputs.items() if k != "sources"}, report)
     shards = tokenise(documents, tokenizer, partial, report, f"tokenising {name}")
-    warn_about(reading, documents.counts, report, parsed)
+    if not documents.counts.documents:
+        raise SlmError(_no_text(parsed))
+    warn_about(reading, documents.counts, report)
     if not shards["train"]:
         raise SlmError(f"{name}: every document fell into a held-out split; add text, or name splits with train=PATH")
     for split in ("test", "valid", "train"):
@@ -196,120 +190,6 @@ def ensure_tokenizer(workspace, name, sources: list[Source], origin: str, config
     return train_tokenizer(workspace.tokenizer, texts, config.tokenizer, {"settings": settings, "text": origin})
 
 
-def tokenise(
-    documents: Documents, tokenizer: Tokenizer, partial: Path, report: Report, title: str
-) -> dict[str, list[Path]]:
-    """Write shards of about 4 MB of text per split, those missing, in parallel; returns their paths in order."""
-    shards: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    buffers: dict[str, list[str]] = {split: [] for split in SPLITS}
-    sizes = dict.fromkeys(SPLITS, 0)
-    workers = os.cpu_count() or 1
-    pending: dict[Future, int] = {}
-    pool = None
-
-    def close(split: str, advance, last: bool) -> None:
-        nonlocal pool
-        texts, size = buffers[split], sizes[split]
-        path = partial / f"{split}-{len(shards[split]):05d}.npz"
-        shards[split].append(path)
-        buffers[split], sizes[split] = [], 0
-        if path.exists():
-            advance(size)
-        elif last and pool is None:
-            write_shard(texts, tokenizer, path)
-            advance(size)
-        else:
-            pool = pool or ProcessPoolExecutor(
-                workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(tokenizer.directory,)
-            )
-            pending[pool.submit(_write_shard_in_worker, texts, path)] = size
-            drain(advance, workers + 2)
-
-    def drain(advance, most: int) -> None:
-        while len(pending) > most:
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                future.result()
-                advance(pending.pop(future))
-
-    try:
-        with report.progress(title, None, "B") as advance:
-            for _, text, split in documents:
-                buffers[split].append(text)
-                sizes[split] += len(text.encode())
-                if sizes[split] >= SHARD_BYTES:
-                    close(split, advance, last=False)
-            for split in SPLITS:
-                if buffers[split]:
-                    close(split, advance, last=True)
-            drain(advance, 0)
-    finally:
-        if pool:
-            pool.shutdown(wait=True, cancel_futures=True)
-    if not documents.counts.documents:
-        raise SlmError(_no_text(documents.sources))
-    return shards
-
-
-_worker_tokenizer: Tokenizer | None = None
-
-
-def _start_worker(directory: Path) -> None:
-    import signal
-
-    global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker_tokenizer = Tokenizer(directory)
-
-
-def _write_shard_in_worker(texts: list[str], path: Path) -> None:
-    write_shard(texts, _worker_tokenizer, path)
-
-
-def write_shard(texts: list[str], tokenizer: Tokenizer, path: Path) -> None:
-    """Tokenise documents into one file: `tokens`, `lengths` (of each document) and `bytes` (of text in all)."""
-    encoded = tokenizer.encode(texts)
-    lengths = np.array([len(ids) + 1 for ids in encoded], np.int64)
-    tokens = np.empty(lengths.sum(), token_dtype(tokenizer.vocab_size))
-    start = 0
-    for ids in encoded:
-        tokens[start : start + len(ids)] = ids
-        tokens[start + len(ids)] = tokenizer.eos_id
-        start += len(ids) + 1
-    buffer = io.BytesIO()
-    np.savez(buffer, tokens=tokens, lengths=lengths, bytes=sum(len(text.encode()) for text in texts))
-    temporary = path.with_suffix(".new")
-    with open(temporary, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-
-
-def merge_shards(shards: list[Path], directory: Path, tokenizer: Tokenizer, context_length: int, inputs: dict) -> None:
-    """Concatenate shards into the store of one split."""
-    with new_artifact(directory, KIND, inputs, mapped=(TOKENS, WINDOWS)) as (path, info):
-        num_tokens = documents = num_bytes = 0
-        with open(path / TOKENS, "wb") as tokens_file, open(path / WINDOWS, "wb") as windows_file:
-            for shard in shards:
-                with np.load(shard) as arrays:
-                    tokens, lengths = arrays["tokens"], arrays["lengths"]
-                    num_bytes += int(arrays["bytes"])
-                windows = cut_windows(lengths, tokenizer.token_bytes[tokens], context_length)
-                windows["offset"] += num_tokens
-                windows["document"] += documents
-                tokens.tofile(tokens_file)
-                windows.tofile(windows_file)
-                num_tokens += len(tokens)
-                documents += len(lengths)
-        dtype = token_dtype(tokenizer.vocab_size).str
-        info.update(tokens=num_tokens, documents=documents, bytes=num_bytes, dtype=dtype)
-        info.update(context_length=context_length, eos_id=tokenizer.eos_id)
-
-
 def _up_to_date(workspace: Workspace, name: str, inputs: dict) -> bool:
     paths = [workspace.data(name, split) for split in SPLITS]
     if not all((path / MANIFEST).exists() for path in paths):
@@ -325,19 +205,7 @@ def _up_to_date(workspace: Workspace, name: str, inputs: dict) -> bool:
     return True
 
 
-def _start_shards(partial: Path, plan: dict, report: Report) -> None:
-    """Keep the shards of an interrupted run if they are of the same text, tokenizer and settings; else begin anew."""
-    record = partial / "plan.json"
-    if record.exists() and read_json(record) == plan:
-        done = len(list(partial.glob("*.npz")))
-        report.line(f"resuming: {done} finished shards are kept")
-        return
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_json(record, plan)
-
-
-def warn_about(reading: Reading, counts: Counts, report: Report, sources) -> None:
+def warn_about(reading: Reading, counts: Counts, report: Report) -> None:
     """One line per kind of thing that was mended or left out."""
     if counts.duplicates:
         report.line(f"left out {counts.duplicates:,} exact duplicates")

@@ -10,6 +10,7 @@ from mlx_slm.config import DataConfig, TokenizerConfig
 from mlx_slm.errors import SlmError
 from mlx_slm.report import Report
 from mlx_slm.text import prepare as p
+from mlx_slm.text import shards as sh
 from mlx_slm.text.store import Store, cut_windows, first_windows
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.workspace import Damaged, Workspace
@@ -142,16 +143,16 @@ def test_invalid_utf8_is_reported(workspace, tmp_path, config, report):
 
 def shards_of(workspace, monkeypatch):
     """Shards of one document each, written in this process so that they can be counted and made to fail."""
-    monkeypatch.setattr(p, "SHARD_BYTES", 1)
+    monkeypatch.setattr(sh, "SHARD_BYTES", 1)
     written = []
-    real = p.write_shard
+    real = sh.write_shard
 
     class Here:
         def __init__(self, *_, **__): ...
 
         def submit(self, _, texts, path):
             written.append(path.name)
-            future = p.Future()
+            future = sh.Future()
             try:
                 future.set_result(real(texts, Tokenizer(workspace.tokenizer), path))
             except BaseException as error:
@@ -160,7 +161,7 @@ def shards_of(workspace, monkeypatch):
 
         def shutdown(self, **_): ...
 
-    monkeypatch.setattr(p, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(sh, "ProcessPoolExecutor", Here)
     return written
 
 
@@ -205,7 +206,7 @@ def test_a_full_disk_keeps_the_old_store_and_the_shards(workspace, tmp_path, tex
     before = Store(workspace.data("d", "train")).fingerprint
     write_jsonl(source, texts[:30])
     written = shards_of(workspace, monkeypatch)
-    real, left = p.os.fsync, [7]
+    real, left = sh.os.fsync, [7]
 
     def fsync(descriptor):
         left[0] -= 1
@@ -213,7 +214,7 @@ def test_a_full_disk_keeps_the_old_store_and_the_shards(workspace, tmp_path, tex
             raise OSError(errno.ENOSPC, "No space left on device", "shard")
         real(descriptor)
 
-    monkeypatch.setattr(p.os, "fsync", fsync)
+    monkeypatch.setattr(sh.os, "fsync", fsync)
     with pytest.raises(OSError, match="No space left"):
         p.prepare(workspace, "d", [f"train={source}"], config, report, fresh=True)
     assert Store(workspace.data("d", "train")).fingerprint == before
@@ -224,7 +225,7 @@ def test_a_full_disk_keeps_the_old_store_and_the_shards(workspace, tmp_path, tex
 
 def test_parallel_processes_write_the_same_store(workspace, tmp_path, texts, config, prepared, monkeypatch):
     source = write_jsonl(tmp_path / "generic.jsonl", texts[:900])
-    monkeypatch.setattr(p, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(sh, "SHARD_BYTES", 60_000)
     p.prepare(workspace, "generic", [str(source)], config, Report())
     for split in SPLITS:
         assert Store(workspace.data("generic", split)).fingerprint == Store(prepared.data("generic", split)).fingerprint

@@ -1,0 +1,148 @@
+"""Documents -> shards -> stores: tokenised by parallel processes, about 4 MB of text at a time.
+
+Each finished shard is a file of its own, so a run that was killed tokenises only what is missing.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from mlx_slm.report import Report
+from mlx_slm.text.sources import SPLITS
+from mlx_slm.text.store import KIND, TOKENS, WINDOWS, cut_windows
+from mlx_slm.text.tokenizer import Tokenizer
+from mlx_slm.workspace import new_artifact, read_json, write_json
+
+SHARD_BYTES = 4 << 20
+
+
+def start_shards(partial: Path, plan: dict, report: Report) -> None:
+    """Keep the shards of an interrupted run if they are of the same text, tokenizer and settings; else begin anew."""
+    record = partial / "plan.json"
+    if record.exists() and read_json(record) == plan:
+        done = len(list(partial.glob("*.npz")))
+        report.line(f"resuming: {done} finished shards are kept")
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_json(record, plan)
+
+
+def tokenise(
+    documents: Iterable[tuple[bytes, str, str]], tokenizer: Tokenizer, partial: Path, report: Report, title: str
+) -> dict[str, list[Path]]:
+    """Write shards of about 4 MB of text per split, those missing, in parallel; returns their paths in order."""
+    shards: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    buffers: dict[str, list[str]] = {split: [] for split in SPLITS}
+    sizes = dict.fromkeys(SPLITS, 0)
+    workers = os.cpu_count() or 1
+    pending: dict[Future, int] = {}
+    pool = None
+
+    def close(split: str, advance, last: bool) -> None:
+        nonlocal pool
+        texts, size = buffers[split], sizes[split]
+        path = partial / f"{split}-{len(shards[split]):05d}.npz"
+        shards[split].append(path)
+        buffers[split], sizes[split] = [], 0
+        if path.exists():
+            advance(size)
+        elif last and pool is None:
+            write_shard(texts, tokenizer, path)
+            advance(size)
+        else:
+            pool = pool or ProcessPoolExecutor(
+                workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(tokenizer.directory,)
+            )
+            pending[pool.submit(_write_shard_in_worker, texts, path)] = size
+            drain(advance, workers + 2)
+
+    def drain(advance, most: int) -> None:
+        while len(pending) > most:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                future.result()
+                advance(pending.pop(future))
+
+    try:
+        with report.progress(title, None, "B") as advance:
+            for _, text, split in documents:
+                buffers[split].append(text)
+                sizes[split] += len(text.encode())
+                if sizes[split] >= SHARD_BYTES:
+                    close(split, advance, last=False)
+            for split in SPLITS:
+                if buffers[split]:
+                    close(split, advance, last=True)
+            drain(advance, 0)
+    finally:
+        if pool:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return shards
+
+
+_worker_tokenizer: Tokenizer | None = None
+
+
+def _start_worker(directory: Path) -> None:
+    import signal
+
+    global _worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker_tokenizer = Tokenizer(directory)
+
+
+def _write_shard_in_worker(texts: list[str], path: Path) -> None:
+    write_shard(texts, _worker_tokenizer, path)
+
+
+def write_shard(texts: list[str], tokenizer: Tokenizer, path: Path) -> None:
+    """Tokenise documents into one file: `tokens`, `lengths` (of each document) and `bytes` (of text in all)."""
+    encoded = tokenizer.encode(texts)
+    lengths = np.array([len(ids) + 1 for ids in encoded], np.int64)
+    tokens = np.empty(lengths.sum(), token_dtype(tokenizer.vocab_size))
+    start = 0
+    for ids in encoded:
+        tokens[start : start + len(ids)] = ids
+        tokens[start + len(ids)] = tokenizer.eos_id
+        start += len(ids) + 1
+    buffer = io.BytesIO()
+    np.savez(buffer, tokens=tokens, lengths=lengths, bytes=sum(len(text.encode()) for text in texts))
+    temporary = path.with_suffix(".new")
+    with open(temporary, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def merge_shards(shards: list[Path], directory: Path, tokenizer: Tokenizer, context_length: int, inputs: dict) -> None:
+    """Concatenate shards into the store of one split."""
+    with new_artifact(directory, KIND, inputs, mapped=(TOKENS, WINDOWS)) as (path, info):
+        num_tokens = documents = num_bytes = 0
+        with open(path / TOKENS, "wb") as tokens_file, open(path / WINDOWS, "wb") as windows_file:
+            for shard in shards:
+                with np.load(shard) as arrays:
+                    tokens, lengths = arrays["tokens"], arrays["lengths"]
+                    num_bytes += int(arrays["bytes"])
+                windows = cut_windows(lengths, tokenizer.token_bytes[tokens], context_length)
+                windows["offset"] += num_tokens
+                windows["document"] += documents
+                tokens.tofile(tokens_file)
+                windows.tofile(windows_file)
+                num_tokens += len(tokens)
+                documents += len(lengths)
+        dtype = token_dtype(tokenizer.vocab_size).str
+        info.update(tokens=num_tokens, documents=documents, bytes=num_bytes, dtype=dtype)
+        info.update(context_length=context_length, eos_id=tokenizer.eos_id)
