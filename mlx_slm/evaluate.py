@@ -91,7 +91,8 @@ class Scorer:
                 result[members] = (np.array(found, np.float64)[: len(members)] * counted).sum(axis=1)
                 advance(int(lengths[members].sum()))
 
-        with (report or Report()).progress("evaluating", int(lengths.sum()), " tok") as advance:
+        progress = (report or Report()).progress("evaluating", int(lengths.sum()), " tok")
+        with runtime.sharing_cores(len(self._lanes)), progress as advance:
             batches = _batches(lengths, store.context_length, batch_rows)
             for (members, rows, length), (stream, nll) in zip(batches, cycle(self._lanes), strict=False):
                 targets = np.full((rows, length), store.eos_id, np.int32)

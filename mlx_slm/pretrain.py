@@ -18,7 +18,7 @@ from mlx_slm.evaluate import Scorer, validation_windows
 from mlx_slm.export import export_run
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
-from mlx_slm.text.prepare import ensure_set
+from mlx_slm.text.prepare import BYTES_PER_TOKEN, ensure_set
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.optimizer import AdamW
@@ -28,8 +28,6 @@ from mlx_slm.training.trainer import Plan, Trainer, duration
 from mlx_slm.workspace import Workspace, read_json, write_json
 
 METHODS = ("slm", "llm")
-BYTES_PER_TOKEN = 4.5
-"""Of English text at 32k pieces, with room to spare: how much text a horizon needs."""
 
 
 def pretrain(
@@ -119,9 +117,8 @@ def _horizon_tokens(path, shape: Shape, training: TrainingConfig, report: Report
         if found["hours"] == training.hours and found["shape"] == shape.to_dict():
             return found["tokens"]
     report.line(f"measuring this machine's speed to turn {training.hours:g} hours into tokens (about a minute)")
-    speed = measure_speed(
-        shape, training.batch_rows, training.micro_rows or training.batch_rows, 60, training.checkpoint_layers
-    )
+    rows = training.micro_rows or training.batch_rows
+    speed = measure_speed(shape, rows, 60, training.checkpoint_layers)
     tokens = int(speed * training.hours * 3600)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(

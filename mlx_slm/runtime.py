@@ -7,6 +7,7 @@ Nothing here imports mlx at module level.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -16,6 +17,7 @@ import site
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -23,11 +25,12 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 blas: str | None = None
 """The library that was loaded in front of MLX's own, or None."""
+_blas_library: ctypes.CDLL | None = None
 
 
 def prepare() -> None:
     """Load a fast CBLAS and set the allocator. On macOS and for later calls: nothing."""
-    global blas
+    global blas, _blas_library
     if sys.platform != "linux" or blas:
         return
     if "mlx.core" in sys.modules:
@@ -37,9 +40,11 @@ def prepare() -> None:
     # Reproducible sums whatever the alignment of a buffer: a resumed run equals an uninterrupted one bit for bit.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
+    # How far MLX looks for work that can run beside other work: at its default of 20 the lanes run one after the other.
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "200")
     for path in _blas_candidates():
         try:
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            _blas_library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
             if path == os.environ.get("MLX_SLM_BLAS"):
                 warnings.warn(f"$MLX_SLM_BLAS={path} cannot be loaded: {error}", stacklevel=3)
@@ -100,13 +105,29 @@ def backend() -> str:
 
 @functools.cache
 def lanes() -> list:
-    """Streams that share the rows of a step. Two on a Linux CPU, where MLX works on element-wise operations with one
+    """Streams that share the rows of a batch. Two on a Linux CPU, where MLX works on element-wise operations with one
     thread per stream (measured on two cores: 1.3x); one elsewhere."""
     import mlx.core as mx
 
     if sys.platform == "linux" and backend() == "cpu" and (os.cpu_count() or 1) > 1:
         return [mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)]
     return [mx.default_stream(mx.default_device())]
+
+
+@contextlib.contextmanager
+def sharing_cores(lanes_used: int) -> Iterator[None]:
+    """While lanes run side by side, give the products of each its part of the cores, so that they do not compete."""
+    cores = os.cpu_count() or 1
+    setters = ("MKL_Set_Num_Threads", "openblas_set_num_threads")
+    setter = next((getattr(_blas_library, name) for name in setters if hasattr(_blas_library, name)), None)
+    if lanes_used < 2 or setter is None:
+        yield
+        return
+    setter(max(1, cores // lanes_used))
+    try:
+        yield
+    finally:
+        setter(cores)
 
 
 def compute_dtype():

@@ -17,7 +17,7 @@ from mlx_slm.evaluate import Scorer, validation_windows
 from mlx_slm.export import export_run
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
-from mlx_slm.text.prepare import ensure_set
+from mlx_slm.text.prepare import BYTES_PER_TOKEN, ensure_set
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.checkpoint import load_weights
@@ -27,6 +27,8 @@ from mlx_slm.training.trainer import Plan, Trainer
 from mlx_slm.workspace import Workspace
 
 FROM_NONE = "none"
+STREAMED_TOKENS = 8_000_000
+"""Tokens of a domain that are streamed from the Hub where `--tokens` does not say."""
 
 
 def specialize(
@@ -47,7 +49,7 @@ def specialize(
         raise SlmError(f"--domain {domain}: that is the generic set; specialise to another one")
     scratch = from_run == FROM_NONE
     source = None if scratch else find_run(workspace, from_run or "slm")
-    ensure_set(workspace, domain, config, report)
+    ensure_set(workspace, domain, config, report, limit=_text_needed(tokens or STREAMED_TOKENS, config))
     tokenizer = Tokenizer(workspace.tokenizer)
     store, valid = (Store(workspace.require_set(domain, split)) for split in ("train", "valid"))
     store.require_tokenizer(tokenizer)
@@ -124,6 +126,11 @@ def specialize(
     report.line(f"best at step {state.best_step:,}: validation perplexity {best:.2f}")
     export_run(workspace, run)
     return run
+
+
+def _text_needed(tokens: int, config: Config) -> int:
+    """Bytes to stream for a train split of so many tokens beside the held-out documents."""
+    return int(tokens * BYTES_PER_TOKEN / (1 - config.data.valid_fraction - config.data.test_fraction))
 
 
 def choose_recipe(finetuning: FinetuningConfig, tokens: int, scratch: bool) -> Recipe:

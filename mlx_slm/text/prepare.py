@@ -21,6 +21,9 @@ from mlx_slm.text.store import KIND
 from mlx_slm.text.tokenizer import Tokenizer, sample_documents, train_tokenizer
 from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, load_manifest
 
+BYTES_PER_TOKEN = 4.7
+"""Of English text at 32k pieces (4.3), with room to spare: how much text so many tokens need."""
+
 
 @dataclass
 class Counts:

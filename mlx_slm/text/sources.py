@@ -289,15 +289,21 @@ def _read_parquet(path: Path, reading: Reading) -> Iterator[str]:
 
 
 def _read_hub(source: str, reading: Reading) -> Iterator[str]:
-    """`hf:<dataset>[:<config>]`, the train split, streamed; a local dataset directory works too."""
+    """`hf:<dataset>[:<config>][?<field>=<value>]`: the train split, streamed; a local dataset directory works too.
+
+    With `?` only records whose field (such as meta.pile_set_name) has that value are taken.
+    """
     import datasets
 
-    _, name, *rest = source.split(":")
-    if not name:
-        raise SlmError(f"{source}: write it as hf:<dataset> or hf:<dataset>:<config>")
+    address, _, condition = source.partition("?")
+    _, name, *rest = address.split(":")
+    if not name or (condition and "=" not in condition):
+        raise SlmError(f"{source}: write it as hf:<dataset>, hf:<dataset>:<config> or hf:<dataset>?<field>=<value>")
     try:
         stream = datasets.load_dataset(name, *rest, split="train", streaming=True)
         for index, record in enumerate(stream):
+            if condition and not _matches(record, condition, source):
+                continue
             text = _text_field(record, f"{source}, record {index}", reading)
             if text and not text.isspace():
                 yield text
@@ -306,9 +312,18 @@ def _read_hub(source: str, reading: Reading) -> Iterator[str]:
     except SlmError:
         raise
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, ValueError, OSError) as error:
-        raise SlmError(
-            f"{source}: cannot be read ({' '.join(str(error).split())[:300]}); check the name and the network"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise SlmError(f"{source}: cannot be read ({reason}); check the name and the network") from error
+
+
+def _matches(record: dict, condition: str, source: str) -> bool:
+    path, _, value = condition.partition("=")
+    found = record
+    for key in path.split("."):
+        if not isinstance(found, dict) or key not in found:
+            raise SlmError(f"{source}: its records have no field {path!r}; their fields: {', '.join(record)}")
+        found = found[key]
+    return str(found) == value
 
 
 def _known_kinds() -> str:

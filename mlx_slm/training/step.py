@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import mlx.core as mx
 import numpy as np
@@ -29,7 +29,8 @@ class TrainingStep:
         self.model, self.micro_rows = model, micro_rows
         self.parameters, self.moments = parameters, moments or optimizer.init(parameters)
         self.dtype = runtime.compute_dtype()
-        self._lanes = [(stream, mx.compile(self._loss_and_gradients)) for stream in runtime.lanes()]
+        streams = runtime.lanes() if micro_rows >= len(runtime.lanes()) else runtime.lanes()[:1]
+        self._lanes = [(stream, mx.compile(self._loss_and_gradients)) for stream in streams]
         self._add = mx.compile(lambda a, b: tree_map(mx.add, a, b))
         self._update = mx.compile(optimizer.update)
 
@@ -40,7 +41,8 @@ class TrainingStep:
         """
         loss = gradients = None
         for start in range(0, len(tokens), self.micro_rows):
-            for part, (stream, gradients_of) in self._share(start, min(start + self.micro_rows, len(tokens))):
+            rows = np.arange(start, min(start + self.micro_rows, len(tokens)))
+            for part, (stream, gradients_of) in zip(np.array_split(rows, len(self._lanes)), self._lanes, strict=True):
                 with mx.stream(stream):
                     found = gradients_of(self.parameters, mx.array(tokens[part]), mx.array(weights[part]))
                 loss, gradients = found if loss is None else (loss + found[0], self._add(gradients, found[1]))
@@ -51,11 +53,9 @@ class TrainingStep:
         mx.async_eval(self.parameters, self.moments, loss, norm)
         return loss, norm, self.moments["bad"]
 
-    def _share(self, start: int, stop: int) -> Iterator[tuple[slice, tuple]]:
-        """Cut the rows of a micro-batch into one run per lane, of equal shape where the number divides."""
-        count = len(self._lanes) if (stop - start) % len(self._lanes) == 0 else 1
-        size = (stop - start) // count
-        return ((slice(start + i * size, start + (i + 1) * size), self._lanes[i]) for i in range(count))
+    def sharing_cores(self) -> AbstractContextManager:
+        """Enter this around a run of steps."""
+        return runtime.sharing_cores(len(self._lanes))
 
     def _loss_and_gradients(self, parameters: dict, tokens: mx.array, weights: mx.array) -> tuple[mx.array, dict]:
         def loss(parameters):
@@ -67,18 +67,18 @@ class TrainingStep:
         return mx.value_and_grad(loss)(parameters)
 
 
-def measure_speed(shape: Shape, batch_rows: int, micro_rows: int, seconds: float, checkpoint_layers: bool) -> float:
-    """Tokens per second of whole training steps on random rows: the median after two, within about `seconds`."""
+def measure_speed(shape: Shape, rows: int, seconds: float, checkpoint_layers: bool = False) -> float:
+    """Tokens per second of training steps on `rows` random rows: the median after the first, in about `seconds`."""
     runtime.configure_device()
-    step = TrainingStep(Transformer(shape, checkpoint_layers), AdamW(), micro_rows, initialise(shape, 0))
+    step = TrainingStep(Transformer(shape, checkpoint_layers), AdamW(), rows, initialise(shape, 0))
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, shape.vocab_size, (batch_rows, shape.context_length + 1), np.int32)
-    weights = np.ones((batch_rows, shape.context_length), np.float32)
+    tokens = rng.integers(0, shape.vocab_size, (rows, shape.context_length + 1), np.int32)
+    weights = np.ones((rows, shape.context_length), np.float32)
     times: list[float] = []
     begun = time.perf_counter()
-    while len(times) < 4 or time.perf_counter() - begun < seconds:
-        start = time.perf_counter()
-        step(tokens, weights, 1e-4)
-        mx.eval(step.parameters)
-        times.append(time.perf_counter() - start)
-    return weights.size / statistics.median(times[2:])
+    with step.sharing_cores():
+        while len(times) < 3 or time.perf_counter() - begun < seconds:
+            start = time.perf_counter()
+            mx.eval(step(tokens, weights, 1e-4), step.parameters)
+            times.append(time.perf_counter() - start)
+    return weights.size / statistics.median(times[1:])

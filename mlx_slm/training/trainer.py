@@ -111,7 +111,7 @@ class Trainer:
         plan, state = self.plan, self.state
         runtime.configure_device()
         peak = runtime.matmul_gflops() * 1e9
-        with stop_requested() as stopping, ThreadPoolExecutor(1) as loader:
+        with stop_requested() as stopping, ThreadPoolExecutor(1) as loader, self.step.sharing_cores():
             rows = loader.submit(self.sampler.rows, state.step)
             started, first = time.perf_counter(), True
             while state.step < plan.steps and not self._stopped_early():

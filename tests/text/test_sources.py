@@ -76,6 +76,15 @@ def test_hub_source_reads_a_local_dataset_with_the_real_library(tmp_path):
         read("hf:no-such/dataset-anywhere")
 
 
+def test_hub_source_takes_the_records_that_a_condition_names(tmp_path):
+    records = [{"text": f"text {i}", "meta": {"set": "a b" if i % 3 else "c"}} for i in range(9)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert read(f"hf:{tmp_path}?meta.set=c")[0] == ["text 0", "text 3", "text 6"]
+    assert len(read(f"hf:{tmp_path}?meta.set=a b")[0]) == 6
+    with pytest.raises(SlmError, match=r"have no field 'meta\.kind'; their fields: text, meta"):
+        read(f"hf:{tmp_path}?meta.kind=c")
+
+
 def test_docs_source(tmp_path):
     found, _ = read("docs:click")
     assert len(found) > 50 and any("command" in text for text in found)

@@ -278,4 +278,4 @@ def test_metrics_have_a_record_for_every_report(uninterrupted):
 
 def test_measured_speed_is_of_whole_steps():
     shape = Shape.of(ModelConfig(family="llama", num_layers=1, dims=32, num_heads=4), 400, 32)
-    assert 100 < measure_speed(shape, 4, 2, 0.1, False) < 10**8
+    assert 100 < measure_speed(shape, 4, 0.1) < 10**8
