@@ -138,7 +138,7 @@ class TrainingConfig(Section):
     batch_rows: PositiveSize = 56
     """Rows of context_length tokens per step. Inferred from the paper: 57k tokens a step."""
     micro_rows: PositiveSize | None = None
-    """Rows per forward and backward; the step accumulates gradients. Default: all at once."""
+    """Rows per forward and backward; the step accumulates gradients. Default: as many as fit the memory."""
     checkpoint_layers: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     report_every: PositiveSize = 10

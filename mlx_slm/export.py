@@ -21,16 +21,18 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 """GPT-2's Conv1D matrices: (in, out) on the Hub, (out, in) in memory; mlx-lm's `sanitize` turns them."""
 
 
-def export_run(workspace: Workspace, run: Run, name: str | None = None) -> Path:
-    """Write the run's weights to `models/<name>` (default: the run's name); returns the directory."""
-    step = run.weights_step()
+def export_run(workspace: Workspace, run: Run) -> Path:
+    """Write the run's weights to `models/<run>`, unless they are there; returns the directory."""
+    step, path = run.weights_step(), workspace.model(run.name)
+    if (path / MANIFEST).exists() and load_manifest(path, KIND)["info"].get("started") == run.record["started"]:
+        return path
     return export_model(
-        workspace.model(name or run.name),
+        path,
         run.shape,
         load_weights(run.path, step),
         Tokenizer(workspace.tokenizer),
         {"run": run.name, "step": step, "method": run.record["method"], "tokenizer": run.record["inputs"]["tokenizer"]},
-        {key: run.record.get(key) for key in ("tokens", "seconds", "device", "valid_nll")},
+        {key: run.record.get(key) for key in ("tokens", "seconds", "device", "valid_nll", "started")},
     )
 
 

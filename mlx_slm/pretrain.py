@@ -23,7 +23,7 @@ from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.runs import Run, open_run
-from mlx_slm.training.step import measure_speed
+from mlx_slm.training.step import measure_speed, rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer, duration
 from mlx_slm.workspace import Workspace, read_json, write_json
 
@@ -73,6 +73,7 @@ def pretrain(
     run = open_run(path, method, inputs, config, fresh)
     if run.finished:
         report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
+        export_run(workspace, run)
         return run
     _announce(shape, steps * per_step, sampler.num_rows * context, report)
     plan = Plan(
@@ -81,7 +82,7 @@ def pretrain(
         warmup_steps=training.warmup_steps,
         schedule=training.schedule,
         batch_rows=training.batch_rows,
-        micro_rows=training.micro_rows or training.batch_rows,
+        micro_rows=training.micro_rows or rows_that_fit(shape, training.batch_rows, training.checkpoint_layers),
         eval_every=training.eval_every,
         report_every=training.report_every,
         checkpoint_every=training.checkpoint_every,
@@ -117,7 +118,7 @@ def _horizon_tokens(path, shape: Shape, training: TrainingConfig, report: Report
         if found["hours"] == training.hours and found["shape"] == shape.to_dict():
             return found["tokens"]
     report.line(f"measuring this machine's speed to turn {training.hours:g} hours into tokens (about a minute)")
-    rows = training.micro_rows or training.batch_rows
+    rows = training.micro_rows or rows_that_fit(shape, training.batch_rows, training.checkpoint_layers)
     speed = measure_speed(shape, rows, 60, training.checkpoint_layers)
     tokens = int(speed * training.hours * 3600)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,9 +16,10 @@ class Report:
         """Something the user should know, that does not stop the work."""
 
     @contextmanager
-    def progress(self, title: str, total: float | None, unit: str) -> Iterator[Callable[[float], None]]:
-        """A running task; the function that it yields advances the task by so many units (bytes, windows, tokens)."""
-        yield lambda amount: None
+    def progress(self, title: str, total: float | None, unit: str) -> Iterator[Callable[..., None]]:
+        """A running task; yields `advance(amount, total=None)`: so many more units are done, of a total that may have
+        been estimated anew."""
+        yield lambda amount, total=None: None
 
     def confirm(self, question: str) -> bool:
         """Ask before long or large work. Only a terminal can say no."""

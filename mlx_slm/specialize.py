@@ -23,6 +23,7 @@ from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.checkpoint import load_weights
 from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.runs import Run, find_run, open_run
+from mlx_slm.training.step import rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer
 from mlx_slm.workspace import Workspace
 
@@ -87,6 +88,7 @@ def specialize(
     run = open_run(workspace.run(name or f"{domain}-{method}-{label}"), method, inputs, config, fresh, select="best")
     if run.finished:
         report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
+        export_run(workspace, run)
         return run
     per_pass = sampler.num_rows / finetuning.batch_rows
     cadence = max(1, round(per_pass / finetuning.evaluations_per_pass))
@@ -95,7 +97,7 @@ def specialize(
         learning_rate=rate,
         warmup_steps=finetuning.warmup_steps,
         batch_rows=finetuning.batch_rows,
-        micro_rows=finetuning.micro_rows or finetuning.batch_rows,
+        micro_rows=finetuning.micro_rows or rows_that_fit(shape, finetuning.batch_rows),
         eval_every=cadence,
         report_every=cadence,
         checkpoint_every=4 * cadence,

@@ -29,10 +29,10 @@ class Damaged(SlmError):
 
 
 class Workspace:
-    """One directory with everything that a user makes (DESIGN, "The workspace")."""
+    """One directory with everything that a user makes: by default $MLX_SLM_WORKSPACE, else ./workspace."""
 
-    def __init__(self, root: str | os.PathLike):
-        self.root = Path(root)
+    def __init__(self, root: str | os.PathLike | None = None):
+        self.root = Path(root or os.environ.get("MLX_SLM_WORKSPACE") or "workspace")
         self.config_file = self.root / "config.yaml"
         self.tokenizer = self.root / "tokenizer"
         self.results = self.root / "results"

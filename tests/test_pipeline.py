@@ -18,6 +18,7 @@ from mlx_slm.pretrain import pretrain
 from mlx_slm.report import Report
 from mlx_slm.specialize import choose_recipe, specialize
 from mlx_slm.training.runs import find_run
+from mlx_slm.training.trainer import alone_in
 from mlx_slm.workspace import Workspace
 
 
@@ -99,6 +100,22 @@ def test_a_finished_run_is_not_trained_again_and_another_configuration_is_refuse
     with pytest.raises(SlmError, match=r"another configuration \(training\.learning_rate 0\.003 -> 0\.01\).* --fresh"):
         pretrain(own, faster, "slm", report)
     assert pretrain(own, faster, "slm", report, fresh=True).record["step"] == 12
+
+
+def test_a_finished_run_whose_model_is_missing_is_exported_again(own, config, report):
+    model = own.model("notes-slm-4k")
+    before = (model / "model.safetensors").read_bytes()
+    shutil.rmtree(model)
+    specialize(own, config, "notes", report, tokens=4000)
+    assert (model / "model.safetensors").read_bytes() == before
+
+
+def test_two_processes_do_not_train_one_run(own, config):
+    longer = config.model_copy(update={"training": config.training.model_copy(update={"steps": 13})})
+    own.run("twice").mkdir()
+    with alone_in(own.run("twice")), pytest.raises(SlmError, match="run twice is being trained by another process"):
+        pretrain(own, longer, "slm", Report(), name="twice")
+    assert pretrain(own, longer, "slm", Report(), name="twice").finished
 
 
 def test_reports_and_checkpoints_may_change_within_a_run(own, config, report):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ class Session:
     def workspace(self):
         from mlx_slm.workspace import Workspace
 
-        return Workspace(self.workspace_path or os.environ.get("MLX_SLM_WORKSPACE") or "workspace")
+        return Workspace(self.workspace_path)
 
     @functools.cached_property
     def config(self):
@@ -72,9 +71,7 @@ def common(function: Callable) -> Callable:
     @click.option(
         "--workspace", "workspace_path", metavar="DIR", help="Where everything is kept. [default: ./workspace]"
     )
-    @click.option(
-        "--config", "config_name", metavar="FILE_OR_NAME", help="A YAML file, or mac, paper, mini, quickstart."
-    )
+    @click.option("--config", "config_name", metavar="FILE_OR_NAME", help="A YAML file, or mac, paper, laptop, mini.")
     @click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value, such as training.tokens=4M."
     )

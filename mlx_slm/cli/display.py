@@ -37,9 +37,9 @@ class RichReport(Report):
         return self.console.input(f"{question} [Y/n] ").strip().lower() in ("", "y", "yes")
 
     @contextmanager
-    def progress(self, title: str, total: float | None, unit: str) -> Iterator[Callable[[float], None]]:
+    def progress(self, title: str, total: float | None, unit: str) -> Iterator[Callable[..., None]]:
         if self.quiet:
-            yield lambda amount: None
+            yield lambda amount, total=None: None
         elif self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -50,22 +50,23 @@ class RichReport(Report):
             )
             with Progress(*columns, console=self.console, transient=True) as bar:
                 task = bar.add_task(title, total=total)
-                yield lambda amount: bar.advance(task, amount)
+                yield lambda amount, total=None: bar.update(task, advance=amount, total=total)
         else:
             yield self._plain(title, total, unit)
 
-    def _plain(self, title: str, total: float | None, unit: str) -> Callable[[float], None]:
+    def _plain(self, title: str, total: float | None, unit: str) -> Callable[..., None]:
         started = last = time.monotonic()
         done = 0.0
 
-        def advance(amount: float) -> None:
-            nonlocal done, last
+        def advance(amount: float, new_total: float | None = None) -> None:
+            nonlocal done, last, total
             done += amount
+            total = new_total or total
             now = time.monotonic()
             if now - last >= PLAIN_EVERY:
                 last = now
                 rate = done / (now - started)
-                left = f", {(total - done) / rate:.0f}s left" if total and rate else ""
+                left = f", {max(0.0, total - done) / rate:.0f}s left" if total and rate else ""
                 self.line(f"{title}: {_short(done)}{unit}, {_short(rate)}{unit}/s{left}")
 
         return advance

@@ -1,20 +1,15 @@
-"""Text -> token stores: read, drop exact duplicates, split by document, tokenise (text/shards.py).
-
-A document's split depends on the hash of its text alone, so it stays where it is when the set grows.
-"""
+"""Text -> tokenizer and token stores: what must be made, what is there already, what changed."""
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_slm.config import Config, known_domains
 from mlx_slm.errors import Interrupted, SlmError, nearest
 from mlx_slm.report import Report
+from mlx_slm.text.documents import Counts, Documents
 from mlx_slm.text.shards import merge_shards, start_shards, tokenise
 from mlx_slm.text.sources import SPLITS, Reading, Source
 from mlx_slm.text.store import KIND
@@ -23,49 +18,6 @@ from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, load_manifest
 
 BYTES_PER_TOKEN = 4.7
 """Of English text at 32k pieces (4.3), with room to spare: how much text so many tokens need."""
-
-
-@dataclass
-class Counts:
-    """What was read: documents and bytes kept, and exact duplicates left out."""
-
-    documents: int = 0
-    bytes: int = 0
-    duplicates: int = 0
-
-
-class Documents:
-    """The distinct documents of a set as (digest, text, split), in a fixed order: held-out sources first.
-
-    A text that stands in a held-out source and in the training source is kept where it is held out.
-    """
-
-    def __init__(self, sources: list[Source], config: Config, reading: Reading):
-        self.sources = sorted(sources, key=lambda s: {"test": 0, "valid": 1}.get(s.split, 2))
-        self.reading, self.counts = reading, Counts()
-        self._data = config.data
-
-    def __iter__(self) -> Iterator[tuple[bytes, str, str]]:
-        seen: set[bytes] = set()
-        counts = self.counts = Counts()
-        for source in self.sources:
-            for text in source.documents(self.reading):
-                digest = hashlib.blake2b(text.encode(), digest_size=12).digest()
-                if digest in seen:
-                    counts.duplicates += 1
-                    continue
-                seen.add(digest)
-                counts.documents += 1
-                counts.bytes += len(text.encode())
-                yield digest, text, source.split or self._split(digest)
-                if self._data.limit and counts.bytes >= self._data.limit:
-                    return
-
-    def _split(self, digest: bytes) -> str:
-        place = int.from_bytes(digest[:8], "big") / 2**64
-        if place < self._data.test_fraction:
-            return "test"
-        return "valid" if place < self._data.test_fraction + self._data.valid_fraction else "train"
 
 
 def sources_of(name: str, given: list[str], workspace: Workspace, config: Config) -> list[str]:
@@ -87,36 +39,32 @@ def sources_of(name: str, given: list[str], workspace: Workspace, config: Config
 
 
 def ensure_set(workspace: Workspace, name: str, config: Config, report: Report, limit: int | None = None) -> None:
-    """Prepare a set that a command needs and that is missing, announced in one line; check one that is configured.
+    """Prepare a set that a command needs and that is missing, announced in one line; check one whose files are named.
 
+    What was read from the Hub or from installed packages, or from files that are gone, stays as it was prepared.
     `limit`: bytes of text to stream from the Hub where the configuration sets no limit.
     """
     exists = all((workspace.data(name, split) / MANIFEST).exists() for split in SPLITS)
-    if exists and name not in config.data.sets:
+    if exists:
+        sources = config.data.sets.get(name, [])
+        if sources and all(_on_disk(source) for source in sources):
+            prepare(workspace, name, sources, config, report)
         return
     sources = sources_of(name, [], workspace, config)
-    if exists and not all(_reachable(source) for source in sources):
-        return
-    if not exists:
-        if name != config.data.generic:
-            ensure_set(workspace, config.data.generic, config, report)
-        report.line(f"set {name!r} is not prepared yet: preparing it from {', '.join(sources)}")
-    streamed = any(source.startswith("hf:") for source in sources)
-    if limit and streamed and config.data.limit is None and not exists:
-        gigabytes = limit / 1e9
-        report.line(f"streaming {gigabytes:.1f} GB of text for this horizon")
-        if gigabytes > 1 and not report.confirm("download it?"):
+    if name != config.data.generic:
+        ensure_set(workspace, config.data.generic, config, report)
+    report.line(f"set {name!r} is not prepared yet: preparing it from {', '.join(sources)}")
+    if limit and config.data.limit is None and any(source.startswith("hf:") for source in sources):
+        report.line(f"streaming {limit / 1e9:.2g} GB of text")
+        if limit > 1e9 and not report.confirm("start the download?"):
             raise Interrupted("not started; nothing was downloaded")
         config = config.model_copy(update={"data": config.data.model_copy(update={"limit": limit})})
-    elif exists and streamed:
-        return
     prepare(workspace, name, sources, config, report)
 
 
-def _reachable(source: str) -> bool:
-    """Whether a source can be compared with what was prepared: a local file may have moved since, and that is fine."""
+def _on_disk(source: str) -> bool:
     parsed = Source.parse(source)
-    return parsed.remote or bool(glob.glob(str(Path(parsed.text).expanduser()), recursive=True))
+    return not parsed.remote and bool(glob.glob(str(Path(parsed.text).expanduser()), recursive=True))
 
 
 def prepare(
@@ -181,7 +129,7 @@ def ensure_tokenizer(workspace, name, sources: list[Source], origin: str, config
 
         def training_text():
             for digest, text, split in documents:
-                advance(len(text))
+                advance(len(text), documents.expected_bytes())
                 if split == "train":
                     yield digest, text
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_slm.report import Report
+from mlx_slm.text.documents import Documents
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import KIND, TOKENS, WINDOWS, cut_windows
 from mlx_slm.text.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ def start_shards(partial: Path, plan: dict, report: Report) -> None:
 
 
 def tokenise(
-    documents: Iterable[tuple[bytes, str, str]], tokenizer: Tokenizer, partial: Path, report: Report, title: str
+    documents: Documents, tokenizer: Tokenizer, partial: Path, report: Report, title: str
 ) -> dict[str, list[Path]]:
     """Write shards of about 4 MB of text per split, those missing, in parallel; returns their paths in order."""
     shards: dict[str, list[Path]] = {split: [] for split in SPLITS}
@@ -47,41 +47,45 @@ def tokenise(
     pending: dict[Future, int] = {}
     pool = None
 
-    def close(split: str, advance, last: bool) -> None:
+    def close(split: str, last: bool) -> None:
         nonlocal pool
         texts, size = buffers[split], sizes[split]
         path = partial / f"{split}-{len(shards[split]):05d}.npz"
         shards[split].append(path)
         buffers[split], sizes[split] = [], 0
         if path.exists():
-            advance(size)
+            done(size)
         elif last and pool is None:
             write_shard(texts, tokenizer, path)
-            advance(size)
+            done(size)
         else:
             pool = pool or ProcessPoolExecutor(
                 workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(tokenizer.directory,)
             )
             pending[pool.submit(_write_shard_in_worker, texts, path)] = size
-            drain(advance, workers + 2)
+            drain(workers + 2)
 
-    def drain(advance, most: int) -> None:
+    def drain(most: int) -> None:
         while len(pending) > most:
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
                 future.result()
-                advance(pending.pop(future))
+                done(pending.pop(future))
 
     try:
         with report.progress(title, None, "B") as advance:
+
+            def done(size: int) -> None:
+                advance(size, documents.expected_bytes())
+
             for _, text, split in documents:
                 buffers[split].append(text)
                 sizes[split] += len(text.encode())
                 if sizes[split] >= SHARD_BYTES:
-                    close(split, advance, last=False)
+                    close(split, last=False)
             for split in SPLITS:
                 if buffers[split]:
-                    close(split, advance, last=True)
-            drain(advance, 0)
+                    close(split, last=True)
+            drain(0)
     finally:
         if pool:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -7,6 +7,7 @@ so that it can be shuffled and held out. jsonl, csv and parquet hold one documen
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import glob
 import gzip
@@ -17,6 +18,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from mlx_slm.errors import SlmError
 from mlx_slm.text import docstrings
@@ -38,9 +40,16 @@ class Reading:
     """Fail on invalid UTF-8 instead of replacing it."""
     replaced: int = 0
     """Documents in which invalid UTF-8 was replaced."""
-    empty: int = 0
-    """Documents without any text, which are left out."""
     empty_files: list[str] = field(default_factory=list)
+    bytes_read: int = 0
+    """Bytes of the files that are done, as they lie on the disk."""
+    current: BinaryIO | None = None
+    """The file that is being read."""
+
+    @property
+    def position(self) -> int:
+        """Bytes read so far, as they lie on the disk."""
+        return self.bytes_read + (self.current.tell() if self.current and not self.current.closed else 0)
 
 
 @dataclass(frozen=True)
@@ -122,8 +131,8 @@ def read_file(path: Path, reading: Reading) -> Iterator[str]:
         for document in reader(path, reading):
             if document and not document.isspace():
                 yield document
-            else:
-                reading.empty += 1
+        reading.bytes_read += path.stat().st_size
+        reading.current = None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SlmError(f"{path}: truncated or damaged gzip ({error}); fetch the file again") from error
     except _zstd_error() as error:
@@ -132,30 +141,30 @@ def read_file(path: Path, reading: Reading) -> Iterator[str]:
         raise SlmError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _open(path: Path):
-    """Open for bytes, decompressing; a zstd stream that ends early raises EOFError as gzip's does."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstdStream(path), 1 << 20)
-    return open(path, "rb")
+@contextlib.contextmanager
+def _open(path: Path, reading: Reading) -> Iterator[BinaryIO]:
+    """Open for bytes, decompressing; a stream that ends early raises EOFError."""
+    with open(path, "rb") as raw:
+        reading.current = raw
+        if path.suffix == ".gz":
+            yield gzip.GzipFile(fileobj=raw)
+        elif path.suffix == ".zst":
+            yield io.BufferedReader(_ZstdStream(raw), 1 << 20)
+        else:
+            yield raw
 
 
 class _ZstdStream(io.RawIOBase):
     """Decompressed bytes of a .zst file of any number of frames."""
 
-    def __init__(self, path: Path):
+    def __init__(self, file: BinaryIO):
         import zstandard
 
         self._new = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
-        self._file, self._frame, self._fed, self._ready = open(path, "rb"), self._new(), False, b""
+        self._file, self._frame, self._fed, self._ready = file, self._new(), False, b""
 
     def readable(self) -> bool:
         return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
     def readinto(self, buffer) -> int:
         while not self._ready:
@@ -187,7 +196,7 @@ def _decode(raw: bytes, where: str, reading: Reading) -> str:
 
 def _read_text(path: Path, reading: Reading) -> Iterator[str]:
     """The parts joined are the file, to the byte."""
-    with _open(path) as file:
+    with _open(path, reading) as file:
         head = file.read(LONG_TEXT + 1)
         head = head.removeprefix(codecs.BOM_UTF8)
         if len(head) <= LONG_TEXT:
@@ -217,7 +226,7 @@ def _chain_lines(lines: list[bytes], carried: bytes, file) -> Iterator[bytes]:
 
 
 def _read_json(path: Path, reading: Reading) -> Iterator[str]:
-    with _open(path) as file:
+    with _open(path, reading) as file:
         for number, raw in enumerate(file, 1):
             where = f"{path}:{number}"
             line = _decode(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, where, reading)
@@ -252,7 +261,7 @@ def _text_field(record, where: str, reading: Reading) -> str:
 def _read_csv(path: Path, reading: Reading) -> Iterator[str]:
     csv.field_size_limit(sys.maxsize)
     delimiter = "\t" if ".tsv" in path.suffixes else ","
-    with _open(path) as file:
+    with _open(path, reading) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         try:
             rows = csv.DictReader(text, delimiter=delimiter, strict=True)
@@ -307,8 +316,6 @@ def _read_hub(source: str, reading: Reading) -> Iterator[str]:
             text = _text_field(record, f"{source}, record {index}", reading)
             if text and not text.isspace():
                 yield text
-            else:
-                reading.empty += 1
     except SlmError:
         raise
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, ValueError, OSError) as error:

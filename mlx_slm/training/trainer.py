@@ -7,6 +7,7 @@ flight: the host reads the numbers of step s while the device works on step s+1.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import signal
 import threading
@@ -111,7 +112,12 @@ class Trainer:
         plan, state = self.plan, self.state
         runtime.configure_device()
         peak = runtime.matmul_gflops() * 1e9
-        with stop_requested() as stopping, ThreadPoolExecutor(1) as loader, self.step.sharing_cores():
+        with (
+            alone_in(self.run_directory),
+            stop_requested() as stopping,
+            ThreadPoolExecutor(1) as loader,
+            self.step.sharing_cores(),
+        ):
             rows = loader.submit(self.sampler.rows, state.step)
             started, first = time.perf_counter(), True
             while state.step < plan.steps and not self._stopped_early():
@@ -121,8 +127,10 @@ class Trainer:
                 in_flight = self.step(tokens, weights, plan.rate(state.step))
                 if first:
                     mx.eval(in_flight)
-                    self.report.line(f"compiled in {time.perf_counter() - started:.0f}s")
-                    started, first = time.perf_counter(), False
+                    compiled, started = time.perf_counter() - started, time.perf_counter()
+                    if compiled > 5:
+                        self.report.line(f"compiled the step in {compiled:.0f} s; the next run finds it ready")
+                    first = False
                 self._collect()
                 self._pending = (state.step, total, *in_flight)
                 state.step += 1
@@ -166,8 +174,8 @@ class Trainer:
                 rows = self.plan.batch_rows
                 raise SlmError(
                     f"{BAD_STEPS} steps in a row were not finite, the last is step {step:,} (rows {step * rows:,} to "
-                    f"{(step + 1) * rows - 1:,} of the sampler); lower the learning rate and run again: "
-                    "it goes on from the last checkpoint"
+                    f"{(step + 1) * rows - 1:,} of the sampler); the weights are those before them: lower the "
+                    "learning rate and start anew with --fresh"
                 )
             return
         window = self.state.window
@@ -233,6 +241,19 @@ class Trainer:
             self.run_directory, self.state.step, self.step.parameters, self.step.moments, self.state.to_json(), keep
         )
         self._saved_step = self.state.step
+
+
+@contextlib.contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """Hold the run's lock, which its process loses when it ends in whatever way; raises SlmError if another has it."""
+    with open(run / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SlmError(
+                f"run {run.name} is being trained by another process: wait for it, or give --name"
+            ) from error
+        yield
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ import shutil
 import numpy as np
 import pytest
 from conftest import small_config, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_slm.config import DataConfig, TokenizerConfig
 from mlx_slm.errors import SlmError
@@ -57,6 +59,15 @@ def test_cut_windows_by_hand():
     assert windows["length"].tolist() == [3, 4, 4, 4]
     assert windows["document"].tolist() == [0, 1, 1, 2]
     assert windows["bytes"].tolist() == [3, 18, 34, 50]
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 20))
+def test_windows_cover_every_token_once(lengths, context_length):
+    windows = cut_windows(np.array(lengths, int), np.ones(sum(lengths), np.uint8), context_length)
+    covered = [i for w in windows for i in range(w["offset"], w["offset"] + w["length"])]
+    assert covered == list(range(sum(lengths)))
+    assert (windows["bytes"] == windows["length"]).all() and (windows["length"] <= context_length).all()
+    assert np.bincount(windows["document"], windows["length"], len(lengths)).tolist() == lengths
 
 
 def test_splits_are_stable_when_the_set_grows(tmp_path, prepared, texts, tokenizer, config):

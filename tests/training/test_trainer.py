@@ -22,7 +22,7 @@ from mlx_slm.text.store import Store
 from mlx_slm.training import checkpoint
 from mlx_slm.training.checkpoint import Metrics, checkpoint_steps, load_checkpoint
 from mlx_slm.training.optimizer import AdamW
-from mlx_slm.training.step import TrainingStep, measure_speed
+from mlx_slm.training.step import TrainingStep
 from mlx_slm.training.trainer import Plan, Trainer
 
 STEPS = 26
@@ -274,8 +274,3 @@ def test_metrics_have_a_record_for_every_report(uninterrupted):
     assert [r["step"] for r in records if "valid_nll" in r] == [7, 14, 21, 26]
     assert records[0]["loss"] > records[-2]["loss"]
     json.dumps(records)
-
-
-def test_measured_speed_is_of_whole_steps():
-    shape = Shape.of(ModelConfig(family="llama", num_layers=1, dims=32, num_heads=4), 400, 32)
-    assert 100 < measure_speed(shape, 4, 0.1) < 10**8

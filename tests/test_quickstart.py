@@ -1,0 +1,65 @@
+"""The quickstart on a little of its text: every stage is real, only shorter."""
+
+import json
+import sys
+
+import pytest
+
+from mlx_slm.cli import run
+
+SHORT = ["data.limit=400k", "training.tokens=60k", "training.eval_every=30", "finetuning.max_steps=20"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("quickstart")
+
+
+def quickstart(folder, capsys, *more):
+    settings = [word for value in SHORT for word in ("--set", value)]
+    code = run(["quickstart", "--workspace", str(folder / "w"), *settings, *more])
+    return code, *capsys.readouterr()
+
+
+def test_all_stages_and_the_shape_of_the_result(folder, capsys):
+    code, out, err = quickstart(folder, capsys, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert set(found) >= {"seconds", "device", "domain", "results", "model", "sample"}
+    assert found["domain"] == "huggingface_hub"
+    assert [(r["method"], r["stage"]) for r in found["results"]] == [
+        ("slm", "none"),
+        ("slm", "pretrained"),
+        ("slm", "specialized"),
+    ]
+    none, pretrained, specialized = (r["perplexity"] for r in found["results"])
+    assert 800 < none < 1300, "random weights are as good as a vocabulary of 1,024 at random"
+    assert specialized < 0.9 * pretrained < 0.5 * none
+    assert found["results"][1]["tokens"] > 50_000 and found["results"][1]["seconds"] > 0
+    assert found["sample"].startswith("Download a file from") and len(found["sample"]) > 25
+    assert [line[0] for line in err.splitlines() if line[:2] in ("1.", "2.", "3.", "4.", "5.")] == list("12345")
+
+
+def test_a_second_run_finds_everything_done(folder, capsys, monkeypatch):
+    from mlx_slm.text import docstrings
+
+    monkeypatch.setattr(docstrings, "documents", lambda _: pytest.fail("the text was read again"))
+    code, out, _ = quickstart(folder, capsys)
+    assert code == 0 and "run slm is finished" in out and "run huggingface_hub-slm-30k is finished" in out
+    assert "slm, specialized" in out and "mlx-slm generate" in out
+
+
+def test_serving_answers_the_openai_client(folder):
+    openai = pytest.importorskip("openai", reason="needs the openai client (extra: peers)")
+    import subprocess
+
+    model = str(folder / "w" / "models" / "huggingface_hub-slm-30k")
+    command = [sys.executable, "-m", "mlx_slm", "serve", model, "--port", "18199"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert any("Starting httpd" in line for line in server.stderr), "the server did not start"
+            client = openai.OpenAI(base_url="http://127.0.0.1:18199/v1", api_key="none", max_retries=0)
+            answer = client.completions.create(model=model, prompt="Download a", max_tokens=8)
+            assert answer.usage.completion_tokens == 8 and isinstance(answer.choices[0].text, str)
+        finally:
+            server.terminate()

@@ -1,0 +1,67 @@
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+
+from mlx_slm import runtime
+
+LINUX_CPU = sys.platform == "linux" and runtime.backend() == "cpu"
+
+
+def python(script, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "default", "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=True,
+    )
+
+
+def test_description_is_complete_and_measured():
+    found = runtime.describe()
+    assert set(found) >= {"backend", "device", "memory_gb", "blas", "gflops", "versions"}
+    assert found["backend"] in ("cpu", "metal", "cuda") and found["memory_gb"] > 0.5
+    assert found["versions"]["mlx"][0].isdigit() and found["gflops"] == round(runtime.matmul_gflops(), 1) > 1
+
+
+@pytest.mark.skipif(not LINUX_CPU, reason="a BLAS is preloaded on Linux only")
+def test_mlx_before_us_is_warned_about_once():
+    script = "import mlx.core, mlx_slm, mlx_slm.runtime as r; r.prepare(); print(r.blas)"
+    found = python(script)
+    assert found.stdout == "None\n"
+    assert found.stderr.count("import mlx_slm before mlx: matrix products are up to 30x slower") == 1
+
+
+@pytest.mark.skipif(not LINUX_CPU or not runtime.blas, reason="needs a BLAS to name")
+def test_the_named_blas_comes_first_and_a_wrong_one_is_named():
+    assert python("import mlx_slm.runtime as r; print(r.blas)", MLX_SLM_BLAS=runtime.blas).stdout == runtime.blas + "\n"
+    found = python("import mlx_slm", MLX_SLM_BLAS="gone.so")
+    assert "$MLX_SLM_BLAS=gone.so cannot be loaded" in found.stderr
+
+
+@pytest.mark.skipif(not LINUX_CPU, reason="notices are for Linux CPUs")
+def test_notices_name_the_fix(monkeypatch):
+    monkeypatch.setattr(runtime, "blas", None)
+    monkeypatch.setattr(runtime.shutil, "which", lambda _: None)
+    assert [("pip install mkl" in n, "install g++" in n) for n in runtime.notices()] == [(True, False), (False, True)]
+
+
+@pytest.mark.skipif(not LINUX_CPU or not runtime.blas, reason="needs a preloaded BLAS")
+def test_the_preloaded_blas_is_the_one_that_multiplies():
+    """mlx's reference BLAS reaches 5 GFLOP/s on such machines; a preloaded one ten times that at least."""
+    assert runtime.matmul_gflops() > 30
+
+
+def test_lanes_give_the_same_sums_as_one_stream():
+    a, b = (mx.random.normal((64, 64), key=mx.random.key(i)) for i in range(2))
+    mx.eval(a, b)
+    with runtime.sharing_cores(len(runtime.lanes())):
+        found = []
+        for stream in runtime.lanes():
+            with mx.stream(stream):
+                found.append(a @ b)
+        mx.eval(found)
+    assert all(mx.allclose(x, a @ b, rtol=1e-5, atol=1e-5) for x in found)

@@ -1,0 +1,54 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_slm import runtime
+from mlx_slm.config import ModelConfig
+from mlx_slm.errors import SlmError
+from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.training.optimizer import AdamW
+from mlx_slm.training.step import TrainingStep, measure_speed, rows_that_fit, training_bytes
+
+
+@pytest.mark.skipif(runtime.backend() != "cpu", reason="the estimate is in fp32, as on a CPU")
+@pytest.mark.parametrize(
+    ("family", "layers", "dims", "vocab_size", "context", "rows"),
+    [("llama", 4, 128, 4096, 128, 16), ("gpt2", 3, 192, 1024, 256, 8), ("llama", 2, 64, 8192, 512, 4)],
+)
+def test_the_estimate_of_memory_is_near_the_measured_peak(family, layers, dims, vocab_size, context, rows):
+    shape = Shape.of(ModelConfig(family=family, num_layers=layers, dims=dims, num_heads=4), vocab_size, context)
+    step = TrainingStep(Transformer(shape), AdamW(), rows, initialise(shape, 0))
+    mx.eval(step.parameters, step.moments)
+    mx.clear_cache()
+    before = mx.get_active_memory() - 12 * shape.num_parameters
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (rows, context + 1)).astype(np.int32)
+    for _ in range(2):
+        mx.reset_peak_memory()
+        mx.eval(step(tokens, np.ones((rows, context), np.float32), 1e-3), step.parameters, step.moments)
+    measured = mx.get_peak_memory() - before
+    assert 0.8 < training_bytes(shape, rows) / measured < 1.8
+
+
+def test_rows_that_fit_divide_the_batch(monkeypatch):
+    shape = Shape.of(ModelConfig(), 32_000, 1024)
+    for gigabytes in (8, 16, 64, 512):
+        monkeypatch.setattr(runtime, "memory_bytes", lambda g=gigabytes: g << 30)
+        rows = rows_that_fit(shape, 56)
+        assert 56 % rows == 0 and training_bytes(shape, rows) <= 0.8 * (gigabytes << 30)
+        bigger = [r for r in range(rows + 1, 57) if 56 % r == 0]
+        assert not bigger or training_bytes(shape, bigger[0]) > 0.8 * (gigabytes << 30)
+    monkeypatch.setattr(runtime, "memory_bytes", lambda: 2 << 30)
+    with pytest.raises(
+        SlmError, match=r"121,992,192 parameters\) needs about .* GB for one row, and 2\.0 GB"
+    ):
+        rows_that_fit(shape, 56)
+
+
+def test_checkpointed_layers_take_less():
+    shape = Shape.of(ModelConfig(), 32_000, 1024)
+    assert training_bytes(shape, 8, checkpoint_layers=True) < 0.6 * training_bytes(shape, 8)
+
+
+def test_measured_speed_is_of_whole_steps():
+    shape = Shape.of(ModelConfig(family="llama", num_layers=1, dims=32, num_heads=4), 400, 32)
+    assert 100 < measure_speed(shape, 4, 0.1) < 10**8
