@@ -62,7 +62,7 @@ class Documents:
         place = int.from_bytes(digest[:8], "big") / 2**64
         given = {source.split for source in self.sources}
         for split, fraction in (("test", self._data.test_fraction), ("valid", self._data.valid_fraction)):
-            if place < fraction and split not in given:
+            if 0 <= place < fraction and split not in given:
                 return split
             place -= fraction
         return "train"

@@ -275,3 +275,12 @@ def test_damaged_tokens_are_noticed_before_use(workspace, tmp_path, texts, confi
     path.write_bytes(raw)
     with pytest.raises(Damaged, match=r"tokens\.bin is damaged"):
         Store(workspace.data("d", "train")).window_tokens(0)
+
+
+def test_named_splits_are_not_mixed_with_split_documents(workspace, tmp_path, texts, config, tokenizer):
+    rest = write_jsonl(tmp_path / "rest.jsonl", list(dict.fromkeys(texts))[:300])
+    valid = write_jsonl(tmp_path / "valid.jsonl", ["named for validation"])
+    p.prepare(workspace, "d", [str(rest), f"valid={valid}"], config, Report())
+    assert decoded(Store(workspace.data("d", "valid")), tokenizer) == ["named for validation"]
+    counts = [Store(workspace.data("d", split)).num_documents for split in ("train", "test")]
+    assert sum(counts) == 300 and 15 <= counts[1] <= 50
