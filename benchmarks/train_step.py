@@ -177,8 +177,15 @@ def main() -> None:
     options = parse_arguments()
     from mlx_slm import runtime
 
-    print(json.dumps({"rows": options.rows, "tokens_per_row": options.context + 1, "padding": 0}))
-    print(runtime.describe())
+    machine = runtime.describe()
+    print(f"{machine['device']}, {machine['memory_gb']} GB, {machine['backend']}, {machine['gflops']} GFLOP/s (1024^3)")
+    print(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
+    print(
+        f"alike on all sides: {shape_of(options).num_parameters:,} parameters, float32, one process each, "
+        f"{options.rows} rows of exactly {options.context + 1} tokens, no padding\n"
+        f"alike for mlx-slm and mlx-lm: mx.compile, BLAS {runtime.blas}, allocator settings of mlx_slm.runtime "
+        f"({STOCK!r}: neither of the two, its BLAS is MLX's own); torch: eager, its own BLAS"
+    )
     context = multiprocessing.get_context("spawn")
     sides = {}
     for side in options.sides.split(","):

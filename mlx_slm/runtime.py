@@ -28,10 +28,11 @@ blas: str | None = None
 _blas_library: ctypes.CDLL | None = None
 
 
+@functools.cache
 def prepare() -> None:
     """Load a fast CBLAS and set the allocator. On macOS and for later calls: nothing."""
     global blas, _blas_library
-    if sys.platform != "linux" or blas:
+    if sys.platform != "linux":
         return
     if "mlx.core" in sys.modules:
         warnings.warn("import mlx_slm before mlx: matrix products are up to 30x slower on a CPU now", stacklevel=3)
