@@ -22,7 +22,7 @@ from mlx_slm.text.prepare import ensure_set
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.workspace import Workspace
 
-PROMPT = "Download a file from"
+PROMPT = "Upload a file to the Hub.\n\nArgs:\n"
 DOMAIN_TOKENS = 30_000
 
 

@@ -75,10 +75,12 @@ class RichReport(Report):
         """Print a table; the first column is text, the others are numbers."""
         table = Table(title=title, title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left")
+            table.add_column(column, justify="right" if index else "left", no_wrap=True)
         for row in rows:
             table.add_row(*map(Text, row))
-        Console(highlight=False).print(table)
+        console = Console(highlight=False)
+        console.width = console.width if console.is_terminal else 120
+        console.print(table)
 
 
 class Amount(ProgressColumn):

@@ -42,7 +42,7 @@ def quickstart(session: Session, fresh) -> None:
         session.report.line(
             f"\nThe model: {result['model']}\nIt continues {result['prompt']!r}:\n\n{result['sample']}\n"
         )
-        session.report.line(f"Ask it yourself: mlx-slm generate {result['model']} --prompt {result['prompt']!r}")
+        session.report.line(f"Ask it yourself: mlx-slm generate {result['model']} --prompt 'Upload a'")
 
     session.show(result, text)
 

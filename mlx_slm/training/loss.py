@@ -45,12 +45,9 @@ def _cross_entropy_with_gradients(hidden, head, targets, weights, rows: int):
             h, t, w = hidden[part], targets[part], weights[part]
             if d_hidden:  # without this the scheduler keeps the logits of all chunks
                 h, _ = mx.depends([h, h], [d_head, d_hidden[-1]])
-            logits = (head @ h.T).astype(mx.float32)  # [V, rows]: reductions over axis -2 are vectorised
-            chosen = mx.take_along_axis(logits, t[None], axis=0)[0]
-            e, top = exp_shifted(logits)
-            total = e.sum(axis=0)
+            (e, total), log_total, chosen = _exp_logits(h, head, t)
             e = e.astype(head.dtype)
-            loss = loss + mx.inner(mx.log(total) + top[0] - chosen, w)
+            loss = loss + mx.inner(log_total - chosen, w)
             # d logits = w (e / total - onehot(target)): the factors go to the small side of the products.
             w, share = w[:, None], (w / total)[:, None]
             dh = (e.T @ head).astype(mx.float32) * share - w * head[t]
@@ -75,13 +72,23 @@ def _cross_entropy_with_gradients(hidden, head, targets, weights, rows: int):
 
 
 def token_nll(hidden: mx.array, head: mx.array, targets: mx.array, rows: int | None = None) -> mx.array:
-    """Negative log-likelihood in nats of each target, fp32 [N]; forward only. Shapes as above."""
+    """Negative log-likelihood in nats of each target, fp32 [N], to 2e-6; forward only. Shapes as above."""
     rows = rows or chunk_rows(len(targets), len(head))
     found: list[mx.array] = []
     for start in range(0, len(targets), rows):
         h, t = hidden[start : start + rows], targets[start : start + rows]
         if found:
             (h,) = mx.depends([h], [found[-1]])
-        logits = (h @ head.T).astype(mx.float32)
-        found.append(mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, t[:, None], axis=-1)[:, 0])
+        _, log_total, chosen = _exp_logits(h, head, t)
+        found.append(log_total - chosen)
     return mx.concatenate(found)
+
+
+def _exp_logits(h: mx.array, head: mx.array, t: mx.array) -> tuple[tuple[mx.array, mx.array], mx.array, mx.array]:
+    """Return ((e, total), log sum exp of the logits, logit of the target): e = exp(logits - their maximum), fp32 [V, n]
+    with the vocabulary first, where reductions are vectorised; total = e.sum(0)."""
+    logits = (head @ h.T).astype(mx.float32)
+    chosen = mx.take_along_axis(logits, t[None], axis=0)[0]
+    e, top = exp_shifted(logits)
+    total = e.sum(axis=0)
+    return (e, total), mx.log(total) + top[0], chosen

@@ -64,7 +64,7 @@ def test_token_nll_is_the_plain_one_and_does_no_gradient_work(monkeypatch):
     real = mx.array.__matmul__
     monkeypatch.setattr(mx.array, "__matmul__", lambda a, b: products.append((a.shape, b.shape)) or real(a, b))
     token_nll(hidden, head, targets, 128)
-    assert products == [((128, 64), (64, 4096))] * 4, "one product per chunk: the logits"
+    assert products == [((4096, 64), (64, 128))] * 4, "one product per chunk: the logits"
 
 
 def test_chunks_halve_the_peak_memory():
