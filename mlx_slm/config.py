@@ -5,6 +5,7 @@ What the paper does not specify is an explicit field whose docstring says so. Si
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,7 +25,8 @@ def parse_size(value) -> int:
         if not match:
             raise ValueError(f"{value!r} is not a size such as 4096, 32k, 1M or 2.5B")
         value = float(match[1]) * UNITS[match[2].lower()]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value != int(value) or value < 0:
         raise ValueError(f"{value!r} is not a size such as 4096, 32k, 1M or 2.5B")
     return int(value)
 
@@ -62,9 +64,15 @@ class DataConfig(Section):
     test_fraction: Fraction = 0.02
     """Share of documents held out for testing where a source names no split. Not specified by the paper."""
     limit: Size | None = None
-    """Stop reading a set after so many bytes of text. Not specified by the paper."""
+    """Stop reading a set after so many bytes of training text. Not specified by the paper."""
     seed: int = 0
     """Seed of the order of a domain's documents, of which `--tokens` takes the first."""
+
+    @model_validator(mode="after")
+    def check_fractions(self) -> DataConfig:
+        if self.valid_fraction + self.test_fraction >= 1:
+            raise ValueError("valid_fraction and test_fraction together leave no training text")
+        return self
 
 
 class TokenizerConfig(Section):
@@ -157,9 +165,13 @@ class TrainingConfig(Section):
         if len(given) != 1:
             named = " and ".join(given) or "none of them"
             raise ValueError(f"give exactly one of steps, tokens, passes and hours ({named} given)")
-        if self.micro_rows and self.batch_rows % self.micro_rows:
-            raise ValueError(f"batch_rows {self.batch_rows} is not a multiple of micro_rows {self.micro_rows}")
-        return self
+        return _check_rows(self)
+
+
+def _check_rows(section):
+    if section.micro_rows and section.batch_rows % section.micro_rows:
+        raise ValueError(f"batch_rows {section.batch_rows} is not a multiple of micro_rows {section.micro_rows}")
+    return section
 
 
 class Recipe(Section):
@@ -196,6 +208,10 @@ class FinetuningConfig(Section):
     patience: PositiveSize = 3
     """Stop after so many evaluations without a gain. Not specified by the paper."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def check_rows(self) -> FinetuningConfig:
+        return _check_rows(self)
 
 
 class Config(Section):
@@ -277,7 +293,10 @@ def _override(raw: dict, override: str) -> None:
     if sections == ["training"] and last in HORIZON:
         for other in HORIZON:
             raw.pop(other, None)
-    raw[last] = yaml.safe_load(value)
+    try:
+        raw[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SlmError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _explain(item: dict) -> str:

@@ -151,6 +151,10 @@ def evaluate_models(
     if not sets:
         raise SlmError("no domain is prepared: name a set with --domain, or run `mlx-slm prepare NAME SOURCE...`")
     stores = {name: Store(workspace.require_set(name, split)) for name in sets}
+    for name in [name for name, store in stores.items() if not store.num_windows and not domains]:
+        report.warn(f"{name} has no {split} split, so it is left out")
+        del stores[name]
+    workspace.results.mkdir(parents=True, exist_ok=True)
     results, macro = [], []
     for name in models:
         model, tokenizer = load_any(workspace, name)
@@ -160,11 +164,16 @@ def evaluate_models(
                 raise SlmError(
                     f"{name} and data/{set_name} were made with different tokenizers: prepare or train one anew"
                 )
+            if store.context_length > model.shape.context_length:
+                raise SlmError(
+                    f"{name} has a context of {model.shape.context_length} tokens, data/{set_name} windows of "
+                    f"{store.context_length}: prepare the set with the model's data.context_length"
+                )
             score = scorer(store, np.arange(store.num_windows), report=report)
             scores.append(score)
             results.append({"model": name, "set": set_name, "split": split, **asdict(score)})
-        macro.append({"model": name, "sets": sets, "perplexity": macro_perplexity(scores)})
-    workspace.results.mkdir(parents=True, exist_ok=True)
-    with open(workspace.results / "evaluations.jsonl", "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in results)
+            with open(workspace.results / "evaluations.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+        if scores:
+            macro.append({"model": name, "sets": list(stores), "perplexity": macro_perplexity(scores)})
     return {"results": results, "macro": macro}

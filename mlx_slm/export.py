@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_slm.errors import SlmError, nearest
 from mlx_slm.models.transformer import Shape, Transformer
 from mlx_slm.text.tokenizer import FILES, MODEL_FILE, Tokenizer
-from mlx_slm.training.checkpoint import load_weights, save_arrays
+from mlx_slm.training.checkpoint import save_arrays
 from mlx_slm.training.runs import Run, find_run
 from mlx_slm.workspace import MANIFEST, Workspace, load_manifest, new_artifact, verify
 
@@ -29,7 +29,7 @@ def export_run(workspace: Workspace, run: Run) -> Path:
     return export_model(
         path,
         run.shape,
-        load_weights(run.path, step),
+        run.weights(),
         Tokenizer(workspace.tokenizer),
         {"run": run.name, "step": step, "method": run.record["method"], "tokenizer": run.record["inputs"]["tokenizer"]},
         {key: run.record.get(key) for key in ("tokens", "seconds", "device", "valid_nll", "started")},
@@ -130,7 +130,7 @@ def load_any(workspace: Workspace, name: str) -> tuple[Transformer, str]:
 
 def find_model(workspace: Workspace, name: str) -> Path | None:
     """The directory of an exported model, by name or path; None if there is none."""
-    return next((p for p in (workspace.model(name), Path(name)) if (p / MANIFEST).exists()), None)
+    return next((p for p in (workspace.root / "models" / name, Path(name)) if (p / MANIFEST).exists()), None)
 
 
 def require_model(workspace: Workspace, name: str) -> Path:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlx_slm.errors import SlmError
+
 
 def stream(path: Path, prompt: str, max_tokens: int, temp: float, top_p: float, seed: int) -> Iterator:
     """Yield mlx-lm's responses (`text`, `generation_tokens`, `generation_tps`) for a prompt that starts a document."""
@@ -18,6 +20,11 @@ def stream(path: Path, prompt: str, max_tokens: int, temp: float, top_p: float, 
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     if tokenizer.eos_token_id is not None:
         ids = [tokenizer.eos_token_id, *ids]
+    positions = getattr(model.args, "n_positions", None)
+    if positions:  # learned positions end there: beyond them a gpt2 reads out of range
+        if len(ids) >= positions:
+            raise SlmError(f"the prompt has {len(ids)} tokens, the context of {path.name} is {positions}: shorten it")
+        max_tokens = min(max_tokens, positions - len(ids))
     yield from stream_generate(model, tokenizer, ids, max_tokens=max_tokens, sampler=make_sampler(temp, top_p))
 
 

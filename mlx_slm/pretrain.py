@@ -22,10 +22,10 @@ from mlx_slm.text.prepare import BYTES_PER_TOKEN, ensure_set
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.optimizer import AdamW
-from mlx_slm.training.runs import Run, open_run
+from mlx_slm.training.runs import Run, alone_in, open_run
 from mlx_slm.training.step import measure_speed, rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer, duration
-from mlx_slm.workspace import Workspace, read_json, write_json
+from mlx_slm.workspace import Workspace, fingerprint, read_json, write_json
 
 METHODS = ("slm", "llm")
 
@@ -68,14 +68,25 @@ def pretrain(
         "training": settings,
         "tokenizer": tokenizer.fingerprint,
         "data": store.fingerprint,
-        "valid": valid.fingerprint,
+        "valid": fingerprint([valid.fingerprint, windows.tolist()]),
     }
-    run = open_run(path, method, inputs, config, fresh)
-    if run.finished:
-        report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
+
+    def announce() -> None:
+        _announce(shape, steps * per_step, sampler.num_rows * context, report)
+
+    with alone_in(path):
+        run = open_run(workspace, path, method, inputs, config, fresh, announce=announce)
+        if run.finished:
+            report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
+        else:
+            run.finish(_trainer(run, shape, sampler, valid, windows, training, steps, report).run())
         export_run(workspace, run)
-        return run
-    _announce(shape, steps * per_step, sampler.num_rows * context, report)
+    return run
+
+
+def _trainer(
+    run: Run, shape: Shape, sampler, valid: Store, windows, training: TrainingConfig, steps: int, report
+) -> Trainer:
     plan = Plan(
         steps=steps,
         learning_rate=training.learning_rate,
@@ -90,7 +101,7 @@ def pretrain(
     )
     model = Transformer(shape, training.checkpoint_layers)
     scorer = Scorer(model)
-    trainer = Trainer(
+    return Trainer(
         model,
         initialise(shape, training.seed),
         sampler,
@@ -99,9 +110,6 @@ def pretrain(
         lambda: scorer(valid, windows).nll,
         report,
     )
-    run.finish(trainer.run())
-    export_run(workspace, run)
-    return run
 
 
 def _horizon_tokens(path, shape: Shape, training: TrainingConfig, report: Report, fresh: bool) -> int | None:
@@ -112,19 +120,16 @@ def _horizon_tokens(path, shape: Shape, training: TrainingConfig, report: Report
         return training.tokens
     if training.passes:
         return None
-    record = path.parent / f".{path.name}.horizon.json"
-    if record.exists() and not fresh:
-        found = read_json(record)
-        if found["hours"] == training.hours and found["shape"] == shape.to_dict():
-            return found["tokens"]
+    file, key = path.parent / f".{path.name}.horizons.json", f"{training.hours:g} {fingerprint(shape.to_dict())[:12]}"
+    known = read_json(file) if file.exists() else {}
+    if key in known and not fresh:
+        return known[key]
     report.line(f"measuring this machine's speed to turn {training.hours:g} hours into tokens (about a minute)")
     rows = training.micro_rows or rows_that_fit(shape, training.batch_rows, training.checkpoint_layers)
     speed = measure_speed(shape, rows, 60, training.checkpoint_layers)
     tokens = int(speed * training.hours * 3600)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        record, {"hours": training.hours, "shape": shape.to_dict(), "tokens_per_second": speed, "tokens": tokens}
-    )
+    write_json(file, known | {key: tokens})
     report.line(f"{speed:,.0f} tokens/s: {training.hours:g} hours are {tokens:,} tokens")
     return tokens
 

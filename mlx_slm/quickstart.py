@@ -11,6 +11,7 @@ import time
 
 from mlx_slm import runtime
 from mlx_slm.config import Config
+from mlx_slm.errors import SlmError
 from mlx_slm.evaluate import evaluate_models
 from mlx_slm.export import export_model
 from mlx_slm.generate import stream
@@ -30,17 +31,20 @@ def run_quickstart(workspace: Workspace, config: Config, report: Report, fresh: 
     """Run every stage that is not done; returns `{"seconds", "device", "domain", "results", "model", "sample"}`."""
     started = time.perf_counter()
     generic = config.data.generic
-    domain = next(name for name in config.data.sets if name != generic)
+    domain = next((name for name in config.data.sets if name != generic), None)
+    if domain is None:
+        raise SlmError(f"the quickstart needs a configuration that names {generic!r} and one domain in data.sets")
     if fresh:
-        for part in ("tokenizer", "data", "runs", "models", "results"):
-            shutil.rmtree(workspace.root / part, ignore_errors=True)
+        shutil.rmtree(workspace.tokenizer, ignore_errors=True)
+        for name in (generic, domain):
+            shutil.rmtree(workspace.data(name, "train").parent, ignore_errors=True)
     report.line(f"1. text: docstrings of the installed packages; the domain is {domain}, left out of the rest")
     for name in (generic, domain):
         ensure_set(workspace, name, config, report)
     report.line("2. pretraining a small model on the generic set")
-    base = pretrain(workspace, config, "slm", report)
+    base = pretrain(workspace, config, "slm", report, fresh=fresh)
     report.line(f"3. specialising it to {domain}")
-    tuned = specialize(workspace, config, domain, report, tokens=DOMAIN_TOKENS)
+    tuned = specialize(workspace, config, domain, report, tokens=DOMAIN_TOKENS, fresh=fresh)
     report.line(f"4. perplexity of {domain} text that no model has seen")
     untrained = export_untrained(workspace, config)
     names = [untrained, base.name, tuned.name]

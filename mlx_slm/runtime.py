@@ -32,7 +32,7 @@ _blas_library: ctypes.CDLL | None = None
 def prepare() -> None:
     """Load a fast CBLAS and set the allocator. On macOS and for later calls: nothing."""
     global blas, _blas_library
-    if sys.platform != "linux":
+    if sys.platform != "linux" or any(map(_installed, ("mlx-cuda-13", "mlx-cuda-12", "mlx-cuda"))):
         return
     if "mlx.core" in sys.modules:
         warnings.warn("import mlx_slm before mlx: matrix products are up to 30x slower on a CPU now", stacklevel=3)
@@ -52,6 +52,19 @@ def prepare() -> None:
             continue
         blas = path
         return
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _blas_candidates() -> list[str]:
@@ -110,7 +123,7 @@ def lanes() -> list:
     thread per stream (measured on two cores: 1.3x); one elsewhere."""
     import mlx.core as mx
 
-    if sys.platform == "linux" and backend() == "cpu" and (os.cpu_count() or 1) > 1:
+    if sys.platform == "linux" and backend() == "cpu" and cores() > 1:
         return [mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)]
     return [mx.default_stream(mx.default_device())]
 
@@ -118,17 +131,16 @@ def lanes() -> list:
 @contextlib.contextmanager
 def sharing_cores(lanes_used: int) -> Iterator[None]:
     """While lanes run side by side, give the products of each its part of the cores, so that they do not compete."""
-    cores = os.cpu_count() or 1
     setters = ("MKL_Set_Num_Threads", "openblas_set_num_threads")
     setter = next((getattr(_blas_library, name) for name in setters if hasattr(_blas_library, name)), None)
     if lanes_used < 2 or setter is None:
         yield
         return
-    setter(max(1, cores // lanes_used))
+    setter(max(1, cores() // lanes_used))
     try:
         yield
     finally:
-        setter(cores)
+        setter(cores())
 
 
 def compute_dtype():
@@ -158,7 +170,7 @@ def device_name() -> str:
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{name}, {cores()} cores"
 
 
 @functools.cache
@@ -181,10 +193,7 @@ def versions() -> dict[str, str]:
     packages = ("mlx-slm", "mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "datasets")
     found = {"python": platform.python_version()}
     for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+        found[package] = metadata.version(package) if _installed(package) else "not installed"
     return found
 
 

@@ -20,12 +20,11 @@ from mlx_slm.report import Report
 from mlx_slm.text.prepare import BYTES_PER_TOKEN, ensure_set
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.text.tokenizer import Tokenizer
-from mlx_slm.training.checkpoint import load_weights
 from mlx_slm.training.optimizer import AdamW
-from mlx_slm.training.runs import Run, find_run, open_run
+from mlx_slm.training.runs import Run, alone_in, default_run, find_run, open_run
 from mlx_slm.training.step import rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer
-from mlx_slm.workspace import Workspace
+from mlx_slm.workspace import Workspace, fingerprint
 
 FROM_NONE = "none"
 STREAMED_TOKENS = 8_000_000
@@ -49,7 +48,7 @@ def specialize(
     if domain == config.data.generic:
         raise SlmError(f"--domain {domain}: that is the generic set; specialise to another one")
     scratch = from_run == FROM_NONE
-    source = None if scratch else find_run(workspace, from_run or "slm")
+    source = None if scratch else find_run(workspace, from_run or default_run(workspace))
     ensure_set(workspace, domain, config, report, limit=_text_needed(tokens or STREAMED_TOKENS, config))
     tokenizer = Tokenizer(workspace.tokenizer)
     store, valid = (Store(workspace.require_set(domain, split)) for split in ("train", "valid"))
@@ -60,7 +59,12 @@ def specialize(
     if scratch:
         shape, start = Shape.of(config.model, tokenizer.vocab_size, store.context_length), "none"
     else:
-        shape, start = source.shape, f"{source.name}@{source.weights_step()}"
+        shape, start = source.shape, {"run": source.name, "step": source.weights_step(), "is": source.identity}
+        if source.shape.context_length != store.context_length:
+            raise SlmError(
+                f"run {source.name} has a context of {source.shape.context_length} tokens, data/{domain} windows of "
+                f"{store.context_length}: run `mlx-slm prepare {domain} --fresh` with the run's data.context_length"
+            )
         if source.record["inputs"]["tokenizer"] != tokenizer.fingerprint:
             raise SlmError(
                 f"run {source.name} was trained with another tokenizer than the workspace's: pretrain it anew"
@@ -69,7 +73,7 @@ def specialize(
             report.warn(f"run {source.name} is not finished; specialising its step {source.weights_step():,}")
     method = "nopt" if scratch else source.record["method"]
     count = int(store.windows[:]["length"][windows].astype(np.int64).sum())
-    recipe = choose_recipe(finetuning, count, scratch)
+    recipe = choose_recipe(finetuning, tokens or count, scratch)
     rate = finetuning.learning_rate or config.training.learning_rate * recipe.rate
     sampler = Sampler([Stream(store, windows)], np.ones(1), finetuning.batch_rows, finetuning.seed)
     inputs = {
@@ -77,6 +81,13 @@ def specialize(
         "from": start,
         "domain": domain,
         "tokens": tokens,
+        "windows": fingerprint([windows.tolist(), valid_windows.tolist()]),
+        "optimizer": [
+            list(config.training.betas),
+            config.training.eps,
+            config.training.weight_decay,
+            config.training.clip_norm,
+        ],
         "shape": shape.to_dict(),
         "finetuning": finetuning.model_dump(mode="json", exclude={"recipes"}),
         "recipe": recipe.model_dump(mode="json") | {"learning_rate": rate},
@@ -85,11 +96,7 @@ def specialize(
         "valid": valid.fingerprint,
     }
     label = format_size(tokens) if tokens else "all"
-    run = open_run(workspace.run(name or f"{domain}-{method}-{label}"), method, inputs, config, fresh, select="best")
-    if run.finished:
-        report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
-        export_run(workspace, run)
-        return run
+    path = workspace.run(name or f"{domain}-{method}-{label}")
     per_pass = sampler.num_rows / finetuning.batch_rows
     cadence = max(1, round(per_pass / finetuning.evaluations_per_pass))
     plan = Plan(
@@ -106,27 +113,24 @@ def specialize(
         ),
         patience=finetuning.patience,
     )
-    report.line(
+    announcement = (
         f"{'training from scratch' if scratch else 'fine-tuning ' + source.name} on {count:,} tokens of {domain} "
         f"({per_pass:.0f} steps a pass), rate {rate:.1e}, at most {plan.steps:,} steps"
     )
-    parameters = initialise(shape, finetuning.seed) if scratch else load_weights(source.path, source.weights_step())
-    model = Transformer(shape)
-    scorer = Scorer(model)
-    trainer = Trainer(
-        model,
-        parameters,
-        sampler,
-        plan,
-        run.path,
-        lambda: scorer(valid, valid_windows).nll,
-        report,
-    )
-    state = trainer.run()
-    run.finish(state)
-    best = math.exp(state.best_nll)
-    report.line(f"best at step {state.best_step:,}: validation perplexity {best:.2f}")
-    export_run(workspace, run)
+    with alone_in(path):
+        run = open_run(workspace, path, method, inputs, config, fresh, select="best")
+        if run.finished:
+            report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
+        else:
+            report.line(announcement)
+            model = Transformer(shape)
+            scorer = Scorer(model)
+            parameters = initialise(shape, finetuning.seed) if scratch else source.weights()
+            evaluate = lambda: scorer(valid, valid_windows).nll  # noqa: E731
+            state = Trainer(model, parameters, sampler, plan, run.path, evaluate, report).run()
+            run.finish(state)
+            report.line(f"best at step {state.best_step:,}: validation perplexity {math.exp(state.best_nll):.2f}")
+        export_run(workspace, run)
     return run
 
 

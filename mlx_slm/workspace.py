@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -38,13 +39,13 @@ class Workspace:
         self.results = self.root / "results"
 
     def data(self, name: str, split: str) -> Path:
-        return self.root / "data" / name / split
+        return self.root / "data" / plain_name(name) / split
 
     def run(self, name: str) -> Path:
-        return self.root / "runs" / name
+        return self.root / "runs" / plain_name(name)
 
     def model(self, name: str) -> Path:
-        return self.root / "models" / name
+        return self.root / "models" / plain_name(name)
 
     def sets(self) -> list[str]:
         """Names of the prepared sets."""
@@ -58,7 +59,8 @@ class Workspace:
 
     def artifacts(self) -> Iterator[Path]:
         """Every directory here that has a manifest."""
-        return (p.parent for p in sorted(self.root.rglob(MANIFEST)) if not any(q.startswith(".") for q in p.parts[-4:]))
+        found = sorted(self.root.rglob(MANIFEST))
+        return (p.parent for p in found if not any(q.startswith(".") for q in p.relative_to(self.root).parts))
 
     def require_set(self, name: str, split: str = "train") -> Path:
         """Return the directory of a prepared split, or raise with the known sets."""
@@ -71,6 +73,13 @@ class Workspace:
             what = f"the {split} split of {name!r}" if name in known else f"set {name!r}"
             raise SlmError(f"{what} is not prepared{hint}; prepared: {listed}; run `mlx-slm prepare {name} SOURCE...`")
         return path
+
+
+def plain_name(name: str) -> str:
+    """Return `name` if it can name a set, a run or a model; raises SlmError for a path or an option."""
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise SlmError(f"{name!r} is not a name: a set, a run or a model is named with letters, digits and . _ + -")
+    return name
 
 
 def fingerprint(value) -> str:
@@ -91,9 +100,14 @@ def file_fingerprint(path: Path) -> str:
 
 def write_json(path: Path, value) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, likewise whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

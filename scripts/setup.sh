@@ -26,7 +26,8 @@ make_venv() {
     else
         python=$(find_python)
         [ -n "$python" ] || fail "Python 3.11 or newer is needed and was not found: install it from python.org, or install uv, which brings one"
-        "$python" -m venv "$venv" || fail "$python cannot make a virtual environment: install its venv module (on Debian: apt install python3-venv)"
+        "$python" -m venv "$venv" || rm -rf "$venv"
+        [ -x "$venv/bin/python" ] || fail "$python cannot make a virtual environment: install its venv module (on Debian: apt install python3-venv)"
     fi
 }
 

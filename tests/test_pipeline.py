@@ -17,8 +17,7 @@ from mlx_slm.errors import SlmError
 from mlx_slm.pretrain import pretrain
 from mlx_slm.report import Report
 from mlx_slm.specialize import choose_recipe, specialize
-from mlx_slm.training.runs import find_run
-from mlx_slm.training.trainer import alone_in
+from mlx_slm.training.runs import alone_in, find_run
 from mlx_slm.workspace import Workspace
 
 

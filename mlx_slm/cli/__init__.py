@@ -60,14 +60,14 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         return FAILED
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" writing {error.filename}" if error.filename else ""
             return _fail(
                 f"error: no space left on the disk{where}: free some and run the same command again; nothing is lost, "
                 "it goes on from the last whole checkpoint or shard",
                 FAILED,
             )
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR):
             return _fail(
                 f"error: {error.filename}: {error.strerror}; choose another --workspace or mend the rights", FAILED
             )

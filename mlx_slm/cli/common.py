@@ -42,14 +42,6 @@ class Session:
 
         return RichReport(to_stderr=self.as_json, quiet=self.quiet, assume_yes=self.yes)
 
-    def keep_config(self) -> None:
-        """Write the configuration into a workspace that has none yet."""
-        from mlx_slm.config import dump_config
-
-        if not self.workspace.config_file.exists():
-            self.workspace.root.mkdir(parents=True, exist_ok=True)
-            self.workspace.config_file.write_text(dump_config(self.config))
-
     def start_computing(self) -> None:
         """Say once what slows this machine down."""
         from mlx_slm import runtime

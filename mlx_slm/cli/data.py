@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import click
 
-from mlx_slm.cli.common import Session, common
+from mlx_slm.cli.common import SIZE, Session, common
 
 
 @click.command()
 @click.argument("name")
 @click.argument("sources", nargs=-1)
 @click.option("--field", help="The field that holds the text. [default: text]")
-@click.option("--limit", metavar="SIZE", help="Stop after so many bytes of text, such as 500M.")
+@click.option("--limit", type=SIZE, help="Stop after so many bytes of training text, such as 500M.")
 @click.option("--strict", is_flag=True, help="Fail on invalid UTF-8 instead of replacing it.")
 @click.option("--fresh", is_flag=True, help="Make it anew, even if its inputs changed.")
 @common
@@ -25,12 +25,8 @@ def prepare(session: Session, name, sources, field, limit, strict, fresh) -> Non
     from mlx_slm.text import prepare as work
     from mlx_slm.text.store import Store
 
-    if field or limit:
-        data = [f"data.field={field}"] * bool(field) + [f"data.limit={limit}"] * bool(limit)
-        session.overrides = (*session.overrides, *data)
     found = work.sources_of(name, list(sources), session.workspace, session.config)
-    session.keep_config()
-    made = work.prepare(session.workspace, name, found, session.config, session.report, strict, fresh)
+    made = work.prepare(session.workspace, name, found, session.config, session.report, strict, fresh, field, limit)
     stores = {split: Store(session.workspace.data(name, split)) for split in work.SPLITS}
     result = {
         "set": name,

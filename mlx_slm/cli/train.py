@@ -24,7 +24,6 @@ def quickstart(session: Session, fresh) -> None:
     session.config_name = session.config_name or "quickstart"
     session.workspace = Workspace(session.workspace_path or "quickstart")
     session.start_computing()
-    session.keep_config()
     result = run_quickstart(session.workspace, session.config, session.report, fresh)
 
     def text() -> None:
@@ -68,7 +67,6 @@ def pretrain(session: Session, method, tokens, hours, name, fresh) -> None:
     horizon = [f"training.tokens={tokens}"] * bool(tokens) + [f"training.hours={hours}"] * bool(hours)
     session.overrides = (*session.overrides, *horizon)
     config = session.config
-    session.keep_config()
     session.start_computing()
     run = work(session.workspace, config, method, session.report, name, fresh)
     _show_run(session, run)

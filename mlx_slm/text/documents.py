@@ -19,6 +19,7 @@ class Counts:
 
     documents: int = 0
     bytes: int = 0
+    training_bytes: int = 0
     duplicates: int = 0
 
 
@@ -53,8 +54,10 @@ class Documents:
                 seen.add(digest)
                 counts.documents += 1
                 counts.bytes += len(text.encode())
-                yield digest, text, source.split or self._split(digest)
-                if self._data.limit and counts.bytes >= self._data.limit:
+                split = source.split or self._split(digest)
+                counts.training_bytes += len(text.encode()) if split == "train" else 0
+                yield digest, text, split
+                if self._data.limit and counts.training_bytes >= self._data.limit:
                     return
 
     def _split(self, digest: bytes) -> str:

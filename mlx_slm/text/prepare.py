@@ -6,7 +6,7 @@ import glob
 import shutil
 from pathlib import Path
 
-from mlx_slm.config import Config, known_domains
+from mlx_slm.config import Config, dump_config, known_domains
 from mlx_slm.errors import Interrupted, SlmError, nearest
 from mlx_slm.report import Report
 from mlx_slm.text.documents import Counts, Documents
@@ -14,21 +14,21 @@ from mlx_slm.text.shards import merge_shards, start_shards, tokenise
 from mlx_slm.text.sources import SPLITS, Reading, Source
 from mlx_slm.text.store import KIND
 from mlx_slm.text.tokenizer import Tokenizer, sample_documents, train_tokenizer
-from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, load_manifest
+from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, load_manifest, write_text
 
 BYTES_PER_TOKEN = 4.7
 """Of English text at 32k pieces (4.3), with room to spare: how much text so many tokens need."""
 
 
 def sources_of(name: str, given: list[str], workspace: Workspace, config: Config) -> list[str]:
-    """The sources of a set: as given, configured, recorded, or shipped, in this order; raises SlmError for none."""
+    """The sources of a set: as given, recorded, configured, or shipped, in this order; raises SlmError for none."""
     if given:
         return given
     domains = known_domains()
-    if name in config.data.sets:
-        return config.data.sets[name]
     if (workspace.data(name, "train") / MANIFEST).exists():
         return load_manifest(workspace.data(name, "train"), KIND)["inputs"]["sources"]
+    if name in config.data.sets:
+        return config.data.sets[name]
     if name in domains:
         return domains[name]
     known = sorted({*config.data.sets, *workspace.sets(), *domains})
@@ -58,8 +58,9 @@ def ensure_set(workspace: Workspace, name: str, config: Config, report: Report, 
         report.line(f"streaming {limit / 1e9:.2g} GB of text")
         if limit > 1e9 and not report.confirm("start the download?"):
             raise Interrupted("not started; nothing was downloaded")
-        config = config.model_copy(update={"data": config.data.model_copy(update={"limit": limit})})
-    prepare(workspace, name, sources, config, report)
+        prepare(workspace, name, sources, config, report, limit=limit)
+    else:
+        prepare(workspace, name, sources, config, report)
 
 
 def _on_disk(source: str) -> bool:
@@ -68,24 +69,43 @@ def _on_disk(source: str) -> bool:
 
 
 def prepare(
-    workspace: Workspace, name: str, sources: list[str], config: Config, report: Report, strict=False, fresh=False
+    workspace: Workspace,
+    name: str,
+    sources: list[str],
+    config: Config,
+    report: Report,
+    strict: bool = False,
+    fresh: bool = False,
+    text_field: str | None = None,
+    limit: int | None = None,
 ) -> bool:
     """Make `data/<name>/{train,valid,test}` (and, for the generic set, the tokenizer first).
 
-    Returns False if all is there already and nothing changed; raises SlmError if the inputs changed, unless `fresh`.
+    `text_field` and `limit` replace the configuration's for this set. The generic set's configuration becomes the
+    workspace's. Returns False if all is there already and nothing changed; raises SlmError if the inputs changed,
+    unless `fresh`.
     """
-    parsed = [Source.parse(text) for text in sources]
+    parsed, whole = [Source.parse(text) for text in sources], config
+    changes = {"field": text_field or config.data.field, "limit": limit or config.data.limit}
+    config = config.model_copy(update={"data": config.data.model_copy(update=changes)})
+    endless = [source.text for source in parsed if source.text.startswith("hf:")]
+    if (
+        endless
+        and not config.data.limit
+        and not report.confirm(f"stream all of {', '.join(endless)}? (--limit 1B stops)")
+    ):
+        raise Interrupted("not started; nothing was downloaded")
     reading = Reading(text_field=config.data.field, strict=strict)
     origin = fingerprint([[s.split, s.fingerprint()] for s in parsed])
-    tokenizer = ensure_tokenizer(workspace, name, parsed, origin, config, report, fresh)
+    tokenizer = ensure_tokenizer(workspace, name, parsed, origin, config, report, strict, fresh)
     inputs = {
-        "sources": [s if s.startswith(("hf:", "docs:")) else _absolute(s) for s in sources],
+        "sources": [_absolute(source) for source in sources],
         "text": origin,
         "tokenizer": tokenizer.fingerprint,
         "context_length": config.data.context_length,
         "reading": [config.data.field, config.data.limit, config.data.valid_fraction, config.data.test_fraction],
     }
-    if not fresh and _up_to_date(workspace, name, inputs):
+    if not fresh and _up_to_date(workspace, name, inputs, strict):
         return False
     documents = Documents(parsed, config, reading)
     partial = workspace.root / "data" / name / ".partial"
@@ -97,12 +117,17 @@ def prepare(
     if not shards["train"]:
         raise SlmError(f"{name}: every document fell into a held-out split; add text, or name splits with train=PATH")
     for split in ("test", "valid", "train"):
-        merge_shards(shards[split], workspace.data(name, split), tokenizer, config.data.context_length, inputs)
+        facts = {"replaced": reading.replaced}
+        merge_shards(shards[split], workspace.data(name, split), tokenizer, config.data.context_length, inputs, facts)
     shutil.rmtree(partial)
+    if name == config.data.generic:
+        write_text(workspace.config_file, dump_config(whole))
     return True
 
 
-def ensure_tokenizer(workspace, name, sources: list[Source], origin: str, config: Config, report, fresh) -> Tokenizer:
+def ensure_tokenizer(
+    workspace: Workspace, name: str, sources: list[Source], origin: str, config: Config, report: Report, strict, fresh
+) -> Tokenizer:
     """Load the tokenizer, or train it if this is the generic set; raises SlmError for a domain that comes before."""
     settings = config.tokenizer.model_dump()
     exists = (workspace.tokenizer / MANIFEST).exists()
@@ -115,15 +140,18 @@ def ensure_tokenizer(workspace, name, sources: list[Source], origin: str, config
                 f"{workspace.tokenizer} was made with other settings (tokenizer.{', tokenizer.'.join(changed)}): "
                 f"put them back, or rebuild with `mlx-slm prepare {config.data.generic} --fresh` and then every set"
             )
-        # A grown generic set keeps its tokenizer: models and stores rest on it.
-        if made["settings"] == settings:
+        # A changed generic set keeps its tokenizer once there are models that rest on it.
+        stale = fresh and name == config.data.generic and made["text"] != origin
+        if made["settings"] == settings and (not stale or workspace.runs()):
+            if stale:
+                report.line(f"{workspace.tokenizer} is kept, though trained on other text: runs rest on it")
             return tokenizer
     if name != config.data.generic:
         raise SlmError(
             f"no tokenizer yet: it is trained on the generic set, so prepare that first: "
             f"mlx-slm prepare {config.data.generic} SOURCE..."
         )
-    reading = Reading(text_field=config.data.field)
+    reading = Reading(text_field=config.data.field, strict=strict)
     documents = Documents(sources, config, reading)
     with report.progress("reading a sample for the tokenizer", None, "B") as advance:
 
@@ -141,13 +169,18 @@ def ensure_tokenizer(workspace, name, sources: list[Source], origin: str, config
     return train_tokenizer(workspace.tokenizer, texts, config.tokenizer, {"settings": settings, "text": origin})
 
 
-def _up_to_date(workspace: Workspace, name: str, inputs: dict) -> bool:
+def _up_to_date(workspace: Workspace, name: str, inputs: dict, strict: bool) -> bool:
     paths = [workspace.data(name, split) for split in SPLITS]
     if not all((path / MANIFEST).exists() for path in paths):
         return False
     for path in paths:
-        made = load_manifest(path, KIND)["inputs"]
+        manifest = load_manifest(path, KIND)
+        made, replaced = manifest["inputs"], manifest["info"]["replaced"]
         changed = [key for key in inputs if key != "sources" and made.get(key) != inputs[key]]
+        if strict and replaced:
+            raise SlmError(
+                f"{path} holds {replaced:,} documents in which invalid UTF-8 was replaced: mend the text first"
+            )
         if changed:
             raise SlmError(
                 f"{path} was made from other inputs ({', '.join(changed)} changed): "
@@ -173,5 +206,7 @@ def _no_text(sources: list[Source]) -> str:
 
 def _absolute(source: str) -> str:
     parsed = Source.parse(source)
+    if parsed.remote:
+        return source
     path = str(Path(parsed.text).expanduser().absolute())
     return f"{parsed.split}={path}" if parsed.split else path

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_slm import runtime
 from mlx_slm.report import Report
 from mlx_slm.text.documents import Documents
 from mlx_slm.text.sources import SPLITS
@@ -43,7 +44,7 @@ def tokenise(
     shards: dict[str, list[Path]] = {split: [] for split in SPLITS}
     buffers: dict[str, list[str]] = {split: [] for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
-    workers = os.cpu_count() or 1
+    workers = runtime.cores()
     pending: dict[Future, int] = {}
     pool = None
 
@@ -131,8 +132,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-def merge_shards(shards: list[Path], directory: Path, tokenizer: Tokenizer, context_length: int, inputs: dict) -> None:
-    """Concatenate shards into the store of one split."""
+def merge_shards(
+    shards: list[Path], directory: Path, tokenizer: Tokenizer, context_length: int, inputs: dict, facts: dict
+) -> None:
+    """Concatenate shards into the store of one split; `facts` go into its manifest."""
     with new_artifact(directory, KIND, inputs, mapped=(TOKENS, WINDOWS)) as (path, info):
         num_tokens = documents = num_bytes = 0
         with open(path / TOKENS, "wb") as tokens_file, open(path / WINDOWS, "wb") as windows_file:
@@ -149,4 +152,4 @@ def merge_shards(shards: list[Path], directory: Path, tokenizer: Tokenizer, cont
                 documents += len(lengths)
         dtype = token_dtype(tokenizer.vocab_size).str
         info.update(tokens=num_tokens, documents=documents, bytes=num_bytes, dtype=dtype)
-        info.update(context_length=context_length, eos_id=tokenizer.eos_id)
+        info.update(context_length=context_length, eos_id=tokenizer.eos_id, **facts)

@@ -198,8 +198,9 @@ def _read_text(path: Path, reading: Reading) -> Iterator[str]:
     """The parts joined are the file, to the byte."""
     with _open(path, reading) as file:
         head = file.read(LONG_TEXT + 1)
+        is_short = len(head) <= LONG_TEXT
         head = head.removeprefix(codecs.BOM_UTF8)
-        if len(head) <= LONG_TEXT:
+        if is_short:
             yield _decode(head, str(path), reading)
             return
         part: list[bytes] = []
@@ -293,7 +294,7 @@ def _read_parquet(path: Path, reading: Reading) -> Iterator[str]:
             for value in batch.column(0).to_pylist():
                 row += 1
                 yield _text_field({reading.text_field: value}, f"{path}, row {row}", reading)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise SlmError(f"{path}: damaged or not a parquet file ({error}); fetch the file again") from error
 
 

@@ -32,7 +32,7 @@ def save_arrays(path: Path, tree: dict, metadata: dict[str, str] | None = None) 
     try:
         save_file(arrays, path, metadata=metadata)
     except SafetensorError as error:
-        if "os error 28" in str(error).lower() or "no space" in str(error).lower():
+        if "os error 28" in str(error) or "os error 122" in str(error):  # the disk is full, or the user's quota
             raise OSError(28, "No space left on device", str(path)) from error
         raise OSError(5, str(error), str(path)) from error
 
@@ -75,6 +75,15 @@ def load_weights(run: Path, step: int) -> dict:
     path = checkpoint_path(run, step)
     verify(path, load_manifest(path, KIND), [WEIGHTS])
     return load_arrays(path / WEIGHTS)
+
+
+def is_whole(run: Path, step: int) -> bool:
+    """Whether the checkpoint of a step can be read, byte for byte."""
+    try:
+        verify(checkpoint_path(run, step), load_manifest(checkpoint_path(run, step), KIND))
+    except SlmError:
+        return False
+    return True
 
 
 def load_newest(run: Path, report: Report) -> tuple[dict, dict, dict] | None:

@@ -6,8 +6,11 @@ name is refused.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from mlx_slm.errors import SlmError, nearest
 from mlx_slm.models.transformer import Shape, Transformer
 from mlx_slm.training import checkpoint
 from mlx_slm.training.trainer import State
-from mlx_slm.workspace import Workspace, read_json, write_json
+from mlx_slm.workspace import Damaged, Workspace, fingerprint, read_json, write_json, write_text
 
 
 @dataclass
@@ -39,6 +42,11 @@ class Run:
     def shape(self) -> Shape:
         return Shape(**self.record["inputs"]["shape"])
 
+    @property
+    def identity(self) -> str:
+        """Tells this run from one of the same name that was trained anew or differently."""
+        return fingerprint([self.record["inputs"], self.record["started"]])
+
     def finish(self, state: State) -> None:
         """Record the outcome."""
         last = checkpoint.checkpoint_steps(self.path)[-1]
@@ -46,7 +54,7 @@ class Run:
             status="finished",
             step=last,
             best_step=state.best_step,
-            valid_nll=state.best_nll,
+            valid_nll=state.best_nll if self.record["select"] == "best" else state.last_nll,
             tokens=state.tokens,
             skipped_steps=state.skipped,
             seconds=round(state.seconds, 2),
@@ -63,17 +71,56 @@ class Run:
             raise SlmError(f"run {self.name} has no checkpoint yet: run its command again, it goes on")
         return self.record["step"] if self.finished else steps[-1]
 
+    def weights(self) -> dict:
+        """Parameters of that step, checked. If they are damaged the run counts as unfinished: its command mends it."""
+        try:
+            return checkpoint.load_weights(self.path, self.weights_step())
+        except (Damaged, SlmError) as error:
+            if self.finished:
+                self.record["status"] = "running"
+                write_json(self.path / "run.json", self.record)
+            raise SlmError(
+                f"run {self.name}: {error.args[0].split('; ')[0]}; run the command that made it again: "
+                "it goes back to the checkpoint before"
+            ) from error
+
     def model(self) -> Transformer:
-        """The run's model with its weights, checked."""
+        """The run's model with its weights."""
         model = Transformer(self.shape)
-        model.update(checkpoint.load_weights(self.path, self.weights_step()))
+        model.update(self.weights())
         return model
 
 
-def open_run(path: Path, method: str, inputs: dict, config: Config, fresh: bool, select: str = "last") -> Run:
-    """Open the run of these inputs, new or not; raises SlmError where the name belongs to another configuration."""
+@contextlib.contextmanager
+def alone_in(path: Path) -> Iterator[None]:
+    """Hold the lock of a run; a process loses it when it ends. Raises SlmError if another has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SlmError(f"run {path.name} is being trained by another process: wait, or give --name") from error
+        yield
+
+
+def open_run(
+    workspace: Workspace,
+    path: Path,
+    method: str,
+    inputs: dict,
+    config: Config,
+    fresh: bool,
+    select: str = "last",
+    announce: Callable[[], None] = lambda: None,
+) -> Run:
+    """Open the run of these inputs, new or not; raises SlmError where the name belongs to another configuration.
+
+    `announce` is called before anything is begun or, with `fresh`, removed; it may raise. Call this in `alone_in`.
+    """
     if fresh:
-        shutil.rmtree(path, ignore_errors=True)
+        announce()
+        for old in (path, workspace.model(path.name)):
+            shutil.rmtree(old, ignore_errors=True)
     if (path / "run.json").exists():
         record = read_json(path / "run.json")
         if record["inputs"] != inputs:
@@ -83,9 +130,15 @@ def open_run(path: Path, method: str, inputs: dict, config: Config, fresh: bool,
                 f"run {path.name} was started with another configuration ({what}): put it back, "
                 "give another --name, or start anew with --fresh"
             )
+        if record["status"] != "finished":
+            announce()
         return Run(path, record)
+    if checkpoint.checkpoint_steps(path):
+        raise SlmError(f"run {path.name} has checkpoints but no run.json that says of what: start anew with --fresh")
+    if not fresh:
+        announce()
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.yaml").write_text(dump_config(config))
+    write_text(path / "config.yaml", dump_config(config))
     record = {"method": method, "inputs": inputs, "status": "running", "select": select, "started": time.time()}
     write_json(path / "run.json", record)
     return Run(path, record)
@@ -99,6 +152,15 @@ def find_run(workspace: Workspace, name: str) -> Run:
         listed = ", ".join(known) or "none; `mlx-slm pretrain` makes the first"
         raise SlmError(f"no run {name!r} in {workspace.root}{nearest(name, known)}; runs: {listed}")
     return Run(path, read_json(path / "run.json"))
+
+
+def default_run(workspace: Workspace) -> str:
+    """The name of the only run of method slm; raises SlmError if there is none or a choice."""
+    found = [name for name in workspace.runs() if find_run(workspace, name).record["inputs"].get("from") is None]
+    slm = [name for name in found if find_run(workspace, name).record["method"] == "slm"]
+    if len(slm) > 1 and "slm" not in slm:
+        raise SlmError(f"several pretrained runs of method slm: {', '.join(slm)}; name one with --from")
+    return slm[0] if len(slm) == 1 else "slm"
 
 
 def _difference(key: str, old, new) -> str:

@@ -7,7 +7,6 @@ flight: the host reads the numbers of step s while the device works on step s+1.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import signal
 import threading
@@ -64,6 +63,8 @@ class State:
     """Steps that were not finite and left the weights alone."""
     best_step: int | None = None
     best_nll: float = math.inf
+    last_nll: float = math.inf
+    """The newest evaluation."""
     stale: int = 0
     """Evaluations since the best."""
     window: dict = field(default_factory=lambda: {"loss": 0.0, "tokens": 0, "steps": 0, "seconds": 0.0})
@@ -71,11 +72,11 @@ class State:
 
     def to_json(self) -> dict:
         found = asdict(self)
-        return found | {"best_nll": None if math.isinf(self.best_nll) else self.best_nll}
+        return {k: None if v == math.inf else v for k, v in found.items()}
 
     @classmethod
     def from_json(cls, found: dict) -> State:
-        return cls(**(found | {"best_nll": math.inf if found["best_nll"] is None else found["best_nll"]}))
+        return cls(**{k: math.inf if v is None and k != "best_step" else v for k, v in found.items()})
 
 
 class Trainer:
@@ -102,6 +103,7 @@ class Trainer:
             parameters, moments, state = found
             self.state = State.from_json(state)
             report.line(f"resuming {run.name} at step {self.state.step:,} of {plan.steps:,}")
+            self._check_best()
         self.metrics = checkpoint.Metrics(run, self.state.step)
         self.step = TrainingStep(model, plan.optimizer, plan.micro_rows, parameters, moments)
         self._pending: tuple | None = None
@@ -113,7 +115,6 @@ class Trainer:
         runtime.configure_device()
         peak = runtime.matmul_gflops() * 1e9
         with (
-            alone_in(self.run_directory),
             stop_requested() as stopping,
             ThreadPoolExecutor(1) as loader,
             self.step.sharing_cores(),
@@ -156,6 +157,13 @@ class Trainer:
             rows.cancel()
         self.model.update(self.step.parameters)
         return state
+
+    def _check_best(self) -> None:
+        """Forget a best checkpoint that cannot be read any more: the best from here on counts."""
+        best = self.state.best_step
+        if best is not None and best != self.state.step and not checkpoint.is_whole(self.run_directory, best):
+            self.report.warn(f"the best checkpoint, step-{best}, is lost; the best from here on counts")
+            self.state.best_step, self.state.best_nll, self.state.stale = None, math.inf, 0
 
     def _stopped_early(self) -> bool:
         return self.plan.patience is not None and self.state.stale >= self.plan.patience
@@ -220,7 +228,7 @@ class Trainer:
         """Evaluate; returns whether it is the best so far."""
         state = self.state
         self.model.update(self.step.parameters)
-        nll = self.evaluate()
+        nll = state.last_nll = self.evaluate()
         better = nll < state.best_nll
         if better:
             state.best_nll, state.best_step, state.stale = nll, state.step, 0
@@ -241,19 +249,6 @@ class Trainer:
             self.run_directory, self.state.step, self.step.parameters, self.step.moments, self.state.to_json(), keep
         )
         self._saved_step = self.state.step
-
-
-@contextlib.contextmanager
-def alone_in(run: Path) -> Iterator[None]:
-    """Hold the run's lock, which its process loses when it ends in whatever way; raises SlmError if another has it."""
-    with open(run / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SlmError(
-                f"run {run.name} is being trained by another process: wait for it, or give --name"
-            ) from error
-        yield
 
 
 @contextlib.contextmanager
