@@ -18,7 +18,7 @@ import numpy as np
 from mlx_slm import runtime
 from mlx_slm.config import Config
 from mlx_slm.errors import SlmError
-from mlx_slm.export import load_any
+from mlx_slm.export import check_model, load_any
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.report import Report
 from mlx_slm.text.store import Store, first_windows
@@ -148,6 +148,8 @@ def evaluate_models(
     sets = domains or [name for name in workspace.sets() if name != config.data.generic]
     if not models:
         raise SlmError(f"no model in {workspace.root} yet: `mlx-slm pretrain` or `mlx-slm specialize` makes one")
+    for name in models:
+        check_model(workspace, name)
     if not sets:
         raise SlmError("no domain is prepared: name a set with --domain, or run `mlx-slm prepare NAME SOURCE...`")
     stores = {name: Store(workspace.require_set(name, split)) for name in sets}

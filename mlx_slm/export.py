@@ -122,15 +122,20 @@ def load_any(workspace: Workspace, name: str) -> tuple[Transformer, str]:
     if path:
         model, manifest = load_exported(path)
         return model, manifest["inputs"]["tokenizer"]
-    if name in workspace.runs():
-        run = find_run(workspace, name)
-        return run.model(), run.record["inputs"]["tokenizer"]
-    raise SlmError(_unknown(workspace, name, [*workspace.models(), *workspace.runs()]))
+    check_model(workspace, name)
+    run = find_run(workspace, name)
+    return run.model(), run.record["inputs"]["tokenizer"]
 
 
 def find_model(workspace: Workspace, name: str) -> Path | None:
     """The directory of an exported model, by name or path; None if there is none."""
     return next((p for p in (workspace.root / "models" / name, Path(name)) if (p / MANIFEST).exists()), None)
+
+
+def check_model(workspace: Workspace, name: str) -> None:
+    """Raise SlmError, with the known models and runs, for a name that `load_any` would not find."""
+    if not find_model(workspace, name) and name not in workspace.runs():
+        raise SlmError(_unknown(workspace, name, [*workspace.models(), *workspace.runs()]))
 
 
 def require_model(workspace: Workspace, name: str) -> Path:

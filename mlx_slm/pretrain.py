@@ -18,7 +18,7 @@ from mlx_slm.evaluate import Scorer, validation_windows
 from mlx_slm.export import export_run
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
-from mlx_slm.text.prepare import BYTES_PER_TOKEN, ensure_set
+from mlx_slm.text.prepare import BYTES_PER_TOKEN, ensure_set, sources_of
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.optimizer import AdamW
@@ -43,8 +43,12 @@ def pretrain(
     path = workspace.run(name or method)
     context = config.data.context_length
     shape = Shape.of(model_config, config.tokenizer.vocab_size, context)
-    tokens = _horizon_tokens(path, shape, training, report, fresh)
     generic = config.data.generic
+    if generic not in workspace.sets():
+        report.line(
+            f"no {generic!r} set yet: it will come from {', '.join(sources_of(generic, [], workspace, config))}"
+        )
+    tokens = _horizon_tokens(path, shape, training, report, fresh)
     ensure_set(workspace, generic, config, report, limit=_text_needed(tokens))
     tokenizer, store = Tokenizer(workspace.tokenizer), Store(workspace.data(generic, "train"))
     store.require_tokenizer(tokenizer)
@@ -125,7 +129,9 @@ def _horizon_tokens(path, shape: Shape, training: TrainingConfig, report: Report
     if key in known and not fresh:
         return known[key]
     report.line(f"measuring this machine's speed to turn {training.hours:g} hours into tokens (about a minute)")
-    rows = training.micro_rows or rows_that_fit(shape, training.batch_rows, training.checkpoint_layers)
+    fit = training.micro_rows or rows_that_fit(shape, training.batch_rows, training.checkpoint_layers)
+    in_ten_seconds = 10 * _likely_flops() / (shape.flops_per_token * shape.context_length)
+    rows = min(fit, max(len(runtime.lanes()), int(in_ten_seconds)))
     speed = measure_speed(shape, rows, 60, training.checkpoint_layers)
     tokens = int(speed * training.hours * 3600)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,9 +145,14 @@ def _text_needed(tokens: int | None) -> int | None:
     return int(tokens * BYTES_PER_TOKEN) if tokens else None
 
 
+def _likely_flops() -> float:
+    """FLOP/s that training reaches about, from the measured matrix product: MFU is 0.2 to 0.5 (docs/decisions.md)."""
+    return 0.3e9 * runtime.matmul_gflops()
+
+
 def _announce(shape: Shape, tokens: int, set_tokens: int, report: Report) -> None:
     """Say what is about to happen; ask where it takes over ten minutes."""
-    seconds = tokens * shape.flops_per_token / (0.35e9 * runtime.matmul_gflops())
+    seconds = tokens * shape.flops_per_token / _likely_flops()
     disk = 3 * 3 * 4 * shape.num_parameters
     text = (
         f"{shape.num_parameters:,} parameters ({shape.family}), {tokens:,} tokens, {tokens / set_tokens:.2g} passes; "

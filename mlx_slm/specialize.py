@@ -17,7 +17,7 @@ from mlx_slm.evaluate import Scorer, validation_windows
 from mlx_slm.export import export_run
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
-from mlx_slm.text.prepare import BYTES_PER_TOKEN, ensure_set
+from mlx_slm.text.prepare import BYTES_PER_TOKEN, ensure_set, sources_of
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.optimizer import AdamW
@@ -47,6 +47,7 @@ def specialize(
     """
     if domain == config.data.generic:
         raise SlmError(f"--domain {domain}: that is the generic set; specialise to another one")
+    sources_of(domain, [], workspace, config)
     scratch = from_run == FROM_NONE
     source = None if scratch else find_run(workspace, from_run or default_run(workspace))
     ensure_set(workspace, domain, config, report, limit=_text_needed(tokens or STREAMED_TOKENS, config))

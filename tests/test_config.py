@@ -75,6 +75,18 @@ def test_paper_configuration_has_the_papers_parameter_counts():
     assert counts == [121_992_192, 759_365_376]
 
 
+def test_values_that_make_no_sense_are_named(tmp_path):
+    path = write(tmp_path, "training: {tokens: 1M}\n")
+    for override, message in (
+        ("data.field={", "the value is not YAML"),
+        ("model.dims=.inf", r"model\.dims: inf is not a size"),
+        ("finetuning.micro_rows=3", "batch_rows 8 is not a multiple of micro_rows 3"),
+        ("data.test_fraction=0.99", "leave no training text"),
+    ):
+        with pytest.raises(SlmError, match=message):
+            load_config(path, (override,))
+
+
 def test_unknown_configuration_lists_the_known():
     with pytest.raises(SlmError, match=r"did you mean paper\?.*mac"):
         find_config("papr")

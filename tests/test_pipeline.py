@@ -12,8 +12,10 @@ import pytest
 from conftest import write_jsonl
 
 from mlx_slm.cli import run
-from mlx_slm.config import Recipe, dump_config
+from mlx_slm.config import ModelConfig, Recipe, dump_config, load_config
 from mlx_slm.errors import SlmError
+from mlx_slm.export import export_model
+from mlx_slm.models.transformer import Shape, initialise
 from mlx_slm.pretrain import pretrain
 from mlx_slm.report import Report
 from mlx_slm.specialize import choose_recipe, specialize
@@ -115,6 +117,80 @@ def test_two_processes_do_not_train_one_run(own, config):
     with alone_in(own.run("twice")), pytest.raises(SlmError, match="run twice is being trained by another process"):
         pretrain(own, longer, "slm", Report(), name="twice")
     assert pretrain(own, longer, "slm", Report(), name="twice").finished
+
+
+def test_tokens_choose_the_recipe_and_the_record_has_the_last_loss(trained, own, config):
+    changes = {"learning_rate": None, "max_steps": 3, "recipes": RECIPES}
+    recipe = config.model_copy(update={"finetuning": config.finetuning.model_copy(update=changes)})
+    made = specialize(own, recipe, "notes", Report(), tokens=3000)
+    assert made.record["inputs"]["recipe"] == {"tokens": 3000, "rate": 0.5, "steps": 7, "learning_rate": 0.0015}
+    lines = map(json.loads, (trained.run("slm") / "metrics.jsonl").read_text().splitlines())
+    assert find_run(trained, "slm").record["valid_nll"] == [r["valid_nll"] for r in lines if "valid_nll" in r][-1]
+
+
+RECIPES = [Recipe(tokens=3000, rate=0.5, steps=7), Recipe(tokens=8000, rate=1.0, steps=9)]
+
+
+def test_a_specialisation_knows_what_it_was_made_from(own, config, report):
+    seeded = config.model_copy(update={"training": config.training.model_copy(update={"seed": 1})})
+    pretrain(own, seeded, "slm", report, fresh=True)
+    with pytest.raises(SlmError, match=r"notes-slm-4k was started with another configuration \(from\.is"):
+        specialize(own, seeded, "notes", report, tokens=4000)
+    other = config.model_copy(update={"data": config.data.model_copy(update={"seed": 5})})
+    specialize(own, config, "notes", report, tokens=4000, fresh=True)
+    with pytest.raises(SlmError, match="another configuration .*windows"):
+        specialize(own, other, "notes", report, tokens=4000)
+
+
+def test_windows_longer_than_the_context_are_refused(own, texts, tmp_path, capsys):
+    source = write_jsonl(tmp_path / "t.jsonl", texts[:300])
+    assert call(capsys, own, "prepare", "wide", str(source), "--set", "data.context_length=64")[0] == 0
+    code, _, err = call(capsys, own, "specialize", "--domain", "wide", "--set", "data.context_length=64")
+    assert code == 1 and "has a context of 32 tokens, data/wide windows of 64" in err
+    code, _, err = call(capsys, own, "evaluate", "slm", "--domain", "wide")
+    assert code == 1 and "has a context of 32 tokens" in err
+
+
+def test_damaged_weights_of_a_finished_run_are_made_again(own, config, report):
+    before = own.model("slm") / "model.safetensors"
+    kept = before.read_bytes()
+    path = own.run("slm") / "checkpoints" / "step-12" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    shutil.rmtree(own.model("slm"))
+    with pytest.raises(SlmError, match=r"run slm: .*is damaged.* run the command that made it again"):
+        specialize(own, config, "notes", report, from_run="slm", tokens=2000)
+    pretrain(own, config, "slm", report)
+    assert any("step-12 cannot be used" in warning for warning in report.warnings)
+    assert before.read_bytes() == kept
+
+
+def test_a_refused_configuration_and_a_typo_leave_no_trace(tmp_path, texts, capsys):
+    workspace = Workspace(tmp_path / "w")
+    assert call(capsys, workspace, "prepare", "generic", str(tmp_path / "gone.txt"))[0] == 1
+    assert not workspace.config_file.exists()
+    source = write_jsonl(tmp_path / "g.jsonl", texts[:500])
+    settings = ("--config", "mini", "--set", "tokenizer.vocab_size=400", "--limit", "50k")
+    assert call(capsys, workspace, "prepare", "generic", str(source), *settings)[0] == 0
+    kept = load_config(workspace.config_file)
+    assert kept.tokenizer.vocab_size == 400 and kept.data.limit is None and kept.data.context_length == 128
+
+
+def test_evaluate_leaves_out_sets_without_the_split(own, texts, tmp_path, capsys):
+    train, valid = (write_jsonl(tmp_path / n, t) for n, t in (("t.jsonl", texts[:50]), ("v.jsonl", texts[50:100])))
+    settings = ("--set", "data.test_fraction=0")
+    assert call(capsys, own, "prepare", "bare", f"train={train}", f"valid={valid}", *settings)[0] == 0
+    code, out, err = call(capsys, own, "evaluate", "slm", "--json")
+    assert code == 0 and "bare has no test split, so it is left out" in err
+    assert {r["set"] for r in json.loads(out)["results"]} == {"notes"}
+
+
+def test_a_gpt2_answers_no_further_than_its_positions(tmp_path, tokenizer, capsys):
+    shape = Shape.of(ModelConfig(family="gpt2", num_layers=1, dims=32, num_heads=4), tokenizer.vocab_size, 32)
+    path = export_model(tmp_path / "m", shape, initialise(shape, 0), tokenizer, {}, {})
+    assert run(["generate", str(path), "--prompt", "x", "-m", "400", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] <= 31
+    assert run(["generate", str(path), "--prompt", "word " * 60, "-m", "4"]) == 1
+    assert "the context of m is 32: shorten it" in capsys.readouterr().err
 
 
 def test_reports_and_checkpoints_may_change_within_a_run(own, config, report):
@@ -223,15 +299,26 @@ def test_interrupting_the_command_exits_130_and_resumes(own, tmp_path):
             if line.startswith("step      3/"):
                 process.send_signal(signal.SIGINT)
                 break
-        _, err = process.communicate()
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "the same command again goes on from there" in err and "Traceback" not in err
-    steps = os.listdir(own.run("long") / "checkpoints")
-    assert len(steps) == 1
+    last = max(int(name.removeprefix("step-")) for name in os.listdir(own.run("long") / "checkpoints"))
     again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first = next(line for line in again.stdout if "resuming" in line)
     again.send_signal(signal.SIGTERM)
-    again.communicate()
-    assert again.returncode == 130 and f"resuming long at step {steps[0].removeprefix('step-')} of 100,000" in first
+    again.communicate(timeout=120)
+    assert again.returncode == 130 and f"resuming long at step {last:,} of 100,000" in first
+
+
+def test_interrupting_the_preparation_exits_130_and_leaves_no_set(tmp_path):
+    command = [sys.executable, "-m", "mlx_slm", "prepare", "generic", "docs:*", "--config", "quickstart"]
+    command += ["--workspace", str(tmp_path / "w"), "--limit", "3M"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as work:
+        assert "training a tokenizer" in work.stdout.readline()
+        os.killpg(work.pid, signal.SIGINT)
+        _, err = work.communicate(timeout=120)
+    assert work.returncode == 130 and "the same command again goes on from there" in err and "Traceback" not in err
+    assert not Workspace(tmp_path / "w").sets()
 
 
 def test_a_full_disk_is_one_sentence(own, capsys, monkeypatch):

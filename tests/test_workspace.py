@@ -74,6 +74,14 @@ def test_an_empty_file_can_be_mapped(tmp_path):
     assert len(w.MappedFile(tmp_path / "x" / "a.bin", "<u4", manifest["files"]["a.bin"])) == 0
 
 
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "", ".", "..", "-x", ".hidden"])
+def test_names_are_not_paths(tmp_path, name):
+    made = w.Workspace(tmp_path)
+    for place in (made.run, made.model, lambda n: made.data(n, "train")):
+        with pytest.raises(SlmError, match="is not a name"):
+            place(name)
+
+
 def test_fingerprints_follow_the_content(tmp_path):
     first, same, other = make(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "c", b"abd")
     assert first["fingerprint"] == same["fingerprint"] != other["fingerprint"]

@@ -6,6 +6,8 @@ Heavy modules are imported inside the commands, so that `--help` answers at once
 from __future__ import annotations
 
 import errno
+import multiprocessing
+import os
 import signal
 import sys
 
@@ -35,7 +37,14 @@ for module in (train, data, use, info):
 
 def main() -> None:
     """Run a command; exit with 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code == INTERRUPTED:  # the device may still compute: taking the interpreter apart around it can crash
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:

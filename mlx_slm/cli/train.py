@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sys
 
 import click
 
@@ -41,7 +44,8 @@ def quickstart(session: Session, fresh) -> None:
         session.report.line(
             f"\nThe model: {result['model']}\nIt continues {result['prompt']!r}:\n\n{result['sample']}\n"
         )
-        session.report.line(f"Ask it yourself: mlx-slm generate {result['model']} --prompt 'Upload a'")
+        here = "mlx-slm" if shutil.which("mlx-slm") else os.path.relpath(sys.argv[0])
+        session.report.line(f"Ask it yourself: {here} generate {result['model']} --prompt 'Upload a'")
 
     session.show(result, text)
 

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import platform
 import re
+import signal
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -33,12 +34,16 @@ def documents(packages: str) -> Iterator[str]:
     if len(tasks) == 1:
         yield from docstrings(tasks[0])
         return
-    pool = ProcessPoolExecutor(mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent)
     try:
         for found in pool.map(docstrings, tasks):
             yield from found
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def docstrings(paths: list[Path]) -> list[str]:

@@ -31,10 +31,10 @@ def sources_of(name: str, given: list[str], workspace: Workspace, config: Config
         return config.data.sets[name]
     if name in domains:
         return domains[name]
-    known = sorted({*config.data.sets, *workspace.sets(), *domains})
+    prepared, known = workspace.sets(), sorted({*config.data.sets, *domains})
     raise SlmError(
-        f"unknown set {name!r}{nearest(name, known)}; known: {', '.join(known) or 'none'}; "
-        f"name its text: mlx-slm prepare {name} SOURCE..."
+        f"unknown set {name!r}{nearest(name, [*prepared, *known])}; prepared: {', '.join(prepared) or 'none'}; "
+        f"known by their sources: {', '.join(known) or 'none'}; name its text: mlx-slm prepare {name} SOURCE..."
     )
 
 
@@ -135,10 +135,11 @@ def ensure_tokenizer(
         tokenizer = Tokenizer(workspace.tokenizer)
         made = tokenizer.manifest["inputs"]
         if made["settings"] != settings and not (fresh and name == config.data.generic):
-            changed = [k for k in settings if made["settings"].get(k) != settings[k]]
+            old = ", ".join(f"tokenizer.{k}={v}" for k, v in made["settings"].items() if settings.get(k) != v)
             raise SlmError(
-                f"{workspace.tokenizer} was made with other settings (tokenizer.{', tokenizer.'.join(changed)}): "
-                f"put them back, or rebuild with `mlx-slm prepare {config.data.generic} --fresh` and then every set"
+                f"{workspace.tokenizer} was made with other settings ({old}): "
+                f"put these back in {workspace.config_file} or with --set, or rebuild with "
+                f"`mlx-slm prepare {config.data.generic} --fresh` and then every set"
             )
         # A changed generic set keeps its tokenizer once there are models that rest on it.
         stale = fresh and name == config.data.generic and made["text"] != origin

@@ -102,9 +102,11 @@ def train_tokenizer(directory: Path, texts: list[str], config: TokenizerConfig, 
     if not texts:
         raise SlmError("the generic set has no text to train the tokenizer on")
     buffer = io.BytesIO()
+    # A list, not a generator: Ctrl-C inside the trainer's iteration would look like a failure of the trainer.
+    sentences = [piece for text in texts for piece in pieces(text)]
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(piece for text in texts for piece in pieces(text)),
+            sentence_iterator=iter(sentences),
             model_writer=buffer,
             model_type="bpe",
             vocab_size=config.vocab_size,

@@ -104,7 +104,7 @@ def test_nothing_is_done_twice_and_changes_are_refused(workspace, tmp_path, text
 
 def test_another_tokenizer_is_refused(workspace, tmp_path, texts, prepared):
     source = write_jsonl(tmp_path / "a.jsonl", texts[:300])
-    with pytest.raises(SlmError, match=r"made with other settings \(tokenizer\.vocab_size\).*--fresh"):
+    with pytest.raises(SlmError, match=r"made with other settings \(tokenizer\.vocab_size=400\).*--fresh"):
         p.prepare(
             workspace, "generic", [str(source)], small_config(tokenizer=TokenizerConfig(vocab_size=500)), Report()
         )
@@ -127,7 +127,10 @@ def test_a_domain_before_the_generic_set(tmp_path, texts, config):
 
 
 def test_unknown_set_names_the_known(prepared, config):
-    with pytest.raises(SlmError, match=r"unknown set 'note' \(did you mean notes\?\); known: .*generic.*notes"):
+    with pytest.raises(
+        SlmError,
+        match=r"unknown set 'note' \(did you mean notes\?\); prepared: generic, notes; known by their sources: arxiv",
+    ):
         p.sources_of("note", [], prepared, config)
     assert p.sources_of("notes", [], prepared, config)[0].endswith("notes.jsonl")
 
@@ -240,6 +243,21 @@ def test_parallel_processes_write_the_same_store(workspace, tmp_path, texts, con
     p.prepare(workspace, "generic", [str(source)], config, Report())
     for split in SPLITS:
         assert Store(workspace.data("generic", split)).fingerprint == Store(prepared.data("generic", split)).fingerprint
+
+
+def test_limit_counts_training_text_only(workspace, tmp_path, texts, config):
+    train, test = write_jsonl(tmp_path / "a.jsonl", texts[:400]), write_jsonl(tmp_path / "b.jsonl", texts[400:800])
+    p.prepare(workspace, "d", [f"train={train}", f"test={test}"], config, Report(), limit=5000)
+    stores = [Store(workspace.data("d", split)) for split in ("train", "test")]
+    assert 5000 <= stores[0].num_bytes < 10_000 and stores[1].num_documents > 300
+
+
+def test_strict_refuses_what_was_prepared_with_replacements(workspace, tmp_path, config):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "caf\xe9"}\n{"text": "fine"}\n')
+    p.prepare(workspace, "d", [f"train={path}"], config, Report())
+    with pytest.raises(SlmError, match="holds 1 documents .* invalid UTF-8"):
+        p.prepare(workspace, "d", [f"train={path}"], config, Report(), strict=True)
 
 
 def test_limit_takes_the_first_text(workspace, tmp_path, texts):

@@ -95,7 +95,7 @@ if point == "while saving":
         if len(saves) == 5:  # the weights of the third checkpoint are written, its moments are not
             kill()
     checkpoint.save_arrays = save
-elif point == "between the renames":
+elif point == "before the rename":
     real, renames = os.rename, []
     def rename(a, b):
         renames.append(b)
@@ -116,7 +116,7 @@ trainer_.run()
 """
 
 
-@pytest.mark.parametrize("point", ["between checkpoints", "while saving", "between the renames"])
+@pytest.mark.parametrize("point", ["between checkpoints", "while saving", "before the rename"])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(point, prepared, tmp_path, uninterrupted, report):
     run, store = tmp_path / "r", str(prepared.data("generic", "train"))
     script = KILLED.format(tests=str(Path(__file__).parents[1]), point=point, store=store, run=str(run))
@@ -238,15 +238,16 @@ def test_rows_and_steps_do_not_depend_on_the_micro_batch(prepared, tmp_path):
     runs = {}
     for micro in (1, 2, 4, 8):
         trainer = make_trainer(prepared.data("generic", "train"), tmp_path / str(micro), micro_rows=micro, steps=6)
-        seen, real = [], trainer.sampler.rows
+        seen = []
 
-        def rows(step, seen=seen, real=real):
-            seen.append(real(step)[0])
-            return real(step)
+        class Recording(TrainingStep):
+            def __call__(self, tokens, weights, rate, seen=seen):
+                seen.append(tokens)
+                return super().__call__(tokens, weights, rate)
 
-        trainer.sampler.rows = rows
+        trainer.step.__class__ = Recording
         trainer.run()
-        runs[micro] = np.stack(seen[:6]), dict(tree_flatten(trainer.step.parameters))
+        runs[micro] = np.stack(seen), dict(tree_flatten(trainer.step.parameters))
     for micro in (1, 2, 4):
         assert (runs[micro][0] == runs[8][0]).all()
         for name, value in runs[8][1].items():
@@ -266,6 +267,24 @@ def test_the_loss_is_a_mean_over_tokens_not_over_micro_batches(store):
         moved.append((loss.item(), norm.item()))
     assert np.allclose(moved[0], moved[1], rtol=1e-5)
     assert moved[0][0] / weights.sum() == pytest.approx(math.log(400), rel=0.05)
+
+
+def test_a_lost_best_checkpoint_does_not_stop_a_run(prepared, tmp_path, report):
+    run, losses = tmp_path / "r", {3: 1.0, 6: 2.0, 9: 2.0, 12: 3.0, 15: 1.5, 18: 2.0, 21: 2.0}
+
+    def train(**changes):
+        trainer = make_trainer(prepared.data("generic", "train"), run, report, eval_every=3, **changes)
+        trainer.evaluate = lambda: losses[trainer.state.step]
+        return trainer
+
+    with pytest.raises(KeyError):
+        del losses[15]
+        train().run()
+    losses |= {15: 1.5, 24: 2.0, 26: 2.0}
+    (run / "checkpoints" / "step-3" / "model.safetensors").write_bytes(b"")
+    state = train().run()
+    assert "the best checkpoint, step-3, is lost; the best from here on counts" in report.warnings
+    assert (state.best_step, state.best_nll) == (15, 1.5)
 
 
 def test_metrics_have_a_record_for_every_report(uninterrupted):
