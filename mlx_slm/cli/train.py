@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import click
 
@@ -44,7 +45,7 @@ def quickstart(session: Session, fresh) -> None:
         session.report.line(
             f"\nThe model: {result['model']}\nIt continues {result['prompt']!r}:\n\n{result['sample']}\n"
         )
-        here = "mlx-slm" if shutil.which("mlx-slm") else os.path.relpath(sys.argv[0])
+        here = "mlx-slm" if shutil.which("mlx-slm") else os.path.relpath(Path(sys.executable).with_name("mlx-slm"))
         session.report.line(f"Ask it yourself: {here} generate {result['model']} --prompt 'Upload a'")
 
     session.show(result, text)
