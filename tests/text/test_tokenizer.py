@@ -58,12 +58,14 @@ def test_mlx_lm_streams_text_back(tokenizer):
 
 
 @pytest.mark.parametrize("domain", ["stackexchange", "pubmed"])
-def test_real_documents(tokenizer, corpora, domain):
-    documents = read_jsonl(corpora / "domains" / domain / "valid.jsonl.gz")
+def test_every_document_of_a_real_domain(tokenizer, corpora, domain):
     other = huggingface(tokenizer.directory)
-    encoded = tokenizer.encode(documents)
-    assert [tokenizer.decode(ids) for ids in encoded] == documents
-    assert [other.encode(text) for text in documents] == encoded
+    for split in ("train", "valid", "test"):
+        documents = read_jsonl(corpora / "domains" / domain / f"{split}.jsonl.gz")
+        encoded = tokenizer.encode(documents)
+        assert [tokenizer.decode(ids) for ids in encoded] == documents
+        if split == "valid":
+            assert [other.encode(text) for text in documents] == encoded
 
 
 def test_pieces_join_to_the_text_and_stay_below_the_limit():
