@@ -18,7 +18,7 @@ from mlx_slm.evaluate import Scorer, validation_windows
 from mlx_slm.export import export_run
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
-from mlx_slm.text.prepare import BYTES_PER_TOKEN, ensure_set, sources_of
+from mlx_slm.text.prepare import ensure_set, sources_of, text_needed
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.optimizer import AdamW
@@ -49,7 +49,7 @@ def pretrain(
             f"no {generic!r} set yet: it will come from {', '.join(sources_of(generic, [], workspace, config))}"
         )
     tokens = _horizon_tokens(path, shape, training, report, fresh)
-    ensure_set(workspace, generic, config, report, limit=_text_needed(tokens))
+    ensure_set(workspace, generic, config, report, limit=text_needed(tokens) if tokens else None)
     tokenizer, store = Tokenizer(workspace.tokenizer), Store(workspace.data(generic, "train"))
     store.require_tokenizer(tokenizer)
     if store.context_length != context:
@@ -101,7 +101,7 @@ def _trainer(
         eval_every=training.eval_every,
         report_every=training.report_every,
         checkpoint_every=training.checkpoint_every,
-        optimizer=AdamW(training.betas, training.eps, training.weight_decay, training.clip_norm),
+        optimizer=AdamW.of(training),
     )
     model = Transformer(shape, training.checkpoint_layers)
     scorer = Scorer(model)
@@ -138,11 +138,6 @@ def _horizon_tokens(path, shape: Shape, training: TrainingConfig, report: Report
     write_json(file, known | {key: tokens})
     report.line(f"{speed:,.0f} tokens/s: {training.hours:g} hours are {tokens:,} tokens")
     return tokens
-
-
-def _text_needed(tokens: int | None) -> int | None:
-    """Bytes of streamed text that one pass over so many tokens needs."""
-    return int(tokens * BYTES_PER_TOKEN) if tokens else None
 
 
 def _likely_flops() -> float:

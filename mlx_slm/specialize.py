@@ -17,10 +17,10 @@ from mlx_slm.evaluate import Scorer, validation_windows
 from mlx_slm.export import export_run
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
-from mlx_slm.text.prepare import BYTES_PER_TOKEN, ensure_set, sources_of
+from mlx_slm.text.prepare import ensure_set, sources_of, text_needed
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.text.tokenizer import Tokenizer
-from mlx_slm.training.optimizer import AdamW
+from mlx_slm.training.optimizer import OPTIMIZER_FIELDS, AdamW
 from mlx_slm.training.runs import Run, alone_in, default_run, find_run, open_run
 from mlx_slm.training.step import rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer
@@ -50,7 +50,7 @@ def specialize(
     sources_of(domain, [], workspace, config)
     scratch = from_run == FROM_NONE
     source = None if scratch else find_run(workspace, from_run or default_run(workspace))
-    ensure_set(workspace, domain, config, report, limit=_text_needed(tokens or STREAMED_TOKENS, config))
+    ensure_set(workspace, domain, config, report, limit=text_needed(tokens or STREAMED_TOKENS))
     tokenizer = Tokenizer(workspace.tokenizer)
     store, valid = (Store(workspace.require_set(domain, split)) for split in ("train", "valid"))
     store.require_tokenizer(tokenizer)
@@ -83,12 +83,7 @@ def specialize(
         "domain": domain,
         "tokens": tokens,
         "windows": fingerprint([windows.tolist(), valid_windows.tolist()]),
-        "optimizer": [
-            list(config.training.betas),
-            config.training.eps,
-            config.training.weight_decay,
-            config.training.clip_norm,
-        ],
+        "optimizer": config.training.model_dump(mode="json", include=set(OPTIMIZER_FIELDS)),
         "shape": shape.to_dict(),
         "finetuning": finetuning.model_dump(mode="json", exclude={"recipes"}),
         "recipe": recipe.model_dump(mode="json") | {"learning_rate": rate},
@@ -109,9 +104,7 @@ def specialize(
         eval_every=cadence,
         report_every=cadence,
         checkpoint_every=4 * cadence,
-        optimizer=AdamW(
-            config.training.betas, config.training.eps, config.training.weight_decay, config.training.clip_norm
-        ),
+        optimizer=AdamW.of(config.training),
         patience=finetuning.patience,
     )
     announcement = (
@@ -119,11 +112,11 @@ def specialize(
         f"({per_pass:.0f} steps a pass), rate {rate:.1e}, at most {plan.steps:,} steps"
     )
     with alone_in(path):
-        run = open_run(workspace, path, method, inputs, config, fresh, select="best")
+        announce = lambda: report.line(announcement)  # noqa: E731
+        run = open_run(workspace, path, method, inputs, config, fresh, select="best", announce=announce)
         if run.finished:
             report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
         else:
-            report.line(announcement)
             model = Transformer(shape)
             scorer = Scorer(model)
             parameters = initialise(shape, finetuning.seed) if scratch else source.weights()
@@ -133,11 +126,6 @@ def specialize(
             report.line(f"best at step {state.best_step:,}: validation perplexity {math.exp(state.best_nll):.2f}")
         export_run(workspace, run)
     return run
-
-
-def _text_needed(tokens: int, config: Config) -> int:
-    """Bytes to stream for a train split of so many tokens beside the held-out documents."""
-    return int(tokens * BYTES_PER_TOKEN / (1 - config.data.valid_fraction - config.data.test_fraction))
 
 
 def choose_recipe(finetuning: FinetuningConfig, tokens: int, scratch: bool) -> Recipe:

@@ -54,13 +54,17 @@ def ensure_set(workspace: Workspace, name: str, config: Config, report: Report, 
     if name != config.data.generic:
         ensure_set(workspace, config.data.generic, config, report)
     report.line(f"set {name!r} is not prepared yet: preparing it from {', '.join(sources)}")
-    if limit and config.data.limit is None and any(source.startswith("hf:") for source in sources):
+    streamed = config.data.limit is None and any(source.startswith("hf:") for source in sources)
+    if limit and streamed:
         report.line(f"streaming {limit / 1e9:.2g} GB of text")
         if limit > 1e9 and not report.confirm("start the download?"):
             raise Interrupted("not started; nothing was downloaded")
-        prepare(workspace, name, sources, config, report, limit=limit)
-    else:
-        prepare(workspace, name, sources, config, report)
+    prepare(workspace, name, sources, config, report, limit=limit if streamed else None)
+
+
+def text_needed(tokens: int) -> int:
+    """Bytes of training text that hold so many tokens, with room to spare."""
+    return int(tokens * BYTES_PER_TOKEN)
 
 
 def _on_disk(source: str) -> bool:

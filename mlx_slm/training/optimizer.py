@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_slm.config import TrainingConfig
+
+OPTIMIZER_FIELDS = ("betas", "eps", "weight_decay", "clip_norm")
+"""The fields of the section `training` that specialisation takes over."""
+
 
 @dataclass(frozen=True)
 class AdamW:
@@ -17,6 +22,10 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 5.0
+
+    @classmethod
+    def of(cls, training: TrainingConfig) -> AdamW:
+        return cls(**{name: getattr(training, name) for name in OPTIMIZER_FIELDS})
 
     def init(self, parameters: dict) -> dict:
         """`{"m", "v", "updates", "bad"}`: moments like the parameters, updates made, non-finite steps in a row."""

@@ -20,7 +20,7 @@ from mlx_slm.errors import SlmError, nearest
 from mlx_slm.models.transformer import Shape, Transformer
 from mlx_slm.training import checkpoint
 from mlx_slm.training.trainer import State
-from mlx_slm.workspace import Damaged, Workspace, fingerprint, read_json, write_json, write_text
+from mlx_slm.workspace import Workspace, fingerprint, read_json, write_json, write_text
 
 
 @dataclass
@@ -64,18 +64,19 @@ class Run:
 
     def weights_step(self) -> int:
         """The step whose weights stand for this run: the best of a specialisation, the last of a pretraining."""
-        if self.finished and self.record.get("select") == "best":
-            return self.record["best_step"]
+        if self.finished:
+            return self.record["best_step" if self.record["select"] == "best" else "step"]
         steps = checkpoint.checkpoint_steps(self.path)
         if not steps:
             raise SlmError(f"run {self.name} has no checkpoint yet: run its command again, it goes on")
-        return self.record["step"] if self.finished else steps[-1]
+        return steps[-1]
 
     def weights(self) -> dict:
         """Parameters of that step, checked. If they are damaged the run counts as unfinished: its command mends it."""
+        step = self.weights_step()
         try:
-            return checkpoint.load_weights(self.path, self.weights_step())
-        except (Damaged, SlmError) as error:
+            return checkpoint.load_weights(self.path, step)
+        except SlmError as error:
             if self.finished:
                 self.record["status"] = "running"
                 write_json(self.path / "run.json", self.record)
@@ -117,26 +118,23 @@ def open_run(
 
     `announce` is called before anything is begun or, with `fresh`, removed; it may raise. Call this in `alone_in`.
     """
-    if fresh:
-        announce()
-        for old in (path, workspace.model(path.name)):
-            shutil.rmtree(old, ignore_errors=True)
-    if (path / "run.json").exists():
-        record = read_json(path / "run.json")
-        if record["inputs"] != inputs:
-            changed = sorted(k for k in {*inputs, *record["inputs"]} if record["inputs"].get(k) != inputs.get(k))
-            what = ", ".join(_difference(k, record["inputs"].get(k), inputs.get(k)) for k in changed)
-            raise SlmError(
-                f"run {path.name} was started with another configuration ({what}): put it back, "
-                "give another --name, or start anew with --fresh"
-            )
-        if record["status"] != "finished":
-            announce()
-        return Run(path, record)
-    if checkpoint.checkpoint_steps(path):
+    record = read_json(path / "run.json") if (path / "run.json").exists() and not fresh else None
+    if record and record["inputs"] != inputs:
+        changed = sorted(k for k in {*inputs, *record["inputs"]} if record["inputs"].get(k) != inputs.get(k))
+        what = ", ".join(_difference(k, record["inputs"].get(k), inputs.get(k)) for k in changed)
+        raise SlmError(
+            f"run {path.name} was started with another configuration ({what}): put it back, "
+            "give another --name, or start anew with --fresh"
+        )
+    if not record and not fresh and checkpoint.checkpoint_steps(path):
         raise SlmError(f"run {path.name} has checkpoints but no run.json that says of what: start anew with --fresh")
-    if not fresh:
+    if not record or record["status"] != "finished":
         announce()
+    if record:
+        return Run(path, record)
+    for old in (path, workspace.model(path.name)):
+        if fresh:
+            shutil.rmtree(old, ignore_errors=True)
     path.mkdir(parents=True, exist_ok=True)
     write_text(path / "config.yaml", dump_config(config))
     record = {"method": method, "inputs": inputs, "status": "running", "select": select, "started": time.time()}
@@ -156,8 +154,8 @@ def find_run(workspace: Workspace, name: str) -> Run:
 
 def default_run(workspace: Workspace) -> str:
     """The name of the only run of method slm; raises SlmError if there is none or a choice."""
-    found = [name for name in workspace.runs() if find_run(workspace, name).record["inputs"].get("from") is None]
-    slm = [name for name in found if find_run(workspace, name).record["method"] == "slm"]
+    records = {name: find_run(workspace, name).record for name in workspace.runs()}
+    slm = [name for name, r in records.items() if r["method"] == "slm" and "from" not in r["inputs"]]
     if len(slm) > 1 and "slm" not in slm:
         raise SlmError(f"several pretrained runs of method slm: {', '.join(slm)}; name one with --from")
     return slm[0] if len(slm) == 1 else "slm"
