@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from mlx_slm.errors import SlmError, nearest
 
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 
 
@@ -85,6 +86,35 @@ class TokenizerConfig(Section):
     scan_bytes: PositiveSize = 1_000_000_000
     """Bytes of generic text that the sample is drawn from. Not specified by the paper."""
     seed: int = 0
+
+
+class ClustersConfig(Section):
+    """Clusters of the generic set's windows (section 2.3), and how a domain's histogram becomes a distribution."""
+
+    k: PositiveSize = 1024
+    """Clusters that importance sampling uses. Paper: 1,024 (16 to 1,024 are studied)."""
+    encoder: str = DEFAULT_ENCODER
+    """A sentence-transformers or model2vec directory, or a repository on the Hub (paper: Sentence-BERT); or `static`,
+    distilled from the default encoder, or `lsi`, which needs no download: both for CPUs."""
+    dims: PositiveSize | None = None
+    """Dimensions of `static` (default 256) and `lsi` (default 64). Not specified by the paper."""
+    long_windows: Literal["mean", "start"] = "mean"
+    """What represents a window longer than the encoder reads: the mean over its parts, or its start."""
+    points_per_centroid: PositiveSize = 256
+    """k-means learns from a sample of so many windows per cluster. Not specified by the paper."""
+    iterations: PositiveSize = 50
+    """At most so many iterations of Lloyd's algorithm. Not specified by the paper."""
+    tolerance: float = Field(1e-4, ge=0)
+    """Stop when the inertia falls by less than this part of itself. Not specified by the paper."""
+    restarts: PositiveSize = 1
+    """Runs from other seeds, of which the best is kept. Not specified by the paper."""
+    seed: int = 0
+    smoothing: Size = 0
+    """Tokens of the generic histogram that are added to the domain's: q = (n_c + a g_c) / (n + a). Paper: 0."""
+    generic_fraction: Fraction = 0.0
+    """Share of the rows that are drawn from the generic distribution instead. Paper: 0."""
+    max_passes: float | None = Field(None, gt=0)
+    """Draw no cluster more often than so many passes; what is over goes to the generic distribution. Paper: no limit."""
 
 
 class ModelConfig(Section):
@@ -219,6 +249,7 @@ class Config(Section):
 
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    clusters: ClustersConfig = ClustersConfig()
     model: ModelConfig = ModelConfig()
     """The small model (SLM)."""
     large: ModelConfig = ModelConfig(num_layers=7, dims=2816, num_heads=22)

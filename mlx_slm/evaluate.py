@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle
 
@@ -21,7 +20,7 @@ from mlx_slm.errors import SlmError
 from mlx_slm.export import check_model, load_any
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.report import Report
-from mlx_slm.text.store import Store, first_windows
+from mlx_slm.text.store import Store, first_windows, length_batches
 from mlx_slm.training.loss import token_nll
 from mlx_slm.workspace import Workspace
 
@@ -93,7 +92,8 @@ class Scorer:
 
         progress = (report or Report()).progress("evaluating", int(lengths.sum()), " tok")
         with runtime.sharing_cores(len(self._lanes)), progress as advance:
-            batches = _batches(lengths, store.context_length, batch_rows)
+            step = -(-store.context_length // LENGTHS)
+            batches = length_batches(lengths, step, store.context_length, BATCH_TOKENS, batch_rows)
             for (members, rows, length), (stream, nll) in zip(batches, cycle(self._lanes), strict=False):
                 targets = np.full((rows, length), store.eos_id, np.int32)
                 for row, member in enumerate(members):
@@ -107,18 +107,6 @@ class Scorer:
                 collect(len(self._lanes), advance)
             collect(0, advance)
         return result
-
-
-def _batches(lengths: np.ndarray, context: int, batch_rows: int | None) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Yield (members, rows, padded length): windows of like length together, rows a power of two where few are left."""
-    step = max(1, -(-context // LENGTHS))
-    padded = np.minimum(-(-lengths // step) * step, context)
-    for length in np.unique(padded):
-        members = np.flatnonzero(padded == length)
-        most = batch_rows or max(1, BATCH_TOKENS // int(length))
-        for start in range(0, len(members), most):
-            chosen = members[start : start + most]
-            yield chosen, min(most, 1 << (len(chosen) - 1).bit_length()), int(length)
 
 
 def validation_windows(store: Store, tokens: int, seed: int) -> np.ndarray:

@@ -24,3 +24,13 @@ class Report:
     def confirm(self, question: str) -> bool:
         """Ask before long or large work. Only a terminal can say no."""
         return True
+
+
+def duration(seconds: float) -> str:
+    """75 -> '1m15s', 7300 -> '2h02m'."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

@@ -17,7 +17,7 @@ from mlx_slm.evaluate import Scorer, validation_windows
 from mlx_slm.export import export_run
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
-from mlx_slm.text.prepare import ensure_set, sources_of, text_needed
+from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, sources_of, text_needed
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.optimizer import OPTIMIZER_FIELDS, AdamW
@@ -27,8 +27,6 @@ from mlx_slm.training.trainer import Plan, Trainer
 from mlx_slm.workspace import Workspace, fingerprint
 
 FROM_NONE = "none"
-STREAMED_TOKENS = 8_000_000
-"""Tokens of a domain that are streamed from the Hub where `--tokens` does not say."""
 
 
 def specialize(
@@ -76,7 +74,7 @@ def specialize(
     count = int(store.windows[:]["length"][windows].astype(np.int64).sum())
     recipe = choose_recipe(finetuning, tokens or count, scratch)
     rate = finetuning.learning_rate or config.training.learning_rate * recipe.rate
-    sampler = Sampler([Stream(store, windows)], np.ones(1), finetuning.batch_rows, finetuning.seed)
+    sampler = Sampler([Stream.of(store, windows)], np.ones(1), finetuning.batch_rows, finetuning.seed)
     inputs = {
         "method": method,
         "from": start,

@@ -41,6 +41,12 @@ class Workspace:
     def data(self, name: str, split: str) -> Path:
         return self.root / "data" / plain_name(name) / split
 
+    def embeddings(self, name: str, split: str) -> Path:
+        return self.root / "embeddings" / plain_name(name) / split
+
+    def clusters(self, k: int) -> Path:
+        return self.root / "clusters" / str(k)
+
     def run(self, name: str) -> Path:
         return self.root / "runs" / plain_name(name)
 
@@ -91,7 +97,7 @@ def file_fingerprint(path: Path) -> str:
     """SHA-256 of a file; above 64 MiB of its size and its first and last MiB, cheap enough to ask at each start."""
     size = path.stat().st_size
     if size <= 64 << 20:
-        return _sha256(path)
+        return sha256(path)
     with open(path, "rb") as file:
         head = file.read(1 << 20)
         file.seek(-(1 << 20), os.SEEK_END)
@@ -137,7 +143,7 @@ def new_artifact(path: Path, kind: str, inputs: dict, mapped: tuple[str, ...] = 
         files = {}
         for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
             name = file.relative_to(temporary).as_posix()
-            digest = {"crc32": block_checksums(file), "block": BLOCK} if name in mapped else {"sha256": _sha256(file)}
+            digest = {"crc32": block_checksums(file), "block": BLOCK} if name in mapped else {"sha256": sha256(file)}
             files[name] = {"bytes": file.stat().st_size, **digest}
             _sync(file)
         manifest = {"kind": kind, "inputs": inputs, "info": info, "files": files}
@@ -191,7 +197,7 @@ def verify(path: Path, manifest: dict, names: list[str] | None = None) -> None:
     """Check every byte of an artifact (or of the files named) against its manifest; raises Damaged."""
     for name in names or manifest["files"]:
         entry = manifest["files"][name]
-        good = _sha256(path / name) == entry["sha256"] if "sha256" in entry else None
+        good = sha256(path / name) == entry["sha256"] if "sha256" in entry else None
         if good is None:
             good = block_checksums(path / name, entry["block"]) == entry["crc32"]
         if not good:
@@ -243,7 +249,8 @@ def block_checksums(path: Path, block: int = BLOCK) -> list[int]:
         return [zlib.crc32(data) for data in iter(lambda: file.read(block), b"")]
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

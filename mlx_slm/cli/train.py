@@ -53,27 +53,48 @@ def quickstart(session: Session, fresh) -> None:
 
 @click.command()
 @click.option(
-    "--method", type=click.Choice(["slm", "llm"]), default="slm", show_default=True, help="Small or large model."
+    "--method",
+    type=click.Choice(["slm", "llm", "is"]),
+    default="slm",
+    show_default=True,
+    help="Small model, large model, or small model with importance sampling.",
 )
+@click.option("--domain", help="With --method is: the set that the generic set is resampled to look like.")
+@click.option("--domain-tokens", type=SIZE, help="Use so many tokens of the domain, such as 1M. [default: all]")
+@click.option(
+    "--weights",
+    type=click.Path(exists=True, dir_okay=False),
+    help="With --method is: weights of the clusters (YAML or JSON) in place of a domain.",
+)
+@click.option("--k", type=click.IntRange(1), help="With --method is: the number of clusters. [default: clusters.k]")
 @click.option("--tokens", type=SIZE, help="Train on so many tokens (replaces the configured horizon).")
 @click.option("--hours", type=float, help="Train for about so many hours on this machine.")
-@click.option("--name", help="Name of the run. [default: the method]")
+@click.option("--name", help="Name of the run. [default: the method, or is-<domain>-<its tokens>]")
 @click.option("--fresh", is_flag=True, help="Start anew, throwing an earlier run of this name away.")
 @common
-def pretrain(session: Session, method, tokens, hours, name, fresh) -> None:
+def pretrain(session: Session, method, domain, domain_tokens, weights, k, tokens, hours, name, fresh) -> None:
     """Pretrain a model on the generic set. The same command again resumes.
 
-    Prepares the generic set first where that was not done.
+    Prepares the generic set first where that was not done. With --method is the set is clustered, and its clusters are
+    drawn as often as the domain has them (SLM-is).
     """
+    from mlx_slm.pretrain import Target
     from mlx_slm.pretrain import pretrain as work
 
     if tokens and hours:
         raise click.UsageError("give --tokens or --hours, not both")
-    horizon = [f"training.tokens={tokens}"] * bool(tokens) + [f"training.hours={hours}"] * bool(hours)
-    session.overrides = (*session.overrides, *horizon)
+    if method == "is" and bool(domain) == bool(weights):
+        raise click.UsageError("--method is needs what to sample for: give --domain NAME or --weights FILE")
+    if method != "is" and (domain or weights or k):
+        raise click.UsageError("--domain, --weights and --k are for --method is")
+    if domain_tokens and not domain:
+        raise click.UsageError("--domain-tokens needs --domain")
+    changes = {"training.tokens": tokens, "training.hours": hours, "clusters.k": k}
+    session.overrides = (*session.overrides, *(f"{key}={value}" for key, value in changes.items() if value))
     config = session.config
     session.start_computing()
-    run = work(session.workspace, config, method, session.report, name, fresh)
+    target = Target(domain, domain_tokens, Path(weights) if weights else None) if method == "is" else None
+    run = work(session.workspace, config, method, session.report, name, fresh, target)
     _show_run(session, run)
 
 

@@ -24,30 +24,40 @@ MASK = 2**64 - 1
 
 
 class Stream:
-    """The cyclic stream of one cluster: all windows of a store, or those given, in that order."""
+    """The cyclic stream of all windows of a store, or of the windows order[first:last] in that order.
 
-    def __init__(self, store: Store, windows: np.ndarray | None = None):
+    `ends[i]` is the stream's length up to the end of order[i] (`separated_ends`), counted from the start of `order`;
+    `order` and `ends` are arrays or memory-mapped, so that opening costs the same for any size.
+    """
+
+    def __init__(self, store: Store, order=None, ends=None, first: int = 0, last: int | None = None):
         self.store, self.row_length = store, store.context_length
-        self._windows = windows
-        if windows is None:
+        self._order, self._ends, self._first = order, ends, first
+        if order is None:
             self.num_windows = store.num_windows
             self.length = store.num_tokens + store.num_windows - store.num_documents
         else:
-            self.num_windows = len(windows)
-            all_windows = store.windows[:]
-            document = all_windows["document"]
-            is_last = np.append(document[1:] != document[:-1], True)
-            separated = all_windows["length"][windows].astype(np.int64) + ~is_last[windows]
-            self._starts = np.cumsum(separated) - separated
-            self.length = int(separated.sum())
+            self.num_windows = (len(order) if last is None else last) - first
+            self._before = int(ends[first - 1]) if first else 0
+            self.length = int(ends[first + self.num_windows - 1]) - self._before if self.num_windows else 0
         self.num_rows = -(-self.length // self.row_length)
+
+    @classmethod
+    def of(cls, store: Store, windows: np.ndarray) -> Stream:
+        """The stream of the given windows."""
+        return cls(store, windows, separated_ends(store, windows))
+
+    def window(self, index: int) -> int:
+        """The number in the store of window `index` of this stream."""
+        return index if self._order is None else int(self._order[self._first + index])
 
     def start(self, index: int) -> int:
         """Where window `index` of this stream begins. For a whole store: its offset plus the separators before it."""
-        if self._windows is None:
+        if self._order is None:
             window = self.store.windows[index]
             return int(window["offset"]) + index - int(window["document"])
-        return int(self._starts[index])
+        place = self._first + index
+        return int(self._ends[place - 1]) - self._before if index else 0
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (tokens int32 [T+1], weights float32 [T]: 1 where the target counts)."""
@@ -59,7 +69,7 @@ class Stream:
         skip = begin - self.start(number)
         filled = 0
         while filled <= length:
-            ids = self.store.window_tokens(number if self._windows is None else self._windows[number])
+            ids = self.store.window_tokens(self.window(number))
             taken = ids[skip : skip + length + 1 - filled]
             tokens[filled : filled + len(taken)] = taken
             stored[filled : filled + len(taken)] = True
@@ -69,6 +79,13 @@ class Stream:
             number, skip = following, 0
         weights = stored[1:] & (begin + 1 + np.arange(length) <= self.length)
         return tokens, weights.astype(np.float32)
+
+
+def separated_ends(store: Store, windows: np.ndarray) -> np.ndarray:
+    """Cumulative lengths of windows, each with a separator behind it unless it ends its document: int64 [windows]."""
+    facts = store.windows[:]
+    is_last = np.append(facts["document"][1:] != facts["document"][:-1], True)[: len(facts)]
+    return np.cumsum(facts["length"][windows].astype(np.int64) + ~is_last[windows])
 
 
 class Sampler:

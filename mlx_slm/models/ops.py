@@ -160,3 +160,48 @@ def _blocked_attention_backward(primals, cotangents, outputs):
         part_k, part_v = mx.pad(ds @ q[:, :, rows], pad), mx.pad(p @ d, pad)
         dk, dv = (part_k, part_v) if dk is None else (dk + part_k, dv + part_v)
     return mx.concatenate(dq, axis=2), dk, dv
+
+
+PHI_EDGE = 4.25
+PHI = (
+    0.3989353293,
+    -0.06642762641,
+    0.009877814333,
+    -0.001129386916,
+    9.715997948e-05,
+    -6.009385304e-06,
+    2.479441178e-07,
+    -6.024924738e-09,
+    6.460182985e-11,
+)
+"""(Phi(x) - 1/2) / x for |x| <= 4.25 as a polynomial in x^2: its Chebyshev interpolant of degree 8. With one coefficient
+more than 9, `mx.compile` cuts the loop in two: 6.7 instead of 3.4 ns an element."""
+
+
+@mx.compile
+def _gelu_exact(x: mx.array) -> mx.array:
+    """To 7e-5 of max(1, |x|)."""
+    z = mx.where(x < -PHI_EDGE, -PHI_EDGE, mx.where(x > PHI_EDGE, PHI_EDGE, x))
+    s = z * z
+    p = PHI[-1]
+    for c in PHI[-2::-1]:
+        p = p * s + c
+    return x * (0.5 + z * p)
+
+
+def gelu_exact(x: mx.array) -> mx.array:
+    """x * Phi(x), as BERT has it. No gradient."""
+    return _gelu_exact(x) if scalar_exp() else nn.gelu(x)
+
+
+def masked_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, hidden: mx.array) -> mx.array:
+    """softmax(q k^T * scale + hidden) v, in both directions, for q, k, v [B, H, L, D]; no gradient.
+
+    hidden: fp32 [B, L], 0 for keys that are seen and -1e9 for padding. Returns [B, H, L, D].
+    """
+    if not scalar_exp():
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=hidden[:, None, None, :].astype(q.dtype))
+    scores = _alone(k @ (q * scale).swapaxes(-1, -2)) + hidden[:, None, :, None]
+    e, _ = exp_shifted(_alone(scores))
+    out = e.swapaxes(-1, -2) @ v
+    return out / e.sum(axis=-2)[..., None]

@@ -18,6 +18,8 @@ from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, load_manifest, w
 
 BYTES_PER_TOKEN = 4.7
 """Of English text at 32k pieces (4.3), with room to spare: how much text so many tokens need."""
+STREAMED_TOKENS = 8_000_000
+"""Tokens of a domain that are streamed from the Hub where `--tokens` does not say."""
 
 
 def sources_of(name: str, given: list[str], workspace: Workspace, config: Config) -> list[str]:

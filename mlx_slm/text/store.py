@@ -6,6 +6,7 @@ overlap and nothing is dropped (the last window of a document is short). Opening
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +96,20 @@ def cut_windows(lengths: np.ndarray, token_bytes: np.ndarray, context_length: in
     if len(windows):
         windows["bytes"] = np.add.reduceat(token_bytes.astype(np.int64), windows["offset"].astype(np.int64))
     return windows
+
+
+def length_batches(
+    lengths: np.ndarray, step: int, longest: int, batch_tokens: int, batch_rows: int | None = None
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yield (members, rows, padded length) of batches whose members have like lengths, so that few shapes occur.
+
+    Lengths are rounded up to a multiple of `step`, at most `longest`. A batch has `batch_rows` rows, by default
+    `batch_tokens` tokens; where few members are left, `rows` is the next power of two.
+    """
+    padded = np.clip(-(-lengths // step) * step, 1, longest)
+    for length in np.unique(padded):
+        members = np.flatnonzero(padded == length)
+        most = batch_rows or max(1, batch_tokens // int(length))
+        for start in range(0, len(members), most):
+            chosen = members[start : start + most]
+            yield chosen, min(most, 1 << (len(chosen) - 1).bit_length()), int(length)

@@ -48,6 +48,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids])
 
+    def decode_all(self, batch: list[list[int]]) -> list[str]:
+        """Texts of many lists of ids."""
+        return self._model.decode(batch)
+
     def _bytes(self, index: int) -> int:
         if self._model.is_byte(index):
             return 1

@@ -22,7 +22,7 @@ from mlx_slm import runtime
 from mlx_slm.clustering.sampler import Sampler
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.models.transformer import Transformer
-from mlx_slm.report import Report
+from mlx_slm.report import Report, duration
 from mlx_slm.training import checkpoint
 from mlx_slm.training.optimizer import AdamW, learning_rate
 from mlx_slm.training.step import TrainingStep
@@ -271,13 +271,3 @@ def stop_requested() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def duration(seconds: float) -> str:
-    """75 -> '1m15s', 7300 -> '2h02m'."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

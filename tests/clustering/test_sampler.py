@@ -8,7 +8,7 @@ from mlx_slm.clustering.sampler import Sampler, Stream, permuted
 
 def streams_of(store, count, windows=None):
     clusters = np.random.default_rng(0).integers(0, count, windows or store.num_windows)
-    return [Stream(store, np.flatnonzero(clusters == c)) for c in range(count)]
+    return [Stream.of(store, np.flatnonzero(clusters == c)) for c in range(count)]
 
 
 def expected_stream(store, windows):
@@ -33,7 +33,7 @@ def test_every_token_is_a_target_exactly_once_per_pass(store, subset):
         "one": np.array([int(np.argmin(store.windows[:]["length"]))]),
         "two": np.array([5, 4]),
     }[subset]
-    stream = Stream(store, chosen)
+    stream = Stream(store) if chosen is None else Stream.of(store, chosen)
     tokens, stored = expected_stream(store, range(store.num_windows) if chosen is None else chosen)
     assert stream.length == len(tokens)
     length, seen = store.context_length, np.zeros(len(tokens), int)

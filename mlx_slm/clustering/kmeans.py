@@ -1,0 +1,223 @@
+"""k-means in MLX: greedy k-means++, then Lloyd's iterations with chunked assignment (section 2.3).
+
+A point x is nearest to the centroid with the largest score x.c - |c|^2 / 2, so an assignment is one matrix product and
+an argmax. Memory beside the points is O(chunk x k). Once most points stay where they are, the sums of the clusters change
+by the points that moved only. The result depends on the points and the seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import cycle
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_slm import runtime
+from mlx_slm.errors import SlmError
+
+CHUNK_SCORES = 1 << 20
+"""Scores (points x centroids) that exist at once in a lane."""
+SEEDING_POINTS = 64
+"""k-means++ looks at so many points per centroid."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run of `kmeans` stands: enough to go on from there to the same result, bit for bit."""
+
+    restart: int = 0
+    iteration: int = 0
+    inertia: float = math.inf
+    """Sum of squared distances to the nearest centroid, before the last move of the centroids."""
+    centroids: np.ndarray | None = None
+    """fp32 [k, dims]"""
+    sums: np.ndarray | None = None
+    """fp32 [k, dims]: the points of each cluster, added up"""
+    assignments: np.ndarray | None = None
+    """int32 [points]"""
+    best_inertia: float = math.inf
+    best_centroids: np.ndarray | None = None
+
+
+def kmeans(
+    points: np.ndarray,
+    k: int,
+    seed: int = 0,
+    iterations: int = 50,
+    tolerance: float = 1e-4,
+    restarts: int = 1,
+    state: State | None = None,
+    on_iteration: Callable[[State], None] = lambda state: None,
+) -> tuple[np.ndarray, float]:
+    """Cluster points fp32 [n, dims]; returns (centroids fp32 [k, dims], inertia), the best of `restarts` runs.
+
+    A run stops after `iterations`, or when the inertia falls by less than `tolerance` of itself. `on_iteration` gets
+    the state after each iteration; given back as `state`, the run goes on from there. Raises SlmError for k > n or a
+    point that is not finite.
+    """
+    if k > len(points):
+        raise SlmError(f"k = {k:,} clusters of {len(points):,} windows: the largest possible k is {len(points):,}")
+    squares = np.einsum("nd,nd->n", points, points)
+    require_finite(squares, "point")
+    rows, squares = mx.array(points), float(squares.sum(dtype=np.float64))
+    state = state or State()
+    with runtime.sharing_cores(len(runtime.lanes())):
+        while state.restart < restarts:
+            if state.centroids is None:
+                rng = np.random.default_rng((seed, state.restart))
+                state = replace(state, centroids=seed_centroids(points, k, rng))
+            state = _lloyd(rows, squares, state, iterations, tolerance, on_iteration)
+            if state.inertia < state.best_inertia:
+                state = replace(state, best_inertia=state.inertia, best_centroids=state.centroids)
+            following = State(restart=state.restart + 1)
+            state = replace(following, best_inertia=state.best_inertia, best_centroids=state.best_centroids)
+    return state.best_centroids, state.best_inertia
+
+
+def _lloyd(points: mx.array, squares: float, state: State, iterations: int, tolerance: float, on_iteration) -> State:
+    while True:
+        assignments, scores = nearest(points, state.centroids)
+        inertia = max(0.0, squares - 2 * float(scores.sum(dtype=np.float64)))
+        if state.iteration and state.inertia - inertia <= tolerance * inertia:
+            return replace(state, inertia=inertia)
+        sums = _moved_sums(points, assignments, state)
+        counts = np.bincount(assignments, minlength=len(state.centroids))
+        centroids = sums / np.maximum(counts, 1)[:, None]
+        reseed_empty(centroids, counts, points, assignments, scores)
+        state = replace(
+            state,
+            iteration=state.iteration + 1,
+            inertia=inertia,
+            centroids=centroids.astype(np.float32),
+            sums=sums,
+            assignments=assignments,
+        )
+        on_iteration(state)
+        if state.iteration >= iterations:
+            return state
+
+
+def _moved_sums(points: mx.array, assignments: np.ndarray, state: State) -> np.ndarray:
+    """The points of each cluster added up, fp32 [k, dims]; only what moved is added and taken away if that is less."""
+    k = len(state.centroids)
+    if state.assignments is None:
+        return _sums(points, None, assignments, k)
+    moved = np.flatnonzero(assignments != state.assignments)
+    if 2 * len(moved) >= len(assignments):
+        return _sums(points, None, assignments, k)
+    if not len(moved):
+        return state.sums
+    change = _sums(points, moved, assignments[moved], k) - _sums(points, moved, state.assignments[moved], k)
+    return state.sums + change
+
+
+def _sums(points: mx.array, chosen: np.ndarray | None, assignments: np.ndarray, k: int) -> np.ndarray:
+    lanes, parts = runtime.lanes(), []
+    for lane, places in zip(lanes, np.array_split(np.arange(len(assignments)), len(lanes)), strict=True):
+        if not len(places):
+            continue
+        with mx.stream(lane):
+            first, last = int(places[0]), int(places[-1]) + 1
+            rows = points[first:last] if chosen is None else points[mx.array(chosen[first:last])]
+            zeros = mx.zeros((k, points.shape[1]))
+            parts.append(zeros.at[mx.array(assignments[first:last])].add(rows))
+            mx.async_eval(parts[-1])
+    return np.sum([np.array(part) for part in parts], axis=0)
+
+
+def nearest(points: mx.array, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (assignments int32 [n], scores fp32 [n]: x.c - |c|^2 / 2 of the nearest)."""
+    turned, bias = mx.array(centroids.T), mx.array(-0.5 * (centroids**2).sum(axis=1))
+    size = max(1, CHUNK_SCORES // len(centroids))
+    assignments, scores = np.empty(len(points), np.int32), np.empty(len(points), np.float32)
+    in_flight: deque = deque()
+
+    def collect(most: int) -> None:
+        while len(in_flight) > most:
+            where, place, score = in_flight.popleft()
+            assignments[where], scores[where] = place, score
+
+    lanes = runtime.lanes()
+    starts = range(0, len(points), size)
+    for start, lane in zip(starts, cycle(lanes), strict=False):
+        where = slice(start, min(start + size, len(points)))
+        with mx.stream(lane):
+            found = mx.addmm(bias, points[where], turned)
+            place = mx.argmax(found, axis=-1)
+            score = mx.take_along_axis(found, place[:, None], axis=-1)[:, 0]
+            place = place.astype(mx.int32)
+        mx.async_eval(place, score)
+        in_flight.append((where, place, score))
+        collect(len(lanes))
+    collect(0)
+    return assignments, scores
+
+
+def reseed_empty(
+    centroids: np.ndarray, counts: np.ndarray, points: mx.array, assignments: np.ndarray, scores: np.ndarray
+) -> None:
+    """Put the centroid of each empty cluster onto the farthest point of the largest cluster, in place."""
+    counts = counts.copy()
+    for empty in np.flatnonzero(counts == 0):
+        largest = int(counts.argmax())
+        if counts[largest] < 2:
+            return
+        members = np.flatnonzero(assignments == largest)
+        own = np.array(points[mx.array(members)])
+        distances = np.einsum("nd,nd->n", own, own) - 2 * scores[members]
+        farthest = members[int(distances.argmax())]
+        centroids[empty] = np.array(points[int(farthest)])
+        assignments[farthest] = empty
+        counts[largest] -= 1
+        counts[empty] = 1
+
+
+def seed_centroids(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """Greedy k-means++ (Arthur and Vassilvitskii, 2007): each centroid is the best of 2 + ln k points drawn with
+    probability proportional to the squared distance to the centroids so far. Returns fp32 [k, dims]."""
+    count = min(len(points), max(SEEDING_POINTS * k, 4096))
+    chosen = points if count == len(points) else points[np.sort(rng.permutation(len(points))[:count])]
+    trials = 2 + int(math.log(k))
+    squares = np.einsum("nd,nd->n", chosen, chosen)
+    rows = mx.array(chosen)
+    first = int(rng.integers(count))
+    centroids = [first]
+    closest = _distances(rows, squares, np.array([first]))[:, 0]
+    while len(centroids) < k:
+        cumulative = np.cumsum(closest, dtype=np.float64)
+        if cumulative[-1] <= 0:  # fewer distinct points than clusters: the rest will be empty
+            centroids.append(int(rng.integers(count)))
+            continue
+        candidates = np.minimum(np.searchsorted(cumulative, rng.random(trials) * cumulative[-1]), count - 1)
+        distances = np.minimum(_distances(rows, squares, candidates), closest[:, None])
+        best = int(distances.sum(axis=0, dtype=np.float64).argmin())
+        centroids.append(int(candidates[best]))
+        closest = np.ascontiguousarray(distances[:, best])
+    return chosen[centroids].astype(np.float32)
+
+
+def _distances(rows: mx.array, squares: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Squared distances fp32 [n, chosen]; exactly 0 from a point to itself."""
+    products = np.array(rows @ rows[mx.array(chosen)].T)
+    distances = np.maximum(squares[:, None] - 2 * products + squares[chosen], 0)
+    distances[chosen, np.arange(len(chosen))] = 0
+    return distances
+
+
+def assign(chunks: Iterator[np.ndarray], centroids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each chunk of points fp32 [n, dims] yield (assignments int32 [n], squared distances fp32 [n])."""
+    with runtime.sharing_cores(len(runtime.lanes())):
+        for chunk in chunks:
+            assignments, scores = nearest(mx.array(chunk), centroids)
+            yield assignments, np.maximum(np.einsum("nd,nd->n", chunk, chunk) - 2 * scores, 0)
+
+
+def require_finite(squares: np.ndarray, what: str) -> None:
+    """Raise SlmError naming the first point whose squared length [n] is not finite."""
+    bad = np.flatnonzero(~np.isfinite(squares))
+    if len(bad):
+        raise SlmError(f"{what} {bad[0]:,} has an embedding that is not finite ({len(bad):,} such in all)")

@@ -1,0 +1,105 @@
+"""Latent semantic indexing: hashed word counts, tf-idf, randomised SVD in MLX. Needs no download.
+
+A text is its words (lower case, hashed to `BUCKETS`), weighted by (1 + log count) * idf, normalised, and projected onto
+the leading right singular vectors of a sample of the generic set (Halko, Martinsson and Tropp, 2011).
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from mlx_slm.report import Report
+
+BUCKETS = 1 << 14
+PROJECTION = "lsi.safetensors"
+WORD = re.compile(r"\w\w+")
+CHUNK = 512
+OVERSAMPLING, POWERS = 16, 2
+
+
+class LsiEncoder:
+    """The directory that `fit` wrote: `projection` fp32 [BUCKETS, dims] and `idf` fp32 [BUCKETS]."""
+
+    shard_windows = 16_384
+    long_windows = "mean"
+
+    def __init__(self, directory: Path):
+        arrays = load_file(Path(directory) / PROJECTION)
+        self._idf = arrays["idf"]
+        self._projection = mx.array(arrays["projection"])
+        self.dims = arrays["projection"].shape[1]
+        self._words = Words()
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Embeddings of texts, fp32 [texts, dims], of length 1; a text without known words is all zero."""
+        parts = [np.empty((0, self.dims), np.float32)]
+        for start in range(0, len(texts), CHUNK):
+            dense = weighted(*self._words.counts(texts[start : start + CHUNK]), self._idf)
+            found = np.array(mx.array(dense) @ self._projection)
+            parts.append(found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-6))
+        return np.concatenate(parts)
+
+
+class Words:
+    """Texts -> buckets of words, remembered."""
+
+    def __init__(self):
+        self._bucket: dict[str, int] = {}
+
+    def counts(self, texts: list[str]) -> tuple[int, np.ndarray, np.ndarray]:
+        """Return (rows, place [n] = row * BUCKETS + bucket, count [n]) of the words that occur."""
+        known, places = self._bucket, []
+        for row, text in enumerate(texts):
+            for word in WORD.findall(text.lower()):
+                bucket = known.get(word)
+                if bucket is None:
+                    bucket = known[word] = zlib.crc32(word.encode()) % BUCKETS
+                places.append(row * BUCKETS + bucket)
+        return len(texts), *np.unique(np.array(places, np.int64), return_counts=True)
+
+
+def weighted(rows: int, places: np.ndarray, counts: np.ndarray, idf: np.ndarray) -> np.ndarray:
+    """tf-idf rows of length 1, fp32 [rows, BUCKETS]; a row without words is zero."""
+    row, bucket = np.divmod(places, BUCKETS)
+    values = (1 + np.log(counts)) * idf[bucket]
+    norms = np.sqrt(np.bincount(row, values**2, minlength=rows))
+    dense = np.zeros(rows * BUCKETS, np.float32)
+    dense[places] = values / np.maximum(norms, 1e-12)[row]
+    return dense.reshape(rows, BUCKETS)
+
+
+def fit(texts: list[str], dims: int, seed: int, directory: Path, report: Report) -> None:
+    """Write the projection of a sample of texts to `directory`. Deterministic for texts and seed."""
+    words = Words()
+    chunks = [words.counts(texts[start : start + CHUNK]) for start in range(0, len(texts), CHUNK)]
+    documents = np.zeros(BUCKETS)
+    for _, places, _ in chunks:
+        documents += np.bincount(places % BUCKETS, minlength=BUCKETS)
+    idf = (np.log((1 + len(texts)) / (1 + documents)) + 1).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    width = min(dims + OVERSAMPLING, len(texts))
+    basis = rng.standard_normal((BUCKETS, width)).astype(np.float32)
+    with report.progress("fitting lsi", (POWERS + 1) * len(texts), " texts") as advance:
+        for power in range(POWERS + 1):
+            right = mx.array(np.linalg.qr(basis)[0])
+            product, gram = mx.zeros((BUCKETS, width)), mx.zeros((width, width))
+            for chunk in chunks:
+                dense = mx.array(weighted(*chunk, idf))
+                left = dense @ right
+                if power < POWERS:
+                    product = product + dense.T @ left
+                else:
+                    gram = gram + left.T @ left
+                mx.eval(product, gram)
+                advance(chunk[0])
+            basis = np.array(product)
+    values, vectors = np.linalg.eigh(np.array(gram, np.float64))
+    leading = vectors[:, np.argsort(-values)[:dims]]
+    projection = np.array(right) @ leading.astype(np.float32)
+    save_file({"projection": np.ascontiguousarray(projection), "idf": idf}, directory / PROJECTION)
