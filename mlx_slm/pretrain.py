@@ -84,7 +84,7 @@ def pretrain(
     shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)
     valid = Store(workspace.require_set(generic, "valid"))
     windows = validation_windows(valid, training.eval_tokens, config.data.seed)
-    clusters = prepare_target(workspace, config, target, tokens, report) if target else None
+    clusters = prepare_target(workspace, config, target, report) if target else None
     streams = clusters.assigned(generic, "train").streams(store) if clusters else [Stream(store)]
     set_rows = sum(stream.num_rows for stream in streams)
     per_step = training.batch_rows * context
@@ -125,9 +125,7 @@ def pretrain(
     return run
 
 
-def prepare_target(
-    workspace: Workspace, config: Config, target: Target, tokens: int | None, report: Report
-) -> Clusters:
+def prepare_target(workspace: Workspace, config: Config, target: Target, report: Report) -> Clusters:
     """Prepare the domain where that was not done, cluster the generic set, and assign the domain."""
     if target.domain == config.data.generic:
         raise SlmError(f"--domain {target.domain}: that is the generic set; importance sampling aims at another one")

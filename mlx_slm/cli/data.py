@@ -1,4 +1,4 @@
-"""`prepare`: text -> tokens."""
+"""`prepare`: text -> tokens; `cluster`: windows -> clusters."""
 
 from __future__ import annotations
 
@@ -45,4 +45,40 @@ def prepare(session: Session, name, sources, field, limit, strict, fresh) -> Non
     session.show(result, text)
 
 
-COMMANDS = (prepare,)
+@click.command()
+@click.option("--k", "counts", type=click.IntRange(1), multiple=True, help="Number of clusters; may be repeated.")
+@click.option("--encoder", help="lsi, static, a directory, or a repository on the Hub. [default: clusters.encoder]")
+@click.option("--show", is_flag=True, help="List the clusters and draw the histograms into results/.")
+@click.option("--fresh", is_flag=True, help="Cluster anew, even if the inputs changed.")
+@common
+def cluster(session: Session, counts, encoder, show, fresh) -> None:
+    """Embed the windows of the generic set, cluster them, and assign every prepared set to the clusters.
+
+    A killed run goes on where it stopped; what is there already is kept.
+    """
+    from mlx_slm.clustering import show as shows
+    from mlx_slm.clustering.clusters import ensure_clusters
+
+    if encoder:
+        session.overrides = (*session.overrides, f"clusters.encoder={encoder}")
+    config, workspace = session.config, session.workspace
+    session.start_computing()
+    sets = [name for name in workspace.sets() if name != config.data.generic]
+    made = ensure_clusters(workspace, config, list(counts) or [config.clusters.k], sets, session.report, fresh)
+    found = [shows.summary(clusters, config.data.generic, sets) for clusters in made]
+    if show:
+        for clusters, facts in zip(made, found, strict=True):
+            shows.add_details(facts, workspace, clusters, config.data.generic, sets)
+            facts["figure"] = str(shows.draw(facts, workspace.results))
+
+    def text() -> None:
+        for facts in found:
+            columns, rows = shows.table_of(facts, detailed=show)
+            session.report.table(f"{facts['k']:,} clusters of {config.data.generic}", columns, rows)
+            if show:
+                session.report.line(f"figure: {facts['figure']}")
+
+    session.show({"clusters": found}, text)
+
+
+COMMANDS = (prepare, cluster)

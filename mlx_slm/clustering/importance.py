@@ -171,9 +171,7 @@ def read_weights(path: Path, k: int) -> np.ndarray:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise SlmError(f"--weights {path}: cannot be read ({' '.join(str(error).split())})") from error
-    pairs = (
-        list(enumerate(found)) if isinstance(found, list) else list(found.items()) if isinstance(found, dict) else []
-    )
+    pairs = list(enumerate(found) if isinstance(found, list) else getattr(found, "items", list)())
     if not pairs or (isinstance(found, list) and len(found) != k):
         raise SlmError(f"--weights {path}: expected a list of {k} numbers, or a mapping from cluster to number")
     weights = np.zeros(k)

@@ -1,8 +1,8 @@
 """k-means in MLX: greedy k-means++, then Lloyd's iterations with chunked assignment (section 2.3).
 
 A point x is nearest to the centroid with the largest score x.c - |c|^2 / 2, so an assignment is one matrix product and
-an argmax. Memory beside the points is O(chunk x k). Once most points stay where they are, the sums of the clusters change
-by the points that moved only. The result depends on the points and the seed.
+an argmax. Memory beside the points is O(chunk x k). Once most points stay where they are, the sums of the clusters
+change by the points that moved only. The result depends on the points and the seed.
 """
 
 from __future__ import annotations

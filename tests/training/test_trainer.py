@@ -33,7 +33,7 @@ def make_trainer(store_directory, run, report=None, **changes) -> Trainer:
     """A run of 26 steps that crosses two passes over its rows, with two micro-batches a step."""
     store = Store(Path(store_directory))
     shape = Shape.of(ModelConfig(family="llama", num_layers=1, dims=32, num_heads=4), 400, store.context_length)
-    sampler = Sampler([Stream(store, np.arange(75))], np.ones(1), 8, seed=5)
+    sampler = Sampler([Stream.of(store, np.arange(75))], np.ones(1), 8, seed=5)
     assert 2 * sampler.num_rows < STEPS * 8
     plan = dict(
         steps=STEPS, learning_rate=1e-2, warmup_steps=3, batch_rows=8, micro_rows=4, eval_every=7, report_every=4
