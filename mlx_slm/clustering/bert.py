@@ -156,12 +156,12 @@ class SentenceEncoder:
             return result / np.linalg.norm(result, axis=1, keepdims=True)
         return result / np.bincount(owners, weights)[:, None].astype(np.float32)
 
-    def embed(self, rows: list[list[int]]) -> np.ndarray:
+    def embed(self, rows: list[list[int]], length_step: int = LENGTH_STEP) -> np.ndarray:
         """Embeddings of rows of word piece ids, special ones included: fp32 [rows, dims]."""
         lengths = np.array([len(row) for row in rows])
         result = np.empty((len(rows), self.dims), np.float32)
         lanes = runtime.lanes()
-        batches = length_batches(lengths, LENGTH_STEP, self.max_pieces, batch_tokens())
+        batches = length_batches(lengths, length_step, self.max_pieces, batch_tokens())
         with runtime.sharing_cores(len(lanes)):
             while together := [(lane, *batch) for lane, batch in zip(lanes, batches, strict=False)]:
                 found = []

@@ -86,14 +86,14 @@ def distil(source: SentenceEncoder, sample: list[str], dims: int, directory: Pat
     with report.progress("distilling a static encoder", source.vocab_size, " pieces") as advance:
         for first in range(0, source.vocab_size, 2048):
             rows = [[*start, piece, *end] for piece in range(first, min(first + 2048, source.vocab_size))]
-            vectors.append(source.embed(rows))
+            vectors.append(source.embed(rows, length_step=1))
             advance(len(rows))
     table = np.concatenate(vectors)
     table -= table.mean(axis=0)
     _, directions = np.linalg.eigh(table.T @ table)
     table = table @ directions[:, ::-1][:, :dims]
     encoded = source._tokenizer.encode_batch_fast(sample, add_special_tokens=False)
-    counts = np.bincount(np.concatenate([e.ids for e in encoded]), minlength=len(table)) + 1.0
+    counts = np.bincount([i for e in encoded for i in e.ids], minlength=len(table)) + 1.0
     table *= (SIF / (SIF + counts / counts.sum()))[:, None]
     save_file({"embeddings": np.ascontiguousarray(table, np.float32)}, directory / TABLE)
     shutil.copyfile(source.directory / "tokenizer.json", directory / "tokenizer.json")
