@@ -79,6 +79,8 @@ class DataConfig(Section):
 class TokenizerConfig(Section):
     """sentencepiece BPE with byte fallback, lossless, trained on the generic set."""
 
+    path: str | None = None
+    """Take the tokenizer of this model directory instead (`pretrain --init-from` sets it in a new workspace)."""
     vocab_size: PositiveSize = 32_000
     """Paper: 32,000."""
     sample_bytes: PositiveSize = 50_000_000

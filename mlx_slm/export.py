@@ -11,7 +11,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slm.errors import SlmError, nearest
 from mlx_slm.models.transformer import Shape, Transformer
-from mlx_slm.text.tokenizer import FILES, MODEL_FILE, Tokenizer
+from mlx_slm.text.huggingface import open_tokenizer
+from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.checkpoint import save_arrays
 from mlx_slm.training.runs import Run, find_run
 from mlx_slm.workspace import MANIFEST, Workspace, load_manifest, new_artifact, verify
@@ -30,7 +31,7 @@ def export_run(workspace: Workspace, run: Run) -> Path:
         path,
         run.shape,
         run.weights(),
-        Tokenizer(workspace.tokenizer),
+        open_tokenizer(workspace.tokenizer),
         {"run": run.name, "step": step, "method": run.record["method"], "tokenizer": run.record["inputs"]["tokenizer"]},
         {key: run.record.get(key) for key in ("tokens", "seconds", "device", "valid_nll", "started")},
     )
@@ -42,7 +43,7 @@ def export_model(path: Path, shape: Shape, parameters: dict, tokenizer: Tokenize
         facts.update(info, parameters=shape.num_parameters, shape=shape.to_dict())
         (directory / "config.json").write_text(json.dumps(huggingface_config(shape, tokenizer.eos_id), indent=1))
         save_arrays(directory / "model.safetensors", to_huggingface(parameters, shape.family), {"format": "pt"})
-        for file in (MODEL_FILE, *FILES):
+        for file in tokenizer.files:
             shutil.copyfile(tokenizer.directory / file, directory / file)
         (directory / "README.md").write_text(_model_card(path.name, shape, inputs))
     return path
@@ -54,7 +55,7 @@ def huggingface_config(shape: Shape, eos_id: int) -> dict:
         "vocab_size": shape.vocab_size,
         "bos_token_id": eos_id,
         "eos_token_id": eos_id,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": shape.tied,
         "dtype": "float32",
     }
     if shape.family == "gpt2":
@@ -102,7 +103,8 @@ def to_huggingface(parameters: dict, family: str) -> dict:
 def from_huggingface(weights: dict[str, mx.array], family: str) -> dict:
     """The inverse of `to_huggingface`."""
     if family == "gpt2":
-        weights = {f"model.{n}": v.T if n.endswith(TRANSPOSED) else v for n, v in weights.items()}
+        prefixed = {n if n.startswith("lm_head") else f"model.{n}": v for n, v in weights.items()}
+        weights = {n: v.T if n.endswith(TRANSPOSED) else v for n, v in prefixed.items()}
     return tree_unflatten(list(weights.items()))
 
 

@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from mlx_slm import runtime
-from mlx_slm.clustering.clusters import Clusters, ensure_clusters, far_windows
-from mlx_slm.clustering.importance import Importance, histogram, importance, read_weights
 from mlx_slm.clustering.sampler import Sampler, Stream
-from mlx_slm.config import Config, TrainingConfig, format_size
+from mlx_slm.clustering.target import Target, clusters_for, importance_of, inputs_of
+from mlx_slm.config import Config, TrainingConfig
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.evaluate import Scorer, validation_windows
 from mlx_slm.export import export_run
+from mlx_slm.init_from import Pretrained
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report, duration
-from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, sources_of, text_needed
-from mlx_slm.text.store import Store, first_windows
-from mlx_slm.text.tokenizer import Tokenizer
+from mlx_slm.text.huggingface import open_tokenizer, tokenizer_of
+from mlx_slm.text.prepare import ensure_set, sources_of, text_needed
+from mlx_slm.text.store import Store
 from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.runs import Run, alone_in, open_run
 from mlx_slm.training.step import measure_speed, rows_that_fit
@@ -31,21 +31,6 @@ from mlx_slm.training.trainer import Plan, Trainer
 from mlx_slm.workspace import Workspace, fingerprint, read_json, write_json
 
 METHODS = ("slm", "llm", "is")
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What importance sampling aims at: the first `tokens` tokens of a domain (None: all), or weights from a file."""
-
-    domain: str | None = None
-    tokens: int | None = None
-    weights: Path | None = None
-
-    @property
-    def label(self) -> str:
-        if self.weights:
-            return self.weights.stem
-        return f"{self.domain}-{format_size(self.tokens) if self.tokens else 'all'}"
 
 
 def pretrain(
@@ -56,122 +41,110 @@ def pretrain(
     name: str | None = None,
     fresh: bool = False,
     target: Target | None = None,
+    init_from: Path | None = None,
 ) -> Run:
     """Train the model of `method` on the generic set and export it to `models/<name>`.
 
-    `target` is for method `is`. Prepares and clusters what was not. Returns the finished run; raises SlmError, or
-    Interrupted after saving.
+    `target` is for method `is`; `init_from` is a model directory to start from, with its own tokenizer. Prepares and
+    clusters what was not. Returns the finished run; raises SlmError, or Interrupted after saving.
     """
-    training = config.training
-    model_config = config.large if method == "llm" else config.model
+    training, generic, context = config.training, config.data.generic, config.data.context_length
     path = workspace.run(name or (f"is-{target.label}" if target else method))
-    context = config.data.context_length
-    shape = Shape.of(model_config, config.tokenizer.vocab_size, context)
-    generic = config.data.generic
-    if generic not in workspace.sets():
-        report.line(
-            f"no {generic!r} set yet: it will come from {', '.join(sources_of(generic, [], workspace, config))}"
-        )
+    origin = Pretrained(init_from, context) if init_from else None
+    model_config = config.large if method == "llm" else config.model
+    shape = origin.shape if origin else Shape.of(model_config, config.tokenizer.vocab_size, context)
+    if origin and not workspace.tokenizer.exists():
+        own = config.tokenizer.model_copy(update={"path": str(init_from.absolute())})
+        config = config.model_copy(update={"tokenizer": own})
     tokens = _horizon_tokens(path, shape, training, report, fresh)
-    ensure_set(workspace, generic, config, report, limit=text_needed(tokens) if tokens else None)
-    tokenizer, store = Tokenizer(workspace.tokenizer), Store(workspace.data(generic, "train"))
-    store.require_tokenizer(tokenizer)
-    if store.context_length != context:
-        raise SlmError(
-            f"data/{generic} has windows of {store.context_length} tokens, the configuration asks for {context}: "
-            f"set data.context_length={store.context_length}, or run `mlx-slm prepare {generic} --fresh`"
-        )
-    shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)
+    tokenizer, store = _generic_set(workspace, config, tokens, report)
+    if origin:
+        _require_tokenizer_of(origin, tokenizer)
+    else:
+        shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)
     valid = Store(workspace.require_set(generic, "valid"))
     windows = validation_windows(valid, training.eval_tokens, config.data.seed)
-    clusters = prepare_target(workspace, config, target, report) if target else None
+    clusters = clusters_for(workspace, config, target, report) if target else None
     streams = clusters.assigned(generic, "train").streams(store) if clusters else [Stream(store)]
     set_rows = sum(stream.num_rows for stream in streams)
     per_step = training.batch_rows * context
     steps = math.ceil(tokens / per_step) if tokens else training.steps
     if training.passes:
         steps = math.ceil(training.passes * set_rows / training.batch_rows)
-    found = None
-    if target:
-        found = importance_of(workspace, config, target, clusters, streams, steps * training.batch_rows)
-    distribution = found.distribution if found else np.ones(1)
-    sampler = Sampler(streams, distribution, training.batch_rows, training.seed)
-    settings = training.model_dump(mode="json", exclude={"report_every", "checkpoint_every"})
     inputs = {
         "method": method,
         "shape": shape.to_dict(),
-        "training": settings,
+        "training": training.model_dump(mode="json", exclude={"report_every", "checkpoint_every"}),
         "tokenizer": tokenizer.fingerprint,
         "data": store.fingerprint,
         "valid": fingerprint([valid.fingerprint, windows.tolist()]),
     }
-    if target:
-        inputs["importance"] = _importance_inputs(config, target, clusters, distribution)
+    if origin:
+        inputs["init_from"] = origin.fingerprint
+    aim = importance_of(workspace, config, target, clusters, streams, steps * training.batch_rows) if target else None
+    if aim:
+        inputs["importance"] = inputs_of(config, target, clusters, aim)
+    sampler = Sampler(streams, aim.distribution if aim else np.ones(1), training.batch_rows, training.seed)
 
     def announce() -> None:
-        if found:
-            report.line(found.lines)
+        if aim:
+            report.line(aim.lines)
         _announce(shape, steps * per_step, set_rows * context, report)
 
     with alone_in(path):
         run = open_run(workspace, path, method, inputs, config, fresh, announce=announce)
-        if found:
-            write_json(path / "importance.json", found.facts | {"distribution": found.distribution.tolist()})
+        if aim:
+            write_json(path / "importance.json", aim.facts | {"distribution": aim.distribution.tolist()})
         if run.finished:
             report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
         else:
-            run.finish(_trainer(run, shape, sampler, valid, windows, training, steps, report).run())
+            start = origin.parameters() if origin else initialise(shape, training.seed)
+            run.finish(_trainer(run, shape, start, sampler, valid, windows, training, steps, report).run())
         export_run(workspace, run)
     return run
 
 
-def prepare_target(workspace: Workspace, config: Config, target: Target, report: Report) -> Clusters:
-    """Prepare the domain where that was not done, cluster the generic set, and assign the domain."""
-    if target.domain == config.data.generic:
-        raise SlmError(f"--domain {target.domain}: that is the generic set; importance sampling aims at another one")
-    sets = [target.domain] if target.domain else []
-    for domain in sets:
-        ensure_set(workspace, domain, config, report, limit=text_needed(target.tokens or STREAMED_TOKENS))
-    return ensure_clusters(workspace, config, [config.clusters.k], sets, report)[0]
+def _generic_set(workspace: Workspace, config: Config, tokens: int | None, report: Report) -> tuple:
+    """(tokenizer, store) of the generic set, prepared where that was not done; raises SlmError for another context."""
+    generic, context = config.data.generic, config.data.context_length
+    if generic not in workspace.sets():
+        report.line(
+            f"no {generic!r} set yet: it will come from {', '.join(sources_of(generic, [], workspace, config))}"
+        )
+    ensure_set(workspace, generic, config, report, limit=text_needed(tokens) if tokens else None)
+    tokenizer, store = open_tokenizer(workspace.tokenizer), Store(workspace.data(generic, "train"))
+    store.require_tokenizer(tokenizer)
+    if store.context_length != context:
+        raise SlmError(
+            f"data/{generic} has windows of {store.context_length} tokens, the configuration asks for {context}: "
+            f"set data.context_length={store.context_length}, or run `mlx-slm prepare {generic} --fresh`"
+        )
+    return tokenizer, store
 
 
-def importance_of(
-    workspace: Workspace, config: Config, target: Target, clusters: Clusters, streams: list[Stream], rows: int
-) -> Importance:
-    """The distribution that `rows` training rows are drawn from; the domain counts with its first `tokens` tokens."""
-    settings, generic = config.clusters, clusters.assigned(config.data.generic, "train")
-    if target.weights:
-        counts, names = read_weights(target.weights, clusters.k), {"weights": str(target.weights)}
-    else:
-        store, assigned = Store(workspace.data(target.domain, "train")), clusters.assigned(target.domain, "train")
-        windows = first_windows(store, target.tokens, config.data.seed)
-        counts = histogram(assigned.clusters[:][windows], store.windows[:]["length"][windows], clusters.k)
-        names = {"domain": target.domain, "far": far_windows(assigned, generic)}
-    return importance(
-        counts,
-        generic.tokens,
-        np.array([stream.num_rows for stream in streams]),
-        rows,
-        settings.smoothing,
-        settings.generic_fraction,
-        settings.max_passes,
-        names,
-    )
-
-
-def _importance_inputs(config: Config, target: Target, clusters: Clusters, distribution: np.ndarray) -> dict:
-    knobs = ("k", "smoothing", "generic_fraction", "max_passes")
-    return {
-        "domain": target.domain,
-        "tokens": target.tokens,
-        **{name: getattr(config.clusters, name) for name in knobs},
-        "clusters": clusters.fingerprint,
-        "distribution": fingerprint(distribution.tolist()),
-    }
+def _require_tokenizer_of(origin: Pretrained, tokenizer) -> None:
+    if tokenizer.fingerprint not in tokenizer_of(origin.directory):
+        raise SlmError(
+            f"--init-from {origin.directory}: it has another tokenizer than this workspace: use a new --workspace, "
+            "whose text is then prepared with the model's tokenizer"
+        )
+    if tokenizer.vocab_size > origin.shape.vocab_size:
+        raise SlmError(
+            f"--init-from {origin.directory}: its tokenizer has {tokenizer.vocab_size:,} ids, its embedding "
+            f"{origin.shape.vocab_size:,}: repair the model first"
+        )
 
 
 def _trainer(
-    run: Run, shape: Shape, sampler, valid: Store, windows, training: TrainingConfig, steps: int, report
+    run: Run,
+    shape: Shape,
+    parameters: dict,
+    sampler,
+    valid: Store,
+    windows,
+    training: TrainingConfig,
+    steps: int,
+    report,
 ) -> Trainer:
     plan = Plan(
         steps=steps,
@@ -189,7 +162,7 @@ def _trainer(
     scorer = Scorer(model)
     return Trainer(
         model,
-        initialise(shape, training.seed),
+        parameters,
         sampler,
         plan,
         run.path,

@@ -19,8 +19,8 @@ from mlx_slm.models.transformer import Shape, initialise
 from mlx_slm.pretrain import pretrain
 from mlx_slm.report import Report
 from mlx_slm.specialize import specialize
+from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.prepare import ensure_set
-from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.workspace import Workspace
 
 PROMPT = "Upload a file to the Hub.\n\nArgs:\n"
@@ -70,7 +70,7 @@ def run_quickstart(workspace: Workspace, config: Config, report: Report, fresh: 
 
 def export_untrained(workspace: Workspace, config: Config) -> str:
     """Export the model as it is before any training, so that it is scored as the others are; returns its name."""
-    tokenizer = Tokenizer(workspace.tokenizer)
+    tokenizer = open_tokenizer(workspace.tokenizer)
     shape = Shape.of(config.model, tokenizer.vocab_size, config.data.context_length)
     inputs = {"method": "none", "tokenizer": tokenizer.fingerprint}
     path = workspace.model("untrained")

@@ -17,9 +17,9 @@ from mlx_slm.evaluate import Scorer, validation_windows
 from mlx_slm.export import export_run
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
+from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, sources_of, text_needed
 from mlx_slm.text.store import Store, first_windows
-from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.optimizer import OPTIMIZER_FIELDS, AdamW
 from mlx_slm.training.runs import Run, alone_in, default_run, find_run, open_run
 from mlx_slm.training.step import rows_that_fit
@@ -49,7 +49,7 @@ def specialize(
     scratch = from_run == FROM_NONE
     source = None if scratch else find_run(workspace, from_run or default_run(workspace))
     ensure_set(workspace, domain, config, report, limit=text_needed(tokens or STREAMED_TOKENS))
-    tokenizer = Tokenizer(workspace.tokenizer)
+    tokenizer = open_tokenizer(workspace.tokenizer)
     store, valid = (Store(workspace.require_set(domain, split)) for split in ("train", "valid"))
     store.require_tokenizer(tokenizer)
     windows = first_windows(store, tokens, config.data.seed)

@@ -67,18 +67,25 @@ def quickstart(session: Session, fresh) -> None:
     help="With --method is: weights of the clusters (YAML or JSON) in place of a domain.",
 )
 @click.option("--k", type=click.IntRange(1), help="With --method is: the number of clusters. [default: clusters.k]")
+@click.option(
+    "--init-from",
+    type=click.Path(exists=True, file_okay=False),
+    help="Start from this gpt2- or llama-family model directory, with its tokenizer.",
+)
 @click.option("--tokens", type=SIZE, help="Train on so many tokens (replaces the configured horizon).")
 @click.option("--hours", type=float, help="Train for about so many hours on this machine.")
 @click.option("--name", help="Name of the run. [default: the method, or is-<domain>-<its tokens>]")
 @click.option("--fresh", is_flag=True, help="Start anew, throwing an earlier run of this name away.")
 @common
-def pretrain(session: Session, method, domain, domain_tokens, weights, k, tokens, hours, name, fresh) -> None:
+def pretrain(
+    session: Session, method, domain, domain_tokens, weights, k, init_from, tokens, hours, name, fresh
+) -> None:
     """Pretrain a model on the generic set. The same command again resumes.
 
     Prepares the generic set first where that was not done. With --method is the set is clustered, and its clusters are
     drawn as often as the domain has them (SLM-is).
     """
-    from mlx_slm.pretrain import Target
+    from mlx_slm.clustering.target import Target
     from mlx_slm.pretrain import pretrain as work
 
     if tokens and hours:
@@ -94,7 +101,8 @@ def pretrain(session: Session, method, domain, domain_tokens, weights, k, tokens
     config = session.config
     session.start_computing()
     target = Target(domain, domain_tokens, Path(weights) if weights else None) if method == "is" else None
-    run = work(session.workspace, config, method, session.report, name, fresh, target)
+    start = Path(init_from) if init_from else None
+    run = work(session.workspace, config, method, session.report, name, fresh, target, start)
     _show_run(session, run)
 
 

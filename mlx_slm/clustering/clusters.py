@@ -23,9 +23,9 @@ from mlx_slm.clustering.sampler import Stream, separated_ends
 from mlx_slm.config import ClustersConfig, Config
 from mlx_slm.errors import SlmError
 from mlx_slm.report import Report
+from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store
-from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.workspace import MANIFEST, MappedFile, Workspace, load_manifest, new_artifact, verify, write_json
 
 KIND, ASSIGNED = "clusters", "assignments"
@@ -86,7 +86,7 @@ def ensure_clusters(
     unless `fresh`.
     """
     settings, generic = config.clusters, config.data.generic
-    tokenizer = Tokenizer(workspace.tokenizer)
+    tokenizer = open_tokenizer(workspace.tokenizer)
     store = Store(workspace.require_set(generic))
     store.require_tokenizer(tokenizer)
     for k in counts:

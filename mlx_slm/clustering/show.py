@@ -9,8 +9,8 @@ import numpy as np
 from mlx_slm.clustering.clusters import Clusters, far_windows
 from mlx_slm.clustering.encoder import window_texts
 from mlx_slm.clustering.importance import entropy, kl
+from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.store import Store
-from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.workspace import Workspace
 
 LINE = 70
@@ -40,7 +40,7 @@ def summary(clusters: Clusters, generic: str, sets: list[str]) -> dict:
 
 def add_details(facts: dict, workspace: Workspace, clusters: Clusters, generic: str, sets: list[str]) -> None:
     """Add each cluster: tokens, windows, shares per set, the lines of text nearest to its centroid."""
-    tokenizer, store = Tokenizer(workspace.tokenizer), Store(workspace.data(generic, "train"))
+    tokenizer, store = open_tokenizer(workspace.tokenizer), Store(workspace.data(generic, "train"))
     reference = clusters.assigned(generic, "train")
     tokens = {name: clusters.assigned(name, "train").tokens for name in [generic, *sets]}
     shares = {name: found / max(1, found.sum()) for name, found in tokens.items()}

@@ -31,6 +31,8 @@ class Shape:
     context_length: int
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    tied: bool = True
+    """Whether the output matrix is that of the input embeddings."""
 
     @classmethod
     def of(cls, config: ModelConfig, vocab_size: int, context_length: int) -> Shape:
@@ -52,11 +54,12 @@ class Shape:
     def num_parameters(self) -> int:
         """The exact count, without making the model."""
         d, hidden, kv = self.dims, self.hidden_dims, self.dims // self.num_heads * self.num_kv_heads
+        heads = self.vocab_size * d * (1 if self.tied else 2)
         if self.family == "gpt2":
             layer = 4 * d * d + 4 * d + 2 * d * hidden + hidden + d + 4 * d
-            return self.num_layers * layer + (self.vocab_size + self.context_length) * d + 2 * d
+            return self.num_layers * layer + heads + self.context_length * d + 2 * d
         layer = 2 * d * d + 2 * d * kv + 3 * d * hidden + 2 * d
-        return self.num_layers * layer + self.vocab_size * d + d
+        return self.num_layers * layer + heads + d
 
     @property
     def flops_per_token(self) -> int:
@@ -178,12 +181,14 @@ BODIES = {"llama": LlamaBody, "gpt2": GPT2Body}
 
 
 class Transformer(nn.Module):
-    """tokens int [B, L] -> hidden states [B, L, dims]. `head` is the tied output matrix [vocab_size, dims]."""
+    """tokens int [B, L] -> hidden states [B, L, dims]. `head` is the output matrix [vocab_size, dims]."""
 
     def __init__(self, shape: Shape, checkpoint_layers: bool = False):
         super().__init__()
         self.shape = shape
         self.model = BODIES[shape.family](shape)
+        if not shape.tied:
+            self.lm_head = nn.Linear(shape.dims, shape.vocab_size, bias=False)
         self._run_layer = run_checkpointed if checkpoint_layers else run_plain
 
     def __call__(self, tokens: mx.array) -> mx.array:
@@ -191,6 +196,8 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> mx.array:
+        if not self.shape.tied:
+            return self.lm_head.weight
         return (self.model.embed_tokens if self.shape.family == "llama" else self.model.wte).weight
 
     def logits(self, tokens: mx.array) -> mx.array:

@@ -10,6 +10,7 @@ from mlx_slm.config import Config, dump_config, known_domains
 from mlx_slm.errors import Interrupted, SlmError, nearest
 from mlx_slm.report import Report
 from mlx_slm.text.documents import Counts, Documents
+from mlx_slm.text.huggingface import import_tokenizer, open_tokenizer
 from mlx_slm.text.shards import merge_shards, start_shards, tokenise
 from mlx_slm.text.sources import SPLITS, Reading, Source
 from mlx_slm.text.store import KIND
@@ -135,10 +136,10 @@ def ensure_tokenizer(
     workspace: Workspace, name: str, sources: list[Source], origin: str, config: Config, report: Report, strict, fresh
 ) -> Tokenizer:
     """Load the tokenizer, or train it if this is the generic set; raises SlmError for a domain that comes before."""
-    settings = config.tokenizer.model_dump()
+    settings = config.tokenizer.model_dump(exclude_none=True)
     exists = (workspace.tokenizer / MANIFEST).exists()
     if exists:
-        tokenizer = Tokenizer(workspace.tokenizer)
+        tokenizer = open_tokenizer(workspace.tokenizer)
         made = tokenizer.manifest["inputs"]
         if made["settings"] != settings and not (fresh and name == config.data.generic):
             old = ", ".join(f"tokenizer.{k}={v}" for k, v in made["settings"].items() if settings.get(k) != v)
@@ -158,6 +159,10 @@ def ensure_tokenizer(
             f"no tokenizer yet: it is trained on the generic set, so prepare that first: "
             f"mlx-slm prepare {config.data.generic} SOURCE..."
         )
+    if config.tokenizer.path:
+        report.line(f"taking the tokenizer of {config.tokenizer.path}")
+        inputs = {"settings": settings, "text": origin}
+        return import_tokenizer(Path(config.tokenizer.path).expanduser(), workspace.tokenizer, inputs)
     reading = Reading(text_field=config.data.field, strict=strict)
     documents = Documents(sources, config, reading)
     with report.progress("reading a sample for the tokenizer", None, "B") as advance:

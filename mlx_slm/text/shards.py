@@ -17,6 +17,7 @@ import numpy as np
 from mlx_slm import runtime
 from mlx_slm.report import Report
 from mlx_slm.text.documents import Documents
+from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import KIND, TOKENS, WINDOWS, cut_windows
 from mlx_slm.text.tokenizer import Tokenizer
@@ -101,7 +102,7 @@ def _start_worker(directory: Path) -> None:
 
     global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker_tokenizer = Tokenizer(directory)
+    _worker_tokenizer = open_tokenizer(directory)
 
 
 def _write_shard_in_worker(texts: list[str], path: Path) -> None:

@@ -31,6 +31,8 @@ PIECE_BYTES = 4000
 class Tokenizer:
     """A trained tokenizer. `token_bytes` is uint8 [vocab_size]: the UTF-8 bytes of text that each id stands for."""
 
+    files = (MODEL_FILE, *FILES)
+
     def __init__(self, directory: Path):
         self.manifest = load_manifest(directory, KIND)
         verify(directory, self.manifest)

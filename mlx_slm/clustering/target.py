@@ -1,0 +1,79 @@
+"""What importance sampling aims at: a domain (or weights), the clusters for it, and the distribution over them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from mlx_slm.clustering.clusters import Clusters, ensure_clusters, far_windows
+from mlx_slm.clustering.importance import Importance, histogram, importance, read_weights
+from mlx_slm.clustering.sampler import Stream
+from mlx_slm.config import Config, format_size
+from mlx_slm.errors import SlmError
+from mlx_slm.report import Report
+from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, text_needed
+from mlx_slm.text.store import Store, first_windows
+from mlx_slm.workspace import Workspace, fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What importance sampling aims at: the first `tokens` tokens of a domain (None: all), or weights from a file."""
+
+    domain: str | None = None
+    tokens: int | None = None
+    weights: Path | None = None
+
+    @property
+    def label(self) -> str:
+        if self.weights:
+            return self.weights.stem
+        return f"{self.domain}-{format_size(self.tokens) if self.tokens else 'all'}"
+
+
+def clusters_for(workspace: Workspace, config: Config, target: Target, report: Report) -> Clusters:
+    """Prepare the domain where that was not done, cluster the generic set, and assign the domain."""
+    if target.domain == config.data.generic:
+        raise SlmError(f"--domain {target.domain}: that is the generic set; importance sampling aims at another one")
+    sets = [target.domain] if target.domain else []
+    for domain in sets:
+        ensure_set(workspace, domain, config, report, limit=text_needed(target.tokens or STREAMED_TOKENS))
+    return ensure_clusters(workspace, config, [config.clusters.k], sets, report)[0]
+
+
+def importance_of(
+    workspace: Workspace, config: Config, target: Target, clusters: Clusters, streams: list[Stream], rows: int
+) -> Importance:
+    """The distribution that `rows` training rows are drawn from; the domain counts with its first `tokens` tokens."""
+    settings, generic = config.clusters, clusters.assigned(config.data.generic, "train")
+    if target.weights:
+        counts, names = read_weights(target.weights, clusters.k), {"weights": str(target.weights)}
+    else:
+        store, assigned = Store(workspace.data(target.domain, "train")), clusters.assigned(target.domain, "train")
+        windows = first_windows(store, target.tokens, config.data.seed)
+        counts = histogram(assigned.clusters[:][windows], store.windows[:]["length"][windows], clusters.k)
+        names = {"domain": target.domain, "far": far_windows(assigned, generic)}
+    return importance(
+        counts,
+        generic.tokens,
+        np.array([stream.num_rows for stream in streams]),
+        rows,
+        settings.smoothing,
+        settings.generic_fraction,
+        settings.max_passes,
+        names,
+    )
+
+
+def inputs_of(config: Config, target: Target, clusters: Clusters, aim: Importance) -> dict:
+    """What tells one run by importance sampling from another, for its record."""
+    knobs = ("k", "smoothing", "generic_fraction", "max_passes")
+    return {
+        "domain": target.domain,
+        "tokens": target.tokens,
+        **{name: getattr(config.clusters, name) for name in knobs},
+        "clusters": clusters.fingerprint,
+        "distribution": fingerprint(aim.distribution.tolist()),
+    }
