@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
 from dataclasses import asdict, dataclass
-from itertools import cycle
 
 import mlx.core as mx
 import numpy as np
@@ -81,31 +79,26 @@ class Scorer:
         if not lengths.sum():
             raise SlmError(f"{store.directory} has no text to evaluate on")
         result = np.zeros(len(windows))
-        in_flight: deque[tuple[np.ndarray, mx.array]] = deque()
-
-        def collect(most: int, advance) -> None:
-            while len(in_flight) > most:
-                members, found = in_flight.popleft()
-                counted = np.arange(found.shape[1]) < lengths[members][:, None]
-                result[members] = (np.array(found, np.float64)[: len(members)] * counted).sum(axis=1)
-                advance(int(lengths[members].sum()))
-
+        step = -(-store.context_length // LENGTHS)
+        batches = length_batches(lengths, step, store.context_length, BATCH_TOKENS, batch_rows)
         progress = (report or Report()).progress("evaluating", int(lengths.sum()), " tok")
         with runtime.sharing_cores(len(self._lanes)), progress as advance:
-            step = -(-store.context_length // LENGTHS)
-            batches = length_batches(lengths, step, store.context_length, BATCH_TOKENS, batch_rows)
-            for (members, rows, length), (stream, nll) in zip(batches, cycle(self._lanes), strict=False):
-                targets = np.full((rows, length), store.eos_id, np.int32)
-                for row, member in enumerate(members):
-                    targets[row, : lengths[member]] = store.window_tokens(windows[member])
-                tokens = np.full_like(targets, store.eos_id)
-                tokens[:, 1:] = targets[:, :-1]
-                with mx.stream(stream):
-                    found = nll(mx.array(tokens), mx.array(targets))
-                mx.async_eval(found)
-                in_flight.append((members, found))
-                collect(len(self._lanes), advance)
-            collect(0, advance)
+            # A batch for each lane at a time: evaluated one after the other, the lanes would not overlap.
+            while together := list(zip(self._lanes, batches, strict=False)):
+                found = []
+                for (stream, nll), (members, rows, length) in together:
+                    targets = np.full((rows, length), store.eos_id, np.int32)
+                    for row, member in enumerate(members):
+                        targets[row, : lengths[member]] = store.window_tokens(windows[member])
+                    tokens = np.full_like(targets, store.eos_id)
+                    tokens[:, 1:] = targets[:, :-1]
+                    with mx.stream(stream):
+                        found.append(nll(mx.array(tokens), mx.array(targets)))
+                mx.eval(found)
+                for (_, (members, _, length)), losses in zip(together, found, strict=True):
+                    counted = np.arange(length) < lengths[members][:, None]
+                    result[members] = (np.array(losses, np.float64)[: len(members)] * counted).sum(axis=1)
+                    advance(int(lengths[members].sum()))
         return result
 
 

@@ -1,7 +1,7 @@
 """The whole path on the built-in corpus: docstrings -> tokenizer -> model -> specialised model -> answer.
 
 The generic set is the docstrings of all packages but one; the domain is that one. Every line of the table is a method
-at one stage: none (random weights), pretrained, specialised.
+at one stage: none (random weights), pretrained, specialised. SLM and SLM-is train on the same number of tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import shutil
 import time
 
 from mlx_slm import runtime
+from mlx_slm.clustering.target import Target
 from mlx_slm.config import Config
 from mlx_slm.errors import SlmError
 from mlx_slm.evaluate import evaluate_models
@@ -21,6 +22,7 @@ from mlx_slm.report import Report
 from mlx_slm.specialize import specialize
 from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.prepare import ensure_set
+from mlx_slm.training.runs import Run
 from mlx_slm.workspace import Workspace
 
 PROMPT = "Upload a file to the Hub.\n\nArgs:\n"
@@ -45,17 +47,26 @@ def run_quickstart(workspace: Workspace, config: Config, report: Report, fresh: 
     base = pretrain(workspace, config, "slm", report, fresh=fresh)
     report.line(f"3. specialising it to {domain}")
     tuned = specialize(workspace, config, domain, report, tokens=DOMAIN_TOKENS, fresh=fresh)
-    report.line(f"4. perplexity of {domain} text that no model has seen")
-    untrained = export_untrained(workspace, config)
-    names = [untrained, base.name, tuned.name]
-    found = evaluate_models(workspace, config, names, [domain], "test", report)["results"]
-    stages = (("none", 0, 0.0), ("pretrained", *_cost(base)), ("specialized", *_cost(tuned)))
-    results = [
-        {"method": "slm", "stage": stage, "perplexity": row["perplexity"], "tokens": tokens, "seconds": seconds}
-        for (stage, tokens, seconds), row in zip(stages, found, strict=True)
+    report.line(f"4. SLM-is: pretraining on the generic set resampled to look like {domain}, then specialising")
+    sampled = pretrain(workspace, config, "is", report, fresh=fresh, target=Target(domain, DOMAIN_TOKENS))
+    tuned_sampled = specialize(workspace, config, domain, report, sampled.name, DOMAIN_TOKENS, fresh=fresh)
+    report.line(f"5. perplexity of {domain} text that no model has seen")
+    stages = [
+        ("slm", "none", export_untrained(workspace, config), 0, 0.0),
+        ("slm", "pretrained", *_outcome(base)),
+        ("slm", "specialized", *_outcome(tuned)),
+        ("is", "pretrained", *_outcome(sampled)),
+        ("is", "specialized", *_outcome(tuned_sampled)),
     ]
-    report.line("5. the specialised model, through mlx-lm")
-    model = workspace.model(tuned.name)
+    names = [name for _, _, name, _, _ in stages]
+    found = evaluate_models(workspace, config, names, [domain], "test", report)["results"]
+    results = [
+        {"method": method, "stage": stage, "perplexity": row["perplexity"], "tokens": tokens, "seconds": seconds}
+        for (method, stage, _, tokens, seconds), row in zip(stages, found, strict=True)
+    ]
+    report.line("6. the best specialised model, through mlx-lm")
+    best = min(range(len(results)), key=lambda i: results[i]["perplexity"])
+    model = workspace.model(names[best])
     sample = "".join(part.text for part in stream(model, PROMPT, 80, 0.7, 0.95, 0))
     return {
         "seconds": round(time.perf_counter() - started, 1),
@@ -78,5 +89,5 @@ def export_untrained(workspace: Workspace, config: Config) -> str:
     return path.name
 
 
-def _cost(run) -> tuple[int, float]:
-    return run.record["tokens"], run.record["seconds"]
+def _outcome(run: Run) -> tuple[str, int, float]:
+    return run.name, run.record["tokens"], run.record["seconds"]

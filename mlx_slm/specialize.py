@@ -46,8 +46,9 @@ def specialize(
     if domain == config.data.generic:
         raise SlmError(f"--domain {domain}: that is the generic set; specialise to another one")
     sources_of(domain, [], workspace, config)
-    scratch = from_run == FROM_NONE
-    source = None if scratch else find_run(workspace, from_run or default_run(workspace))
+    source = None if from_run == FROM_NONE else find_run(workspace, from_run or default_run(workspace))
+    if source:
+        tokens = _sampled_tokens(source, domain, tokens, report)
     ensure_set(workspace, domain, config, report, limit=text_needed(tokens or STREAMED_TOKENS))
     tokenizer = open_tokenizer(workspace.tokenizer)
     store, valid = (Store(workspace.require_set(domain, split)) for split in ("train", "valid"))
@@ -55,24 +56,14 @@ def specialize(
     windows = first_windows(store, tokens, config.data.seed)
     finetuning = config.finetuning
     valid_windows = validation_windows(valid, finetuning.eval_tokens, config.data.seed)
-    if scratch:
-        shape, start = Shape.of(config.model, tokenizer.vocab_size, store.context_length), "none"
-    else:
+    if source:
+        _require_fit(source, domain, store, tokenizer, report)
         shape, start = source.shape, {"run": source.name, "step": source.weights_step(), "is": source.identity}
-        if source.shape.context_length != store.context_length:
-            raise SlmError(
-                f"run {source.name} has a context of {source.shape.context_length} tokens, data/{domain} windows of "
-                f"{store.context_length}: run `mlx-slm prepare {domain} --fresh` with the run's data.context_length"
-            )
-        if source.record["inputs"]["tokenizer"] != tokenizer.fingerprint:
-            raise SlmError(
-                f"run {source.name} was trained with another tokenizer than the workspace's: pretrain it anew"
-            )
-        if not source.finished:
-            report.warn(f"run {source.name} is not finished; specialising its step {source.weights_step():,}")
-    method = "nopt" if scratch else source.record["method"]
+    else:
+        shape, start = Shape.of(config.model, tokenizer.vocab_size, store.context_length), FROM_NONE
+    method = source.record["method"] if source else "nopt"
     count = int(store.windows[:]["length"][windows].astype(np.int64).sum())
-    recipe = choose_recipe(finetuning, tokens or count, scratch)
+    recipe = choose_recipe(finetuning, tokens or count, source is None)
     rate = finetuning.learning_rate or config.training.learning_rate * recipe.rate
     sampler = Sampler([Stream.of(store, windows)], np.ones(1), finetuning.batch_rows, finetuning.seed)
     inputs = {
@@ -89,11 +80,65 @@ def specialize(
         "data": store.fingerprint,
         "valid": valid.fingerprint,
     }
-    label = format_size(tokens) if tokens else "all"
-    path = workspace.run(name or f"{domain}-{method}-{label}")
+    path = workspace.run(name or f"{domain}-{method}-{format_size(tokens) if tokens else 'all'}")
     per_pass = sampler.num_rows / finetuning.batch_rows
+    plan = _plan(config, shape, recipe, rate, per_pass)
+    what = f"fine-tuning {source.name}" if source else "training from scratch"
+    announcement = (
+        f"{what} on {count:,} tokens of {domain} ({per_pass:.0f} steps a pass), rate {rate:.1e}, "
+        f"at most {plan.steps:,} steps"
+    )
+    with alone_in(path):
+        announce = lambda: report.line(announcement)  # noqa: E731
+        run = open_run(workspace, path, method, inputs, config, fresh, select="best", announce=announce)
+        if run.finished:
+            report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
+        else:
+            model = Transformer(shape)
+            scorer = Scorer(model)
+            parameters = source.weights() if source else initialise(shape, finetuning.seed)
+            evaluate = lambda: scorer(valid, valid_windows).nll  # noqa: E731
+            state = Trainer(model, parameters, sampler, plan, run.path, evaluate, report).run()
+            run.finish(state)
+            report.line(f"best at step {state.best_step:,}: validation perplexity {math.exp(state.best_nll):.2f}")
+        export_run(workspace, run)
+    return run
+
+
+def _sampled_tokens(source: Run, domain: str, tokens: int | None, report: Report) -> int | None:
+    """The domain set's size: by default the one that the source was sampled for, so that both are the same subset."""
+    sampled = source.record["inputs"].get("importance")
+    if sampled is None:
+        return tokens
+    if sampled["domain"] != domain:
+        report.warn(f"run {source.name} was sampled for {sampled['domain'] or 'given weights'}, not for {domain}")
+        return tokens
+    if tokens is None and sampled["tokens"]:
+        report.line(f"--tokens {format_size(sampled['tokens'])}, those that {source.name} was sampled for")
+        return sampled["tokens"]
+    if tokens != sampled["tokens"]:
+        size = format_size(sampled["tokens"]) if sampled["tokens"] else "all"
+        report.warn(f"run {source.name} was sampled for {size} tokens of {domain}, not for those asked for")
+    return tokens
+
+
+def _require_fit(source: Run, domain: str, store: Store, tokenizer, report: Report) -> None:
+    """Raise SlmError if a pretrained run cannot read the domain's windows; warn if it is not finished."""
+    if source.shape.context_length != store.context_length:
+        raise SlmError(
+            f"run {source.name} has a context of {source.shape.context_length} tokens, data/{domain} windows of "
+            f"{store.context_length}: run `mlx-slm prepare {domain} --fresh` with the run's data.context_length"
+        )
+    if source.record["inputs"]["tokenizer"] != tokenizer.fingerprint:
+        raise SlmError(f"run {source.name} was trained with another tokenizer than the workspace's: pretrain it anew")
+    if not source.finished:
+        report.warn(f"run {source.name} is not finished; specialising its step {source.weights_step():,}")
+
+
+def _plan(config: Config, shape: Shape, recipe: Recipe, rate: float, per_pass: float) -> Plan:
+    finetuning = config.finetuning
     cadence = max(1, round(per_pass / finetuning.evaluations_per_pass))
-    plan = Plan(
+    return Plan(
         steps=finetuning.max_steps or recipe.steps,
         learning_rate=rate,
         warmup_steps=finetuning.warmup_steps,
@@ -105,25 +150,6 @@ def specialize(
         optimizer=AdamW.of(config.training),
         patience=finetuning.patience,
     )
-    announcement = (
-        f"{'training from scratch' if scratch else 'fine-tuning ' + source.name} on {count:,} tokens of {domain} "
-        f"({per_pass:.0f} steps a pass), rate {rate:.1e}, at most {plan.steps:,} steps"
-    )
-    with alone_in(path):
-        announce = lambda: report.line(announcement)  # noqa: E731
-        run = open_run(workspace, path, method, inputs, config, fresh, select="best", announce=announce)
-        if run.finished:
-            report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
-        else:
-            model = Transformer(shape)
-            scorer = Scorer(model)
-            parameters = initialise(shape, finetuning.seed) if scratch else source.weights()
-            evaluate = lambda: scorer(valid, valid_windows).nll  # noqa: E731
-            state = Trainer(model, parameters, sampler, plan, run.path, evaluate, report).run()
-            run.finish(state)
-            report.line(f"best at step {state.best_step:,}: validation perplexity {math.exp(state.best_nll):.2f}")
-        export_run(workspace, run)
-    return run
 
 
 def choose_recipe(finetuning: FinetuningConfig, tokens: int, scratch: bool) -> Recipe:

@@ -11,6 +11,7 @@ import pytest
 
 import mlx_slm  # noqa: F401  (before mlx: the BLAS)
 from mlx_slm.config import Config, DataConfig, FinetuningConfig, ModelConfig, TokenizerConfig, TrainingConfig
+from mlx_slm.errors import SlmError
 from mlx_slm.report import Report
 from mlx_slm.text.docstrings import documents
 from mlx_slm.text.prepare import prepare
@@ -118,3 +119,31 @@ def store(prepared) -> Store:
 @pytest.fixture(scope="session")
 def tokenizer(prepared) -> Tokenizer:
     return Tokenizer(prepared.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[str]:
+    """At least 2,000 real short texts: paragraphs of docstrings of the standard library."""
+    found = dict.fromkeys(
+        " ".join(part.split())[:160] for text in documents("stdlib") for part in text.split("\n\n") if len(part) > 60
+    )
+    return list(found)[:3000]
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The directory of the default sentence encoder, from the wheel that has it."""
+    from mlx_slm.clustering.encoder import find_directory
+    from mlx_slm.config import DEFAULT_ENCODER
+
+    try:
+        return find_directory(DEFAULT_ENCODER)
+    except SlmError:
+        pytest.skip("the default encoder is not on this machine (extra: peers)")
+
+
+@pytest.fixture(scope="session")
+def sentence_encoder(minilm):
+    from mlx_slm.clustering.bert import SentenceEncoder
+
+    return SentenceEncoder(minilm)

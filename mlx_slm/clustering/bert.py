@@ -23,6 +23,8 @@ from mlx_slm.workspace import read_json
 FAMILIES = {"bert": 0, "roberta": 1, "xlm-roberta": 1}
 """model_type -> whether positions are counted from pad_token_id + 1."""
 ACTIVATIONS = {"gelu": gelu_exact, "gelu_new": gelu, "gelu_pytorch_tanh": gelu, "relu": nn.relu}
+LIMITS = (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length"))
+"""Where a directory says how many word pieces it reads at most: the first that does counts."""
 LENGTH_STEP = 16
 """Texts are padded to a multiple of so many word pieces, so that few shapes occur."""
 
@@ -120,8 +122,7 @@ class SentenceEncoder:
         if config["hidden_act"] not in ACTIVATIONS or config.get("position_embedding_type", "absolute") != "absolute":
             raise SlmError(f"{self.directory / 'config.json'}: its activation or positions are not supported")
         self.pooling, self.normalize = _modules(self.directory)
-        settings = self.directory / "sentence_bert_config.json"
-        limit = read_json(settings).get("max_seq_length") if settings.exists() else None
+        limit = next(filter(None, map(self._limit, LIMITS)), None)
         first = config.get("pad_token_id", 0) + 1 if FAMILIES[config["model_type"]] else 0
         self.max_pieces = min(limit or 10**9, config["max_position_embeddings"] - first)
         self.dims = config["hidden_size"]
@@ -136,6 +137,10 @@ class SentenceEncoder:
             self.model.load_weights(list(rename(weights).items()), strict=True)
         except (KeyError, ValueError) as error:
             raise SlmError(f"{self.directory / 'model.safetensors'} does not fit its config.json: {error}") from error
+
+    def _limit(self, place: tuple[str, str]) -> int | None:
+        file, key = self.directory / place[0], place[1]
+        return read_json(file).get(key) if file.exists() else None
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Embeddings of texts, fp32 [texts, dims]."""

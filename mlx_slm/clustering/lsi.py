@@ -20,7 +20,7 @@ BUCKETS = 1 << 14
 PROJECTION = "lsi.safetensors"
 WORD = re.compile(r"\w\w+")
 CHUNK = 512
-OVERSAMPLING, POWERS = 16, 2
+OVERSAMPLING, POWERS = 32, 3
 
 
 class LsiEncoder:
