@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 import mlx_slm  # noqa: F401  (before mlx: the BLAS)
-from mlx_slm.config import Config, DataConfig, FinetuningConfig, ModelConfig, TokenizerConfig, TrainingConfig
+from mlx_slm.config import (
+    ClustersConfig,
+    Config,
+    DataConfig,
+    FinetuningConfig,
+    ModelConfig,
+    TokenizerConfig,
+    TrainingConfig,
+)
 from mlx_slm.errors import SlmError
 from mlx_slm.report import Report
 from mlx_slm.text.docstrings import documents
@@ -74,6 +82,7 @@ def small_config(**changes) -> Config:
     sections = {
         "data": DataConfig(context_length=32, valid_fraction=0.1, test_fraction=0.1),
         "tokenizer": TokenizerConfig(vocab_size=400),
+        "clusters": ClustersConfig(encoder="lsi", dims=8),
         "model": ModelConfig(family="llama", num_layers=2, dims=32, num_heads=4, num_kv_heads=2),
         "training": TrainingConfig(
             steps=12,

@@ -1,0 +1,273 @@
+"""`cluster` and `pretrain --method is` on a small real set: what is kept, what goes on, what is refused."""
+
+import json
+import shutil
+import struct
+
+import numpy as np
+import pytest
+from conftest import write_jsonl
+
+from mlx_slm.cli import run
+from mlx_slm.clustering import clusters as module
+from mlx_slm.clustering import embed as embedding
+from mlx_slm.clustering.clusters import Clusters, ensure_clusters
+from mlx_slm.clustering.embed import Embeddings
+from mlx_slm.clustering.kmeans import assign
+from mlx_slm.clustering.lsi import LsiEncoder
+from mlx_slm.config import dump_config
+from mlx_slm.errors import SlmError
+from mlx_slm.report import Report
+from mlx_slm.text.sources import SPLITS
+from mlx_slm.text.store import Store
+from mlx_slm.workspace import Damaged, Workspace
+
+
+@pytest.fixture(scope="module")
+def clustered(prepared, config, tmp_path_factory) -> Workspace:
+    """The prepared workspace with 5 and 12 clusters. Do not write into it."""
+    workspace = Workspace(tmp_path_factory.mktemp("clustered") / "w")
+    shutil.copytree(prepared.root, workspace.root)
+    workspace.config_file.write_text(dump_config(config))
+    ensure_clusters(workspace, config, [12, 5], ["notes"], Report())
+    return workspace
+
+
+@pytest.fixture
+def own(clustered, tmp_path) -> Workspace:
+    shutil.copytree(clustered.root, tmp_path / "w")
+    return Workspace(tmp_path / "w")
+
+
+def with_clusters(config, **changes):
+    return config.model_copy(update={"clusters": config.clusters.model_copy(update=changes)})
+
+
+def call(capsys, workspace, *arguments):
+    code = run([arguments[0], "--workspace", str(workspace.root), *arguments[1:]])
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("k", [5, 12])
+def test_every_window_has_its_nearest_cluster(clustered, k):
+    clusters = Clusters(clustered, k)
+    for name in ("generic", "notes"):
+        for split in SPLITS:
+            store, assigned = Store(clustered.data(name, split)), clusters.assigned(name, split)
+            vectors = Embeddings(clustered.embeddings(name, split)).rows(0, store.num_windows)
+            exact = ((vectors[:, None].astype(np.float64) - clusters.centroids) ** 2).sum(axis=2)
+            places = assigned.clusters[:]
+            chosen = exact[np.arange(len(places)), places]
+            assert (chosen <= exact.min(axis=1) + 1e-5).all()
+            lengths = store.windows[:]["length"]
+            assert assigned.tokens.tolist() == np.bincount(places, lengths, minlength=k).astype(int).tolist()
+            order = assigned.order[:]
+            for c in range(k):
+                members = order[assigned.bounds[c] : assigned.bounds[c + 1]]
+                assert members.tolist() == np.flatnonzero(places == c).tolist()
+                nearest = assigned.nearest[c]
+                assert (
+                    not nearest or nearest[0] == members[np.argmin(np.round(exact[members, c], 6))] or len(members) > 1
+                )
+
+
+def test_the_streams_of_all_clusters_hold_each_token_once(clustered):
+    store = Store(clustered.data("generic", "train"))
+    streams = Clusters(clustered, 12).assigned("generic", "train").streams(store)
+    seen = sum(int(stream.row(i)[1].sum()) for stream in streams for i in range(stream.num_rows))
+    firsts = sum(stream.num_windows > 0 for stream in streams)
+    assert abs(seen - store.num_tokens) <= firsts and sum(s.num_windows for s in streams) == store.num_windows
+    ids = np.concatenate([store.window_tokens(streams[3].window(i)) for i in range(streams[3].num_windows)])
+    rows = np.concatenate([streams[3].row(i)[0][1:][streams[3].row(i)[1] > 0] for i in range(streams[3].num_rows)])
+    assert sorted(rows) == sorted(ids)
+
+
+def test_what_is_there_is_kept_and_a_new_domain_is_assigned(own, config, texts, tmp_path, capsys, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in own.root.rglob("*.u4")}
+    code, _, err = call(capsys, own, "prepare", "extra", str(write_jsonl(tmp_path / "x.jsonl", texts[:200])))
+    assert code == 0, err
+    monkeypatch.setattr(module, "kmeans", lambda *_: pytest.fail("clustered again"))
+    ensure_clusters(own, config, [5, 12], ["notes", "extra"], Report())
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert Clusters(own, 12).assigned("extra", "train").tokens.sum() == Store(own.data("extra", "train")).num_tokens
+
+
+def test_changed_settings_are_refused_until_fresh(own, config):
+    other = with_clusters(config, iterations=3)
+    with pytest.raises(SlmError, match=r"clusters/5 was made otherwise \(iterations 50 -> 3\).*cluster --k 5 --fresh"):
+        ensure_clusters(own, other, [5], [], Report())
+    with pytest.raises(SlmError, match=r"clusters/5 was made otherwise \(dims 8 -> 9, weights changed\)"):
+        ensure_clusters(own, with_clusters(config, dims=9), [5], [], Report())
+    before = Clusters(own, 5).fingerprint
+    assert ensure_clusters(own, other, [5], ["notes"], Report(), fresh=True)[0].fingerprint != before
+    assert Clusters(own, 5).assigned("notes", "train")
+
+
+def test_a_killed_k_means_goes_on_to_the_same_centroids(own, config, report, monkeypatch):
+    shutil.rmtree(own.clusters(12))
+    expected, save, saves = Clusters(own, 5).centroids, module.Progress.save, []
+    ensure_clusters(own, config, [12], [], Report())
+    whole = Clusters(own, 12).centroids
+    shutil.rmtree(own.clusters(12))
+
+    def killed(self, state):
+        save(self, state)
+        saves.append(state)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.Progress, "save", killed)
+        ensure_clusters(own, config, [12], [], Report())
+    ensure_clusters(own, config, [12], [], report)
+    assert "resuming k-means at iteration 2" in report.lines
+    assert (Clusters(own, 12).centroids == whole).all() and not list(own.root.glob("clusters/.*"))
+    assert len(expected) == 5
+
+
+def test_a_killed_embedding_keeps_its_shards(own, config, report, monkeypatch):
+    whole = Embeddings(own.embeddings("generic", "train")).rows(0, 50)
+    shutil.rmtree(own.root / "embeddings")
+    monkeypatch.setattr(LsiEncoder, "shard_windows", 20)
+    write, written = embedding._write, []
+
+    def killed(path, values):
+        written.append(path.name)
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        write(path, values)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(embedding, "_write", killed)
+        ensure_clusters(own, config, [5], [], Report())
+    monkeypatch.setattr(embedding, "_write", lambda path, values: (written.append(path.name), write(path, values)))
+    ensure_clusters(own, config, [5], [], report)
+    assert "resuming: 3 finished shards are kept" in report.lines
+    assert len(written[4:]) == len(set(written[4:])) and written[3] == written[4], "only what was missing"
+    assert (Embeddings(own.embeddings("generic", "train")).rows(0, 50) == whole).all()
+
+
+def test_an_encoder_that_gives_nan_is_named(own, config, monkeypatch):
+    shutil.rmtree(own.root / "embeddings")
+    encode = LsiEncoder.encode
+
+    def broken(self, texts):
+        found = encode(self, texts)
+        found[7] = np.nan
+        return found
+
+    monkeypatch.setattr(LsiEncoder, "encode", broken)
+    with pytest.raises(SlmError, match=r"the encoder gave window 7 of .*generic/train an embedding that is not finite"):
+        ensure_clusters(own, config, [5], [], Report())
+
+
+def test_more_clusters_than_windows_is_refused_with_the_largest(own, config, capsys):
+    count = Store(own.data("generic", "train")).num_windows
+    code, _, err = call(capsys, own, "cluster", "--k", "1000000")
+    assert code == 1 and f"k = 1,000,000 is more than the {count:,} windows" in err
+    assert f"the largest possible is {count:,}" in err
+
+
+def test_damage_is_noticed(own):
+    path = own.clusters(5) / "generic" / "train" / "ends.i8"
+    data = bytearray(path.read_bytes())
+    data[40] ^= 1
+    path.write_bytes(bytes(data))
+    store = Store(own.data("generic", "train"))
+    with pytest.raises(Damaged, match="ends.i8 is damaged"):
+        Clusters(own, 5).assigned("generic", "train").streams(store)
+    centroids = own.clusters(5) / "centroids.safetensors"
+    centroids.write_bytes(centroids.read_bytes()[:-1] + struct.pack("B", 7))
+    with pytest.raises(Damaged, match="centroids.safetensors is damaged"):
+        Clusters(own, 5)
+
+
+def test_show_lists_the_clusters_and_draws_them(own, capsys):
+    code, out, err = call(capsys, own, "cluster", "--k", "5", "--show", "--json")
+    assert code == 0, err
+    (found,) = json.loads(out)["clusters"]
+    assert found["k"] == 5 and found["encoder"] == "lsi"
+    assert [row["set"] for row in found["sets"]] == ["generic", "notes"]
+    assert sum(c["windows"] for c in found["clusters"]) == found["sets"][0]["windows"]
+    for name in ("generic", "notes"):
+        assert sum(c["shares"][name] for c in found["clusters"]) == pytest.approx(1)
+    assert all(1 <= len(c["nearest"]) <= 3 for c in found["clusters"] if c["windows"])
+    assert (own.results / "clusters-5.png").read_bytes()[:4] == b"\x89PNG"
+    code, out, _ = call(capsys, own, "cluster", "--k", "5", "--k", "12")
+    assert code == 0 and "5 clusters of generic" in out and "12 clusters of generic" in out and "notes" in out
+
+
+def test_importance_sampling_from_end_to_end(own, capsys):
+    settings = ("--set", "clusters.k=5", "--domain-tokens", "3000")
+    code, out, err = call(capsys, own, "pretrain", "--method", "is", "--domain", "notes", *settings)
+    assert code == 0, err
+    assert "importance sampling for notes, 3,0" in out and "KL(domain || generic)" in out
+    record = json.loads((own.run("is-notes-3k") / "run.json").read_text())
+    assert record["method"] == "is" and record["inputs"]["importance"]["tokens"] == 3000
+    facts = json.loads((own.run("is-notes-3k") / "importance.json").read_text())
+    assert sum(facts["distribution"]) == pytest.approx(1) and facts["kl_resampled"] == pytest.approx(0, abs=1e-9)
+    domain = Clusters(own, 5).assigned("notes", "train")
+    assert facts["distribution"] != pytest.approx((domain.tokens / domain.tokens.sum()).tolist()), "a subset counts"
+    code, out, err = call(capsys, own, "specialize", "--domain", "notes", "--from", "is-notes-3k")
+    assert code == 0 and "--tokens 3k, those that is-notes-3k was sampled for" in out, err
+    assert own.models() == ["is-notes-3k", "notes-is-3k"]
+    code, _, err = call(capsys, own, "specialize", "--domain", "notes", "--from", "is-notes-3k", "--tokens", "2k")
+    assert code == 0 and "was sampled for 3k tokens of notes" in err
+    code, out, _ = call(capsys, own, "pretrain", "--method", "is", "--domain", "notes", *settings)
+    assert code == 0 and "run is-notes-3k is finished" in out
+    code, _, err = call(capsys, own, "pretrain", "--method", "is", "--domain", "notes", *settings, "--k", "12")
+    assert code == 1 and "importance.k 5 -> 12" in err
+
+
+def test_weights_from_a_file_take_the_place_of_a_domain(own, tmp_path, capsys):
+    weights = tmp_path / "mine.yaml"
+    weights.write_text("{1: 3, 4: 1}")
+    code, _, err = call(capsys, own, "pretrain", "--method", "is", "--weights", str(weights), "--k", "5")
+    assert code == 0, err
+    facts = json.loads((own.run("is-mine") / "importance.json").read_text())
+    assert facts["distribution"] == [0, 0.75, 0, 0, 0.25] and facts["clusters_used"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "is"], "give --domain NAME or --weights FILE"),
+        (["--domain", "notes"], "--domain, --weights and --k are for --method is"),
+        (["--method", "is", "--weights", __file__, "--domain", "x"], "give --domain NAME or --weights FILE"),
+        (["--method", "is", "--domain-tokens", "1k", "--weights", __file__], "--domain-tokens needs --domain"),
+    ],
+)
+def test_wrong_usage(own, capsys, arguments, message):
+    code, _, err = call(capsys, own, "pretrain", *arguments)
+    assert code == 2 and message in err
+
+
+def test_a_domain_that_is_unknown_or_the_generic_set(own, capsys):
+    code, _, err = call(capsys, own, "pretrain", "--method", "is", "--domain", "note", "--k", "5")
+    assert code == 1 and "unknown set 'note' (did you mean notes?)" in err
+    code, _, err = call(capsys, own, "pretrain", "--method", "is", "--domain", "generic", "--k", "5")
+    assert code == 1 and "that is the generic set" in err
+
+
+def test_a_domain_that_no_cluster_is_near_is_said(own, texts, tmp_path, capsys, monkeypatch):
+    encode = LsiEncoder.encode
+    monkeypatch.setattr(LsiEncoder, "encode", lambda self, found: -2 * encode(self, found))
+    assert call(capsys, own, "prepare", "strange", str(write_jsonl(tmp_path / "s.jsonl", texts[:60])))[0] == 0
+    code, out, err = call(capsys, own, "pretrain", "--method", "is", "--domain", "strange", "--k", "5")
+    assert code == 0, err
+    facts = json.loads((own.run("is-strange-all") / "importance.json").read_text())
+    assert facts["far"] > 0.9 and "of its windows are farther from a cluster" in out
+
+
+def test_max_passes_that_cannot_be_met(own, capsys):
+    settings = ("--set", "clusters.max_passes=0.01", "--k", "5")
+    code, _, err = call(capsys, own, "pretrain", "--method", "is", "--domain", "notes", *settings)
+    assert code == 1 and "cannot be drawn in clusters.max_passes = 0.01" in err and "biggest gap is in cluster" in err
+
+
+def test_assigning_in_chunks_changes_nothing(clustered):
+    clusters = Clusters(clustered, 12)
+    rows = Embeddings(clustered.embeddings("generic", "train")).rows(0, 200)
+    parts = list(assign(iter([rows[:3], rows[3:150], rows[150:]]), clusters.centroids))
+    whole = next(assign(iter([rows]), clusters.centroids))
+    assert (np.concatenate([p for p, _ in parts]) == whole[0]).all()
