@@ -10,15 +10,15 @@ from mlx_slm.clustering import kmeans as module
 from mlx_slm.clustering.kmeans import State, assign, kmeans
 from mlx_slm.errors import SlmError
 
-CACHE = Path(os.environ.get("MLX_SLM_EMBEDDINGS", Path.home() / ".cache" / "mlx-slm" / "embeddings-20000.npy"))
-"""20,000 embeddings of short texts, written by `python -m benchmarks.clustering --cache`."""
+CACHE = Path(os.environ.get("MLX_SLM_EMBEDDINGS", Path.home() / ".cache" / "mlx-slm" / "embeddings-50000.npy"))
+"""Embeddings of short real texts, written by `python -m benchmarks.clustering --cache`."""
 
 
 @pytest.fixture(scope="module")
 def embeddings(sentence_encoder, sentences):
     """20,000 real embeddings where they are cached, else 2,000 made here."""
     if CACHE.exists():
-        return np.load(CACHE).astype(np.float32)
+        return np.load(CACHE)[:20_000].astype(np.float32)
     return sentence_encoder.encode(sentences[:2000])
 
 
