@@ -30,7 +30,8 @@ from mlx_slm.training.step import measure_speed, rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer
 from mlx_slm.workspace import Workspace, fingerprint, read_json, write_json
 
-METHODS = ("slm", "llm", "is")
+POOL = 4
+"""Importance sampling draws some clusters often, so it gets so many times the text that it trains on."""
 
 
 def pretrain(
@@ -57,7 +58,7 @@ def pretrain(
         own = config.tokenizer.model_copy(update={"path": str(init_from.absolute())})
         config = config.model_copy(update={"tokenizer": own})
     tokens = _horizon_tokens(path, shape, training, report, fresh)
-    tokenizer, store = _generic_set(workspace, config, tokens, report)
+    tokenizer, store = _generic_set(workspace, config, tokens, POOL if target else 1, report)
     if origin:
         _require_tokenizer_of(origin, tokenizer)
     else:
@@ -104,14 +105,17 @@ def pretrain(
     return run
 
 
-def _generic_set(workspace: Workspace, config: Config, tokens: int | None, report: Report) -> tuple:
-    """(tokenizer, store) of the generic set, prepared where that was not done; raises SlmError for another context."""
+def _generic_set(workspace: Workspace, config: Config, tokens: int | None, pool: int, report: Report) -> tuple:
+    """(tokenizer, store) of the generic set, prepared where that was not done; raises SlmError for another context.
+
+    A set that is streamed is read until it holds `pool` times the tokens of the training.
+    """
     generic, context = config.data.generic, config.data.context_length
     if generic not in workspace.sets():
         report.line(
             f"no {generic!r} set yet: it will come from {', '.join(sources_of(generic, [], workspace, config))}"
         )
-    ensure_set(workspace, generic, config, report, limit=text_needed(tokens) if tokens else None)
+    ensure_set(workspace, generic, config, report, limit=text_needed(pool * tokens) if tokens else None)
     tokenizer, store = open_tokenizer(workspace.tokenizer), Store(workspace.data(generic, "train"))
     store.require_tokenizer(tokenizer)
     if store.context_length != context:

@@ -72,10 +72,11 @@ class RichReport(Report):
         return advance
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        """Print a table; the first column is text, the others are numbers."""
+        """Print a table; the first column is text, cut if need be, the others are numbers."""
         table = Table(title=title, title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left", no_wrap=True)
+            widest = max([len(column), *(len(row[index]) for row in rows)]) if index else None
+            table.add_column(column, justify="right" if index else "left", no_wrap=True, min_width=widest)
         for row in rows:
             table.add_row(*map(Text, row))
         console = Console(highlight=False)

@@ -105,7 +105,7 @@ def draw(facts: dict, results: Path) -> Path:
         axis.step(places, shares[order, 0], where="mid", color="#333333", linewidth=1, label=names[0])
         axis.set_ylabel("share of tokens")
         axis.set_xlim(-0.5, len(order) - 0.5)
-        axis.legend(loc="upper right", frameon=False)
+        axis.legend(loc="upper right", framealpha=0.9, edgecolor="none")
     axes[-1].set_xlabel(f"the {facts['k']:,} clusters, the largest of {names[0]} first")
     figure.suptitle(f"Histograms over clusters ({facts['encoder']})")
     results.mkdir(parents=True, exist_ok=True)

@@ -66,8 +66,8 @@ def first_windows(store: Store, tokens: int | None, seed: int) -> np.ndarray:
         return np.arange(store.num_windows)
     if tokens > store.num_tokens:
         raise SlmError(
-            f"--tokens {tokens:,} asks for more than {store.directory.parent.name} has: its train split holds "
-            f"{store.num_tokens:,} tokens; ask for at most that, or prepare more text"
+            f"{tokens:,} tokens of {store.directory.parent.name} were asked for and its train split holds "
+            f"{store.num_tokens:,}: ask for at most that, or prepare more text"
         )
     windows = store.windows[:]
     order = np.random.default_rng(seed).permutation(store.num_documents)
