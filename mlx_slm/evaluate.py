@@ -61,7 +61,7 @@ class Scorer:
             flat = hidden.reshape(-1, hidden.shape[-1])
             return token_nll(flat, model.head, targets.reshape(-1)).reshape(targets.shape)
 
-        self._lanes = [(stream, mx.compile(nll, inputs=[model.state])) for stream in runtime.lanes()]
+        self._lanes = [mx.compile(nll, inputs=[model.state]) for _ in runtime.lanes()]
 
     def __call__(
         self, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None
@@ -81,24 +81,21 @@ class Scorer:
         result = np.zeros(len(windows))
         step = -(-store.context_length // LENGTHS)
         batches = length_batches(lengths, step, store.context_length, BATCH_TOKENS, batch_rows)
-        progress = (report or Report()).progress("evaluating", int(lengths.sum()), " tok")
-        with runtime.sharing_cores(len(self._lanes)), progress as advance:
-            # A batch for each lane at a time: evaluated one after the other, the lanes would not overlap.
-            while together := list(zip(self._lanes, batches, strict=False)):
-                found = []
-                for (stream, nll), (members, rows, length) in together:
-                    targets = np.full((rows, length), store.eos_id, np.int32)
-                    for row, member in enumerate(members):
-                        targets[row, : lengths[member]] = store.window_tokens(windows[member])
-                    tokens = np.full_like(targets, store.eos_id)
-                    tokens[:, 1:] = targets[:, :-1]
-                    with mx.stream(stream):
-                        found.append(nll(mx.array(tokens), mx.array(targets)))
-                mx.eval(found)
-                for (_, (members, _, length)), losses in zip(together, found, strict=True):
-                    counted = np.arange(length) < lengths[members][:, None]
-                    result[members] = (np.array(losses, np.float64)[: len(members)] * counted).sum(axis=1)
-                    advance(int(lengths[members].sum()))
+
+        def losses(lane: int, batch: tuple) -> mx.array:
+            members, rows, length = batch
+            targets = np.full((rows, length), store.eos_id, np.int32)
+            for row, member in enumerate(members):
+                targets[row, : lengths[member]] = store.window_tokens(windows[member])
+            tokens = np.full_like(targets, store.eos_id)
+            tokens[:, 1:] = targets[:, :-1]
+            return self._lanes[lane](mx.array(tokens), mx.array(targets))
+
+        with (report or Report()).progress("evaluating", int(lengths.sum()), " tok") as advance:
+            for (members, _, length), found in runtime.in_lanes(batches, losses):
+                counted = np.arange(length) < lengths[members][:, None]
+                result[members] = (np.array(found, np.float64)[: len(members)] * counted).sum(axis=1)
+                advance(int(lengths[members].sum()))
         return result
 
 

@@ -17,7 +17,7 @@ import site
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -26,6 +26,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 blas: str | None = None
 """The library that was loaded in front of MLX's own, or None."""
 _blas_library: ctypes.CDLL | None = None
+_threads: int | None = None
+"""Threads that the BLAS was told to use, once it was."""
 
 
 @functools.cache
@@ -136,11 +138,35 @@ def sharing_cores(lanes_used: int) -> Iterator[None]:
     if lanes_used < 2 or setter is None:
         yield
         return
-    setter(max(1, cores() // lanes_used))
+    global _threads
+    before, _threads = _threads or cores(), max(1, cores() // lanes_used)
+    setter(_threads)
     try:
         yield
     finally:
-        setter(cores())
+        _threads = before
+        setter(before)
+
+
+def in_lanes(batches: Iterable, compute: Callable) -> Iterator[tuple]:
+    """Yield (batch, compute(lane, batch)) in order; `compute` builds arrays, a batch for each lane at a time.
+
+    The batches of a round are evaluated together (one after the other they would not overlap: MLX queues few operations
+    ahead), and a round is in flight while the results of the one before it are used.
+    """
+    import mlx.core as mx
+
+    streams, batches, before = lanes(), iter(batches), ()
+    with sharing_cores(len(streams)):
+        while round_ := list(zip(range(len(streams)), batches, strict=False)):
+            found = []
+            for lane, batch in round_:
+                with mx.stream(streams[lane]):
+                    found.append(compute(lane, batch))
+            mx.async_eval(found)
+            yield from before
+            before = tuple(zip((batch for _, batch in round_), found, strict=True))
+        yield from before
 
 
 def compute_dtype():

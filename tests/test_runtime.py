@@ -65,3 +65,28 @@ def test_lanes_give_the_same_sums_as_one_stream():
                 found.append(a @ b)
         mx.eval(found)
     assert all(mx.allclose(x, a @ b, rtol=1e-5, atol=1e-5) for x in found)
+
+
+@pytest.mark.skipif(
+    not LINUX_CPU or not runtime.blas or runtime.cores() < 2, reason="needs a preloaded BLAS and 2 cores"
+)
+def test_sharing_cores_ends_as_it_began(monkeypatch):
+    told = []
+    monkeypatch.setattr(runtime, "_blas_library", type("Blas", (), {"MKL_Set_Num_Threads": staticmethod(told.append)}))
+    with runtime.sharing_cores(2):
+        with runtime.sharing_cores(2):
+            pass
+        assert told[-1] == runtime.cores() // 2, "the training around an evaluation goes on with its share"
+    assert told[-1] == runtime.cores()
+
+
+def test_in_lanes_gives_each_batch_its_result_in_order():
+    seen = []
+
+    def compute(lane, batch):
+        seen.append(batch)
+        return mx.array(batch) * 10 + lane * 0
+
+    found = [(batch, value.item()) for batch, value in runtime.in_lanes(range(7), compute)]
+    assert found == [(i, 10 * i) for i in range(7)] and seen == list(range(7))
+    assert list(runtime.in_lanes([], compute)) == []

@@ -165,23 +165,20 @@ class SentenceEncoder:
         """Embeddings of rows of word piece ids, special ones included: fp32 [rows, dims]."""
         lengths = np.array([len(row) for row in rows])
         result = np.empty((len(rows), self.dims), np.float32)
-        lanes = runtime.lanes()
         batches = length_batches(lengths, length_step, self.max_pieces, batch_tokens())
-        with runtime.sharing_cores(len(lanes)):
-            while together := [(lane, *batch) for lane, batch in zip(lanes, batches, strict=False)]:
-                found = []
-                for lane, members, count, length in together:
-                    tokens = np.zeros((count, length), np.int32)
-                    seen = np.zeros((count, length), np.float32)
-                    seen[len(members) :, 0] = 1
-                    for row, member in enumerate(members):
-                        tokens[row, : lengths[member]] = rows[member]
-                        seen[row, : lengths[member]] = 1
-                    with mx.stream(lane):
-                        found.append(self._embed(mx.array(tokens), mx.array(seen)))
-                mx.eval(found)
-                for (_, members, *_), vectors in zip(together, found, strict=True):
-                    result[members] = np.array(vectors)[: len(members)]
+
+        def vectors(lane: int, batch: tuple) -> mx.array:
+            members, count, length = batch
+            tokens = np.zeros((count, length), np.int32)
+            seen = np.zeros((count, length), np.float32)
+            seen[len(members) :, 0] = 1
+            for row, member in enumerate(members):
+                tokens[row, : lengths[member]] = rows[member]
+                seen[row, : lengths[member]] = 1
+            return self._embed(mx.array(tokens), mx.array(seen))
+
+        for (members, *_), found in runtime.in_lanes(batches, vectors):
+            result[members] = np.array(found)[: len(members)]
         return result
 
     def _embed(self, tokens: mx.array, seen: mx.array) -> mx.array:

@@ -2,16 +2,14 @@
 
 A point x is nearest to the centroid with the largest score x.c - |c|^2 / 2, so an assignment is one matrix product and
 an argmax. Memory beside the points is O(chunk x k). Once most points stay where they are, the sums of the clusters
-change by the points that moved only. The result depends on the points and the seed.
+change by the points that moved only. On a CPU the result depends on the points and the seed, bit for bit.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import cycle
 
 import mlx.core as mx
 import numpy as np
@@ -19,10 +17,13 @@ import numpy as np
 from mlx_slm import runtime
 from mlx_slm.errors import SlmError
 
-CHUNK_SCORES = 1 << 20
-"""Scores (points x centroids) that exist at once in a lane."""
 SEEDING_POINTS = 64
 """k-means++ looks at so many points per centroid."""
+
+
+def chunk_scores() -> int:
+    """Scores (points x centroids) that exist at once in a lane: on a CPU 4 MB, which stay in its cache."""
+    return 1 << 20 if runtime.backend() == "cpu" else 1 << 24
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,15 @@ def kmeans(
     require_finite(squares, "point")
     rows, squares = mx.array(points), float(squares.sum(dtype=np.float64))
     state = state or State()
-    with runtime.sharing_cores(len(runtime.lanes())):
-        while state.restart < restarts:
-            if state.centroids is None:
-                rng = np.random.default_rng((seed, state.restart))
-                state = replace(state, centroids=seed_centroids(points, k, rng))
-            state = _lloyd(rows, squares, state, iterations, tolerance, on_iteration)
-            if state.inertia < state.best_inertia:
-                state = replace(state, best_inertia=state.inertia, best_centroids=state.centroids)
-            following = State(restart=state.restart + 1)
-            state = replace(following, best_inertia=state.best_inertia, best_centroids=state.best_centroids)
+    while state.restart < restarts:
+        if state.centroids is None:
+            rng = np.random.default_rng((seed, state.restart))
+            state = replace(state, centroids=seed_centroids(points, k, rng))
+        state = _lloyd(rows, squares, state, iterations, tolerance, on_iteration)
+        if state.inertia < state.best_inertia:
+            state = replace(state, best_inertia=state.inertia, best_centroids=state.centroids)
+        following = State(restart=state.restart + 1)
+        state = replace(following, best_inertia=state.best_inertia, best_centroids=state.best_centroids)
     return state.best_centroids, state.best_inertia
 
 
@@ -132,28 +132,17 @@ def _sums(points: mx.array, chosen: np.ndarray | None, assignments: np.ndarray, 
 def nearest(points: mx.array, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (assignments int32 [n], scores fp32 [n]: x.c - |c|^2 / 2 of the nearest)."""
     turned, bias = mx.array(centroids.T), mx.array(-0.5 * (centroids**2).sum(axis=1))
-    size = max(1, CHUNK_SCORES // len(centroids))
+    size = max(1, chunk_scores() // len(centroids))
     assignments, scores = np.empty(len(points), np.int32), np.empty(len(points), np.float32)
-    in_flight: deque = deque()
 
-    def collect(most: int) -> None:
-        while len(in_flight) > most:
-            where, place, score = in_flight.popleft()
-            assignments[where], scores[where] = place, score
+    def best(lane: int, where: slice) -> tuple[mx.array, mx.array]:
+        found = mx.addmm(bias, points[where], turned)
+        place = mx.argmax(found, axis=-1)
+        return place.astype(mx.int32), mx.take_along_axis(found, place[:, None], axis=-1)[:, 0]
 
-    lanes = runtime.lanes()
-    starts = range(0, len(points), size)
-    for start, lane in zip(starts, cycle(lanes), strict=False):
-        where = slice(start, min(start + size, len(points)))
-        with mx.stream(lane):
-            found = mx.addmm(bias, points[where], turned)
-            place = mx.argmax(found, axis=-1)
-            score = mx.take_along_axis(found, place[:, None], axis=-1)[:, 0]
-            place = place.astype(mx.int32)
-        mx.async_eval(place, score)
-        in_flight.append((where, place, score))
-        collect(len(lanes))
-    collect(0)
+    chunks = (slice(start, min(start + size, len(points))) for start in range(0, len(points), size))
+    for where, (place, score) in runtime.in_lanes(chunks, best):
+        assignments[where], scores[where] = place, score
     return assignments, scores
 
 
@@ -210,10 +199,9 @@ def _distances(rows: mx.array, squares: np.ndarray, chosen: np.ndarray) -> np.nd
 
 def assign(chunks: Iterator[np.ndarray], centroids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each chunk of points fp32 [n, dims] yield (assignments int32 [n], squared distances fp32 [n])."""
-    with runtime.sharing_cores(len(runtime.lanes())):
-        for chunk in chunks:
-            assignments, scores = nearest(mx.array(chunk), centroids)
-            yield assignments, np.maximum(np.einsum("nd,nd->n", chunk, chunk) - 2 * scores, 0)
+    for chunk in chunks:
+        assignments, scores = nearest(mx.array(chunk), centroids)
+        yield assignments, np.maximum(np.einsum("nd,nd->n", chunk, chunk) - 2 * scores, 0)
 
 
 def require_finite(squares: np.ndarray, what: str) -> None:

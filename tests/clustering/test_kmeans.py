@@ -57,7 +57,7 @@ def test_lloyd_from_the_same_start_ends_where_scikit_learn_does(blobs):
 
 
 def test_assignments_are_the_nearest_centroids(blobs, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_SCORES", 700)
+    monkeypatch.setattr(module, "chunk_scores", lambda: 700)
     centroids, inertia = kmeans(blobs, 7, seed=3)
     (places, distances), *others = assign(iter([blobs[:500], blobs[500:]]), centroids)
     exact = ((blobs[:, None].astype(np.float64) - centroids) ** 2).sum(axis=2)
