@@ -25,7 +25,7 @@ from mlx_slm.text.huggingface import open_tokenizer, tokenizer_of
 from mlx_slm.text.prepare import ensure_set, sources_of, text_needed
 from mlx_slm.text.store import Store
 from mlx_slm.training.optimizer import AdamW
-from mlx_slm.training.runs import Run, alone_in, open_run
+from mlx_slm.training.runs import IMPORTANCE, Run, alone_in, open_run
 from mlx_slm.training.step import measure_speed, rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer
 from mlx_slm.workspace import Workspace, fingerprint, read_json, write_json
@@ -95,7 +95,7 @@ def pretrain(
     with alone_in(path):
         run = open_run(workspace, path, method, inputs, config, fresh, announce=announce)
         if aim:
-            write_json(path / "importance.json", aim.facts | {"distribution": aim.distribution.tolist()})
+            write_json(path / IMPORTANCE, aim.facts | {"distribution": aim.distribution.tolist()})
         if run.finished:
             report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
         else:

@@ -137,6 +137,8 @@ def _show_run(session: Session, run) -> None:
         "valid_nll": record["valid_nll"],
         "valid_perplexity": math.exp(record["valid_nll"]),
     }
+    if "importance" in record["inputs"]:
+        result["importance"] = run.importance()
     session.show(result, lambda: session.report.line(f"model: {model}\nnext: mlx-slm evaluate {run.name}"))
 
 

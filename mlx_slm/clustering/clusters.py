@@ -24,6 +24,7 @@ from mlx_slm.config import ClustersConfig, Config
 from mlx_slm.errors import SlmError
 from mlx_slm.report import Report
 from mlx_slm.text.huggingface import open_tokenizer
+from mlx_slm.text.prepare import ensure_set
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store
 from mlx_slm.workspace import MANIFEST, MappedFile, Workspace, load_manifest, new_artifact, verify, write_json
@@ -82,12 +83,14 @@ def ensure_clusters(
 ) -> list[Clusters]:
     """Embed and cluster the generic set into each number of clusters, and assign all splits of it and of `sets`.
 
-    What is there and was made from the same inputs is kept. Raises SlmError where centroids were made from others,
-    unless `fresh`.
+    Prepares the generic set if that was not done. What is there and was made from the same inputs is kept. Raises
+    SlmError where centroids were made from others, unless `fresh`.
     """
     settings, generic = config.clusters, config.data.generic
+    if generic not in workspace.sets():
+        ensure_set(workspace, generic, config, report)
     tokenizer = open_tokenizer(workspace.tokenizer)
-    store = Store(workspace.require_set(generic))
+    store = Store(workspace.data(generic, "train"))
     store.require_tokenizer(tokenizer)
     for k in counts:
         if k > store.num_windows:

@@ -58,7 +58,12 @@ def ensure_set(workspace: Workspace, name: str, config: Config, report: Report, 
         ensure_set(workspace, config.data.generic, config, report)
     report.line(f"set {name!r} is not prepared yet: preparing it from {', '.join(sources)}")
     streamed = config.data.limit is None and any(source.startswith("hf:") for source in sources)
-    if limit and streamed:
+    if streamed and limit is None:
+        raise SlmError(
+            f"{', '.join(sources)}: how much of it? set data.limit (such as --set data.limit=5G), or prepare it first: "
+            f"mlx-slm prepare {name} --limit 5G"
+        )
+    if streamed:
         report.line(f"streaming {limit / 1e9:.2g} GB of text")
         if limit > 1e9 and not report.confirm("start the download?"):
             raise Interrupted("not started; nothing was downloaded")

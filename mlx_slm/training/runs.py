@@ -22,6 +22,8 @@ from mlx_slm.training import checkpoint
 from mlx_slm.training.trainer import State
 from mlx_slm.workspace import Workspace, fingerprint, read_json, write_json, write_text
 
+IMPORTANCE = "importance.json"
+
 
 @dataclass
 class Run:
@@ -61,6 +63,10 @@ class Run:
             device=runtime.device_name(),
         )
         write_json(self.path / "run.json", self.record)
+
+    def importance(self) -> dict:
+        """The report of importance sampling, with the distribution that the rows were drawn from."""
+        return read_json(self.path / IMPORTANCE)
 
     def weights_step(self) -> int:
         """The step whose weights stand for this run: the best of a specialisation, the last of a pretraining."""

@@ -271,3 +271,16 @@ def test_assigning_in_chunks_changes_nothing(clustered):
     parts = list(assign(iter([rows[:3], rows[3:150], rows[150:]]), clusters.centroids))
     whole = next(assign(iter([rows]), clusters.centroids))
     assert (np.concatenate([p for p, _ in parts]) == whole[0]).all()
+
+
+def test_cluster_prepares_what_is_missing_but_asks_how_much_of_an_endless_source(tmp_path, config, texts, capsys):
+    workspace = Workspace(tmp_path / "w")
+    workspace.root.mkdir()
+    sets = {"generic": [str(write_jsonl(tmp_path / "g.jsonl", texts[:500]))]}
+    data = config.data.model_copy(update={"sets": sets})
+    workspace.config_file.write_text(dump_config(config.model_copy(update={"data": data})))
+    code, out, err = call(capsys, workspace, "cluster", "--k", "4")
+    assert code == 0 and "set 'generic' is not prepared yet" in out, err
+    other = Workspace(tmp_path / "other")
+    code, _, err = call(capsys, other, "cluster", "--config", "mac")
+    assert code == 1 and "how much of it? set data.limit" in err and "mlx-slm prepare generic --limit 5G" in err
