@@ -116,7 +116,8 @@ class ClustersConfig(Section):
     generic_fraction: Fraction = 0.0
     """Share of the rows that are drawn from the generic distribution instead. Paper: 0."""
     max_passes: float | None = Field(None, gt=0)
-    """Draw no cluster more often than so many passes; the rest goes to the generic distribution. Paper: no limit."""
+    """Expect no cluster to be drawn more often than so many passes; what is over goes to the generic distribution.
+    Paper: no limit."""
 
 
 class ModelConfig(Section):

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_slm.errors import SlmError
 from mlx_slm.export import from_huggingface, to_huggingface
 from mlx_slm.models.transformer import Shape, Transformer
+from mlx_slm.training.checkpoint import read_safetensors
 from mlx_slm.workspace import fingerprint, read_json, sha256
 
 GPT2 = {"activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True}
@@ -43,7 +44,7 @@ class Pretrained:
         """Parameters for a `Transformer(shape)`; raises SlmError naming what is missing or has another shape."""
         weights: dict[str, mx.array] = {}
         for path in self._files:
-            weights |= mx.load(str(path))
+            weights |= read_safetensors(path)
         found = _gpt2_weights(weights) if self.shape.family == "gpt2" else dict(weights)
         if self.shape.family == "gpt2" and "wpe.weight" in found:
             found["wpe.weight"] = found["wpe.weight"][: self.shape.context_length]
@@ -80,6 +81,10 @@ def _shape(config: dict, directory: Path, context_length: int) -> Shape:
     heads = config["n_head" if family == "gpt2" else "num_attention_heads"]
     if (config.get("head_dim") or dims // heads) * heads != dims:
         refused.append(f"head_dim is {config['head_dim']}")
+    if family == "gpt2" and config.get("n_inner") not in (None, 4 * dims):
+        refused.append(f"n_inner is {config['n_inner']}, mlx-lm reads 4 * n_embd only")
+    if family == "gpt2" and not config.get("tie_word_embeddings", True):
+        refused.append("tie_word_embeddings is False")
     if refused:
         raise SlmError(f"--init-from {directory}: not supported: {', '.join(refused)}")
     longest = config.get("n_positions") or config.get("max_position_embeddings", 0)
@@ -93,13 +98,12 @@ def _shape(config: dict, directory: Path, context_length: int) -> Shape:
             "gpt2",
             config["n_layer"],
             dims,
-            config.get("n_inner") or 4 * dims,
+            4 * dims,
             heads,
             heads,
             config["vocab_size"],
             context_length,
             norm_eps=config.get("layer_norm_epsilon", 1e-5),
-            tied=config.get("tie_word_embeddings", True),
         )
     return Shape(
         "llama",

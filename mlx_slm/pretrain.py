@@ -13,8 +13,8 @@ import numpy as np
 
 from mlx_slm import runtime
 from mlx_slm.clustering.sampler import Sampler, Stream
-from mlx_slm.clustering.target import Target, clusters_for, importance_of, inputs_of
-from mlx_slm.config import Config, TrainingConfig
+from mlx_slm.clustering.target import Target, check_target, clusters_for, importance_of, inputs_of
+from mlx_slm.config import Config, TokenizerConfig, TrainingConfig
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.evaluate import Scorer, validation_windows
 from mlx_slm.export import export_run
@@ -28,7 +28,7 @@ from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.runs import IMPORTANCE, Run, alone_in, open_run
 from mlx_slm.training.step import measure_speed, rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer
-from mlx_slm.workspace import Workspace, fingerprint, read_json, write_json
+from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, read_json, write_json
 
 POOL = 4
 """Importance sampling draws some clusters often, so it gets so many times the text that it trains on."""
@@ -54,14 +54,18 @@ def pretrain(
     origin = Pretrained(init_from, context) if init_from else None
     model_config = config.large if method == "llm" else config.model
     shape = origin.shape if origin else Shape.of(model_config, config.tokenizer.vocab_size, context)
-    if origin and not workspace.tokenizer.exists():
-        own = config.tokenizer.model_copy(update={"path": str(init_from.absolute())})
-        config = config.model_copy(update={"tokenizer": own})
+    if origin:
+        config = config.model_copy(update={"tokenizer": _tokenizer_of(workspace, config, origin)})
+    if target:
+        check_target(workspace, config, target)
     tokens = _horizon_tokens(path, shape, training, report, fresh)
     tokenizer, store = _generic_set(workspace, config, tokens, POOL if target else 1, report)
-    if origin:
-        _require_tokenizer_of(origin, tokenizer)
-    else:
+    if origin and tokenizer.vocab_size > shape.vocab_size:
+        raise SlmError(
+            f"--init-from {init_from}: its tokenizer has {tokenizer.vocab_size:,} ids, its embedding "
+            f"{shape.vocab_size:,} rows: repair the model first"
+        )
+    if not origin:
         shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)
     valid = Store(workspace.require_set(generic, "valid"))
     windows = validation_windows(valid, training.eval_tokens, config.data.seed)
@@ -126,17 +130,21 @@ def _generic_set(workspace: Workspace, config: Config, tokens: int | None, pool:
     return tokenizer, store
 
 
-def _require_tokenizer_of(origin: Pretrained, tokenizer) -> None:
-    if tokenizer.fingerprint not in tokenizer_of(origin.directory):
+def _tokenizer_of(workspace: Workspace, config: Config, origin: Pretrained) -> TokenizerConfig:
+    """The settings that take the tokenizer of a model directory; those recorded where the workspace has it already.
+
+    Raises SlmError if the workspace has another tokenizer.
+    """
+    known = tokenizer_of(origin.directory)
+    if not (workspace.tokenizer / MANIFEST).exists():
+        return config.tokenizer.model_copy(update={"path": str(origin.directory.absolute())})
+    tokenizer = open_tokenizer(workspace.tokenizer)
+    if tokenizer.fingerprint not in known:
         raise SlmError(
             f"--init-from {origin.directory}: it has another tokenizer than this workspace: use a new --workspace, "
             "whose text is then prepared with the model's tokenizer"
         )
-    if tokenizer.vocab_size > origin.shape.vocab_size:
-        raise SlmError(
-            f"--init-from {origin.directory}: its tokenizer has {tokenizer.vocab_size:,} ids, its embedding "
-            f"{origin.shape.vocab_size:,}: repair the model first"
-        )
+    return TokenizerConfig(**tokenizer.manifest["inputs"]["settings"])
 
 
 def _trainer(

@@ -37,9 +37,8 @@ def run_quickstart(workspace: Workspace, config: Config, report: Report, fresh: 
     if domain is None:
         raise SlmError(f"the quickstart needs a configuration that names {generic!r} and one domain in data.sets")
     if fresh:
-        shutil.rmtree(workspace.tokenizer, ignore_errors=True)
-        for name in (generic, domain):
-            shutil.rmtree(workspace.data(name, "train").parent, ignore_errors=True)
+        for made in ("tokenizer", "data", "encoder", "embeddings", "clusters"):
+            shutil.rmtree(workspace.root / made, ignore_errors=True)
     report.line(f"1. text: docstrings of the installed packages; the domain is {domain}, left out of the rest")
     for name in (generic, domain):
         ensure_set(workspace, name, config, report)

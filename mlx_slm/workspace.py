@@ -8,6 +8,7 @@ valid manifest does not exist. Directories are written under a temporary name, f
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -41,8 +42,8 @@ class Workspace:
     def data(self, name: str, split: str) -> Path:
         return self.root / "data" / plain_name(name) / split
 
-    def embeddings(self, name: str, split: str) -> Path:
-        return self.root / "embeddings" / plain_name(name) / split
+    def embeddings(self, encoder: str, name: str, split: str) -> Path:
+        return self.root / "embeddings" / encoder / plain_name(name) / split
 
     def clusters(self, k: int) -> Path:
         return self.root / "clusters" / str(k)
@@ -79,6 +80,18 @@ class Workspace:
             what = f"the {split} split of {name!r}" if name in known else f"set {name!r}"
             raise SlmError(f"{what} is not prepared{hint}; prepared: {listed}; run `mlx-slm prepare {name} SOURCE...`")
         return path
+
+
+@contextlib.contextmanager
+def alone(lock: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file; a process loses it when it ends. Raises SlmError with `busy` if another has it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SlmError(busy) from error
+        yield
 
 
 def plain_name(name: str) -> str:

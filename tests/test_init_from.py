@@ -90,6 +90,7 @@ def test_its_tokenizer_prepares_the_text_and_the_export_runs_everywhere(tmp_path
     workspace = Workspace(tmp_path / "w")
     workspace.root.mkdir()
     workspace.config_file.write_text(dump_config(config))
+    shutil.copyfile(workspace.config_file, workspace.root / "first.yaml")
     start = ("--method", "is", "--domain", "notes", "--k", "5", "--init-from", str(directory))
     code, out, err = call(capsys, workspace, "pretrain", *start)
     assert code == 0, err
@@ -112,8 +113,10 @@ def test_its_tokenizer_prepares_the_text_and_the_export_runs_everywhere(tmp_path
     ours = np.array(exported.logits(mx.array(ids)))
     loaded, _ = mlx_lm.load(str(model))
     np.testing.assert_allclose(np.array(loaded(mx.array(ids))), ours, atol=1e-4)
-    code, out, _ = call(capsys, workspace, "pretrain", *start)
-    assert code == 0 and "run is-notes-all is finished" in out
+    code, out, err = call(capsys, workspace, "pretrain", *start)
+    assert code == 0 and "run is-notes-all is finished" in out, err
+    code, out, err = call(capsys, workspace, "pretrain", "--config", str(workspace.root / "first.yaml"), *start)
+    assert code == 0 and "run is-notes-all is finished" in out, err
     code, _, err = call(capsys, workspace, "pretrain", *start[:-2])
     assert code == 1 and "init_from" in err
 
@@ -151,6 +154,11 @@ def test_mlx_lms_layout_of_gpt2_is_read(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2, "n_inner": 80}, "n_inner is 80, mlx-lm reads"),
+        (
+            {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2, "tie_word_embeddings": False},
+            "tie_word_embeddings is False",
+        ),
         ({"model_type": "mistral"}, "of type 'mistral'; supported: gpt2, llama"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_scaling is"),
@@ -180,3 +188,21 @@ def test_another_tokenizer_is_refused(tmp_path, prepared, texts, config, capsys)
     (directory / "tokenizer.json").unlink()
     code, _, err = call(capsys, workspace, "pretrain", "--init-from", str(directory))
     assert code == 1 and "has no tokenizer.json" in err
+
+
+def test_killed_while_its_text_is_tokenised_it_goes_on(tmp_path, texts, capsys, monkeypatch):
+    from mlx_slm.text import prepare as preparing
+
+    directory, _ = transformers_model("gpt2", texts, tmp_path)
+    (directory / "tokenizer_config.json").unlink()
+    sets = {"generic": [str(write_jsonl(tmp_path / "g.jsonl", texts))]}
+    config = small_config(data=DataConfig(context_length=32, sets=sets))
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    workspace = Workspace(tmp_path / "w")
+    start = ("pretrain", "--config", str(tmp_path / "c.yaml"), "--init-from", str(directory))
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "tokenise", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert call(capsys, workspace, *start)[0] == 130
+    code, _, err = call(capsys, workspace, *start)
+    assert code == 0, err
+    assert json.loads((workspace.model("slm") / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"

@@ -6,7 +6,6 @@ them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,6 +17,7 @@ from mlx_slm.errors import SlmError
 from mlx_slm.models.ops import gelu, gelu_exact, masked_attention
 from mlx_slm.models.transformer import split_heads
 from mlx_slm.text.store import length_batches
+from mlx_slm.training.checkpoint import read_safetensors
 from mlx_slm.workspace import read_json
 
 FAMILIES = {"bert": 0, "roberta": 1, "xlm-roberta": 1}
@@ -131,7 +131,7 @@ class SentenceEncoder:
         self._tokenizer.no_padding()
         self._special = self._tokenizer.encode("").ids
         self.vocab_size = config["vocab_size"]
-        weights = mx.load(str(_require(self.directory / "model.safetensors")))
+        weights = read_safetensors(_require(self.directory / "model.safetensors"))
         self.model = Bert(config)
         try:
             self.model.load_weights(list(rename(weights).items()), strict=True)
@@ -214,4 +214,4 @@ def _require(path: Path) -> Path:
 
 
 def _require_json(path: Path):
-    return json.loads(_require(path).read_text(encoding="utf-8"))
+    return read_json(_require(path))

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mlx_slm.clustering.embed import Embeddings, embed
-from mlx_slm.clustering.encoder import open_encoder
+from mlx_slm.clustering.encoder import choose_encoder
 from mlx_slm.clustering.kmeans import State, assign, kmeans
 from mlx_slm.clustering.sampler import Stream, separated_ends
 from mlx_slm.config import ClustersConfig, Config
@@ -27,7 +27,16 @@ from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.prepare import ensure_set
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store
-from mlx_slm.workspace import MANIFEST, MappedFile, Workspace, load_manifest, new_artifact, verify, write_json
+from mlx_slm.workspace import (
+    MANIFEST,
+    MappedFile,
+    Workspace,
+    alone,
+    load_manifest,
+    new_artifact,
+    verify,
+    write_json,
+)
 
 KIND, ASSIGNED = "clusters", "assignments"
 CENTROIDS = "centroids.safetensors"
@@ -98,22 +107,34 @@ def ensure_clusters(
                 f"k = {k:,} is more than the {store.num_windows:,} windows of {generic}: "
                 f"the largest possible is {store.num_windows:,}; choose a smaller --k or clusters.k"
             )
-    encoder, facts = open_encoder(workspace, settings, store, tokenizer, report)
+    choice = choose_encoder(workspace, settings, store, tokenizer, report)
     if not fresh:
         for k in counts:
-            _require_same(workspace, k, {"store": store.fingerprint, **facts}, settings)
-    embeddings = embed(workspace, generic, "train", store, encoder, facts, tokenizer, report)
-    made = [_ensure_centroids(workspace, k, embeddings, settings, report, fresh) for k in counts]
-    for name in dict.fromkeys([generic, *sets]):
-        for split in SPLITS:
-            held = Store(workspace.require_set(name, split))
-            held.require_tokenizer(tokenizer)
-            missing = [c for c in made if not _is_assigned(c, name, split, held, facts)]
-            if missing:
-                vectors = embed(workspace, name, split, held, encoder, facts, tokenizer, report)
-                for clusters in missing:
-                    _assign(clusters, name, split, held, vectors, facts, report)
+            _require_same(workspace, k, {"store": store.fingerprint, **choice.facts}, settings)
+    with alone(workspace.root / ".clusters.lock", f"another process is clustering in {workspace.root}: wait for it"):
+        embeddings = embed(workspace, generic, "train", store, choice, tokenizer, report)
+        made = [_ensure_centroids(workspace, k, embeddings, settings, report, fresh) for k in counts]
+        for name in dict.fromkeys([generic, *sets]):
+            for split in SPLITS:
+                held = Store(workspace.require_set(name, split))
+                held.require_tokenizer(tokenizer)
+                missing = [c for c in made if not _is_assigned(c, name, split, held)]
+                if missing:
+                    vectors = embed(workspace, name, split, held, choice, tokenizer, report)
+                    for clusters in missing:
+                        _assign(clusters, name, split, held, vectors, report)
     return made
+
+
+def as_made(workspace: Workspace, config: Config, report: Report) -> Config:
+    """The configuration with the encoder and the settings that clusters/<k> was made with, where that exists."""
+    path = workspace.clusters(config.clusters.k)
+    if not (path / MANIFEST).exists():
+        return config
+    recorded = load_manifest(path, KIND)["info"]["settings"]
+    if recorded["encoder"] != config.clusters.encoder:
+        report.line(f"clusters/{config.clusters.k} is used as it was made, with the encoder {recorded['encoder']}")
+    return config.model_copy(update={"clusters": config.clusters.model_copy(update=recorded)})
 
 
 def far_windows(domain: Assigned, generic: Assigned) -> float:
@@ -181,6 +202,7 @@ def _ensure_centroids(
     with new_artifact(path, KIND, inputs) as (directory, info):
         save_file({"centroids": centroids}, directory / CENTROIDS)
         info.update(k=k, points=len(points), inertia=inertia, dims=embeddings.dims)
+        info["settings"] = settings.model_dump(mode="json", include={*LEARNING, "encoder", "long_windows", "dims"})
     saved.remove()
     report.line(
         f"{k:,} clusters of {len(points):,} windows, mean squared distance {inertia / len(points):.4f}, in clusters/{k}"
@@ -217,19 +239,17 @@ class Progress:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def _assignment_inputs(clusters: Clusters, store: Store, facts: dict) -> dict:
-    return {"centroids": clusters.fingerprint, "store": store.fingerprint, **facts}
+def _assignment_inputs(clusters: Clusters, store: Store) -> dict:
+    return {"centroids": clusters.fingerprint, "store": store.fingerprint}
 
 
-def _is_assigned(clusters: Clusters, name: str, split: str, store: Store, facts: dict) -> bool:
+def _is_assigned(clusters: Clusters, name: str, split: str, store: Store) -> bool:
     path = clusters.directory / name / split
-    wanted = _assignment_inputs(clusters, store, facts)
+    wanted = _assignment_inputs(clusters, store)
     return (path / MANIFEST).exists() and load_manifest(path, ASSIGNED)["inputs"] == wanted
 
 
-def _assign(
-    clusters: Clusters, name: str, split: str, store: Store, vectors: Embeddings, facts: dict, report: Report
-) -> None:
+def _assign(clusters: Clusters, name: str, split: str, store: Store, vectors: Embeddings, report: Report) -> None:
     k, places, distances = clusters.k, [], []
     with report.progress(f"assigning {name}/{split} to {k:,} clusters", len(vectors), " windows") as advance:
         for found, distance in assign(vectors.chunks(), clusters.centroids):
@@ -244,7 +264,7 @@ def _assign(
     by_distance = np.lexsort((distance, place))
     bounds = np.concatenate([[0], np.cumsum(counts)])
     quantiles = np.quantile(distance, np.linspace(0, 1, 101)) if len(distance) else np.zeros(101)
-    inputs = _assignment_inputs(clusters, store, facts)
+    inputs = _assignment_inputs(clusters, store)
     with new_artifact(clusters.directory / name / split, ASSIGNED, inputs, mapped=tuple(FILES)) as (directory, info):
         arrays = (place, order, separated_ends(store, order))
         for (file, dtype), values in zip(FILES.items(), arrays, strict=True):

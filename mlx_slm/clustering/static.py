@@ -36,6 +36,9 @@ class StaticEncoder:
         from tokenizers import Tokenizer
 
         self.directory, self.long_windows = Path(directory), long_windows
+        for name in (TABLE, "config.json", "tokenizer.json"):
+            if not (self.directory / name).exists():
+                raise SlmError(f"{self.directory / name} is missing: a model2vec directory is needed")
         arrays = load_file(self.directory / TABLE)
         if "embeddings" not in arrays or "mapping" in arrays or "weights" in arrays:
             raise SlmError(

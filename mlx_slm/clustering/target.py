@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_slm.clustering.clusters import Clusters, ensure_clusters, far_windows
+from mlx_slm.clustering.clusters import Clusters, as_made, ensure_clusters, far_windows
 from mlx_slm.clustering.importance import Importance, histogram, importance, read_weights
 from mlx_slm.clustering.sampler import Stream
 from mlx_slm.config import Config, format_size
 from mlx_slm.errors import SlmError
 from mlx_slm.report import Report
-from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, text_needed
+from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, sources_of, text_needed
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.workspace import Workspace, fingerprint
 
@@ -33,14 +33,31 @@ class Target:
         return f"{self.domain}-{format_size(self.tokens) if self.tokens else 'all'}"
 
 
-def clusters_for(workspace: Workspace, config: Config, target: Target, report: Report) -> Clusters:
-    """Prepare the domain where that was not done, cluster the generic set, and assign the domain."""
+def check_target(workspace: Workspace, config: Config, target: Target) -> None:
+    """Raise SlmError, before any long work, for a domain that cannot be had or weights that make no sense."""
+    if target.weights:
+        read_weights(target.weights, config.clusters.k)
+        if config.clusters.smoothing:
+            raise SlmError("clusters.smoothing counts tokens and weights have none: set it to 0 with --weights")
+        return
     if target.domain == config.data.generic:
         raise SlmError(f"--domain {target.domain}: that is the generic set; importance sampling aims at another one")
+    sources_of(target.domain, [], workspace, config)
+
+
+def clusters_for(workspace: Workspace, config: Config, target: Target, report: Report) -> Clusters:
+    """Prepare the domain where that was not done, cluster the generic set, and assign the domain."""
     sets = [target.domain] if target.domain else []
     for domain in sets:
         ensure_set(workspace, domain, config, report, limit=text_needed(target.tokens or STREAMED_TOKENS))
-    return ensure_clusters(workspace, config, [config.clusters.k], sets, report)[0]
+        store = Store(workspace.data(domain, "train"))
+        first_windows(store, target.tokens, config.data.seed)
+        if store.context_length != config.data.context_length:
+            raise SlmError(
+                f"data/{domain} has windows of {store.context_length} tokens, the configuration asks for "
+                f"{config.data.context_length}: run `mlx-slm prepare {domain} --fresh`"
+            )
+    return ensure_clusters(workspace, as_made(workspace, config, report), [config.clusters.k], sets, report)[0]
 
 
 def importance_of(

@@ -87,7 +87,18 @@ def import_tokenizer(model: Path, directory: Path, inputs: dict) -> Tokenizer | 
                 shutil.copyfile(model / name, path / name)
         if not ours:
             info["eos_id"] = _end_of_text(model, settings)
+            if not settings:
+                _write_config(path, info["eos_id"])
     return open_tokenizer(directory)
+
+
+def _write_config(directory: Path, eos_id: int) -> None:
+    """A tokenizer_config.json for a model that has none, so that what is exported has one."""
+    import tokenizers
+
+    end = tokenizers.Tokenizer.from_file(str(directory / JSON_FILE)).id_to_token(eos_id)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end}
+    (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=1))
 
 
 def tokenizer_of(model: Path) -> set[str]:

@@ -119,8 +119,13 @@ def write_shard(texts: list[str], tokenizer: Tokenizer, path: Path) -> None:
         tokens[start : start + len(ids)] = ids
         tokens[start + len(ids)] = tokenizer.eos_id
         start += len(ids) + 1
+    save_shard(path, tokens=tokens, lengths=lengths, bytes=sum(len(text.encode()) for text in texts))
+
+
+def save_shard(path: Path, **arrays) -> None:
+    """Write arrays to an npz file, whole or not at all."""
     buffer = io.BytesIO()
-    np.savez(buffer, tokens=tokens, lengths=lengths, bytes=sum(len(text.encode()) for text in texts))
+    np.savez(buffer, **arrays)
     temporary = path.with_suffix(".new")
     with open(temporary, "wb") as file:
         file.write(buffer.getbuffer())

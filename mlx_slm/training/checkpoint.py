@@ -39,7 +39,15 @@ def save_arrays(path: Path, tree: dict, metadata: dict[str, str] | None = None) 
 
 def load_arrays(path: Path) -> dict:
     """Read safetensors as a nested dict of arrays."""
-    return tree_unflatten(list(mx.load(str(path)).items()))
+    return tree_unflatten(list(read_safetensors(path).items()))
+
+
+def read_safetensors(path: Path) -> dict[str, mx.array]:
+    """Arrays by name; raises SlmError, naming the file, for one that cannot be read."""
+    try:
+        return mx.load(str(path))
+    except RuntimeError as error:
+        raise SlmError(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def checkpoint_path(run: Path, step: int) -> Path:

@@ -7,10 +7,9 @@ name is refused.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from mlx_slm.errors import SlmError, nearest
 from mlx_slm.models.transformer import Shape, Transformer
 from mlx_slm.training import checkpoint
 from mlx_slm.training.trainer import State
-from mlx_slm.workspace import Workspace, fingerprint, read_json, write_json, write_text
+from mlx_slm.workspace import Workspace, alone, fingerprint, read_json, write_json, write_text
 
 IMPORTANCE = "importance.json"
 
@@ -98,16 +97,10 @@ class Run:
         return model
 
 
-@contextlib.contextmanager
-def alone_in(path: Path) -> Iterator[None]:
-    """Hold the lock of a run; a process loses it when it ends. Raises SlmError if another has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SlmError(f"run {path.name} is being trained by another process: wait, or give --name") from error
-        yield
+def alone_in(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of a run. Raises SlmError if another process has it."""
+    busy = f"run {path.name} is being trained by another process: wait, or give --name"
+    return alone(path.with_name(f".{path.name}.lock"), busy)
 
 
 def open_run(

@@ -8,12 +8,13 @@ import pytest
 
 from mlx_slm.clustering import lsi
 from mlx_slm.clustering.bert import SentenceEncoder
-from mlx_slm.clustering.encoder import find_directory, open_encoder
+from mlx_slm.clustering.encoder import choose_encoder, find_directory
 from mlx_slm.clustering.lsi import LsiEncoder, Words, weighted
 from mlx_slm.clustering.static import StaticEncoder, distil
 from mlx_slm.config import DEFAULT_ENCODER, ClustersConfig
 from mlx_slm.errors import SlmError
 from mlx_slm.report import Report
+from mlx_slm.text.store import Store
 from mlx_slm.workspace import Workspace
 
 
@@ -171,15 +172,35 @@ def test_tf_idf_is_the_formula():
     assert sorted(dense[0][dense[0] > 0]) == pytest.approx(sorted(both / np.linalg.norm(both))) and not dense[1].any()
 
 
-def test_a_fitted_encoder_is_kept_until_its_settings_change(tmp_path, prepared, store, tokenizer):
+def test_a_fitted_encoder_is_kept_until_its_settings_or_its_text_change(tmp_path, prepared, store, tokenizer):
     workspace = Workspace(tmp_path)
-    settings = ClustersConfig(encoder="lsi", dims=8)
-    first, facts = open_encoder(workspace, settings, store, tokenizer, Report())
-    before = (tmp_path / "encoder" / "lsi" / lsi.PROJECTION).stat().st_mtime_ns
-    _, again = open_encoder(workspace, settings, store, tokenizer, Report())
-    assert facts == again and (tmp_path / "encoder" / "lsi" / lsi.PROJECTION).stat().st_mtime_ns == before
-    other, changed = open_encoder(workspace, ClustersConfig(encoder="lsi", dims=9), store, tokenizer, Report())
-    assert (first.dims, other.dims) == (8, 9) and changed["weights"] != facts["weights"]
+
+    def choose(generic=store, **settings):
+        return choose_encoder(workspace, ClustersConfig(encoder="lsi", **settings), generic, tokenizer, Report())
+
+    first = choose(dims=8)
+    assert not (tmp_path / "encoder").exists(), "nothing is fitted before something must be embedded"
+    assert first.open().dims == 8
+    file = tmp_path / "encoder" / first.key / lsi.PROJECTION
+    before = file.stat().st_mtime_ns
+    assert choose(dims=8).open().dims == 8 and file.stat().st_mtime_ns == before
+    other = Store(prepared.data("notes", "train"))
+    assert len({choice.key for choice in (first, choose(dims=9), choose(dims=8, seed=1), choose(other, dims=8))}) == 4
+
+
+def test_an_encoder_in_a_directory_is_known_by_its_files(tmp_path, words, store, tokenizer):
+    directory, _ = tiny_encoder(tmp_path, words[:50])
+    copy = tmp_path / "elsewhere" / "encoder"
+    shutil.copytree(directory, copy)
+
+    def key(path):
+        settings = ClustersConfig(encoder=str(path))
+        return choose_encoder(Workspace(tmp_path / "w"), settings, store, tokenizer, Report()).key
+
+    assert key(directory) == key(copy)
+    pooling = copy / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"pooling_mode": "cls"}))
+    assert key(directory) != key(copy)
 
 
 def test_the_weights_of_the_default_encoder_are_pinned(minilm, tmp_path, monkeypatch):
@@ -204,6 +225,16 @@ def test_an_encoder_that_cannot_be_had_names_the_ways(monkeypatch):
         find_directory(DEFAULT_ENCODER)
     with pytest.raises(SlmError, match=r"'somewhere': no such directory; name a sentence-transformers"):
         find_directory("somewhere")
+    with pytest.raises(SlmError, match="foo/bar baz is not on this machine, and the Hub was not reached or does not"):
+        find_directory("foo/bar baz")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_model2vec_directory_that_lacks_a_file_is_named(static_directory, tmp_path, name):
+    shutil.copytree(static_directory, tmp_path / "m")
+    (tmp_path / "m" / name).unlink()
+    with pytest.raises(SlmError, match=f"{name} is missing: a model2vec directory is needed"):
+        StaticEncoder(tmp_path / "m")
 
 
 @pytest.mark.parametrize(
@@ -215,6 +246,8 @@ def test_an_encoder_that_cannot_be_had_names_the_ways(monkeypatch):
         ("config.json", {"num_hidden_layers": 3}, "does not fit its config.json"),
         ("model.safetensors", None, "is missing"),
         ("modules.json", None, "is missing"),
+        ("config.json", "{", "is damaged"),
+        ("model.safetensors", "x", "is not a whole safetensors file"),
     ],
 )
 def test_a_directory_that_cannot_be_read_is_named(tmp_path, words, file, change, message):
@@ -222,6 +255,8 @@ def test_a_directory_that_cannot_be_read_is_named(tmp_path, words, file, change,
     path = directory / file
     if change is None:
         path.unlink()
+    elif isinstance(change, str):
+        path.write_text(change)
     else:
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(SlmError, match=message) as caught:

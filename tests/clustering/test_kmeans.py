@@ -119,6 +119,25 @@ def test_an_empty_cluster_gets_the_farthest_point_of_the_largest(blobs):
     assert (states[0].centroids[2] == far).all()
 
 
+def test_after_an_empty_cluster_the_centroids_are_still_means(blobs):
+    start = np.concatenate([blobs[:28], np.full((2, 16), 900, np.float32)])
+    states = []
+    centroids, inertia = kmeans(blobs, 30, tolerance=0.0, state=State(centroids=start), on_iteration=states.append)
+    assert len(states) > 3 and (np.bincount(states[0].assignments, minlength=30) == 0).sum() == 2
+    for state in states[1:]:
+        sums = np.stack([blobs[state.assignments == c].astype(np.float64).sum(axis=0) for c in range(30)])
+        np.testing.assert_allclose(state.sums, sums, rtol=1e-4, atol=1e-3)
+    assert inertia == pytest.approx(inertia_of(blobs, centroids), rel=1e-5)
+
+
+def test_stopped_by_the_limit_the_inertia_is_of_what_is_returned(blobs):
+    states = []
+    centroids, inertia = kmeans(blobs, 30, seed=1, iterations=3, tolerance=0.0, on_iteration=states.append)
+    assert len(states) == 3 and inertia == pytest.approx(inertia_of(blobs, centroids), rel=1e-5)
+    again = kmeans(blobs, 30, seed=1, iterations=3, tolerance=0.0, state=states[-1])
+    assert (again[0] == centroids).all() and again[1] == inertia, "resumed at the limit"
+
+
 def test_fewer_distinct_points_than_clusters_leaves_clusters_empty():
     points = np.repeat(np.eye(3, dtype=np.float32), 5, axis=0)
     centroids, inertia = kmeans(points, 6, seed=0)
