@@ -88,9 +88,15 @@ class Clusters:
 
 
 def ensure_clusters(
-    workspace: Workspace, config: Config, counts: list[int], sets: list[str], report: Report, fresh: bool = False
+    workspace: Workspace,
+    config: Config,
+    counts: list[int],
+    sets: list[str],
+    report: Report,
+    fresh: bool = False,
+    splits: tuple[str, ...] = SPLITS,
 ) -> list[Clusters]:
-    """Embed and cluster the generic set into each number of clusters, and assign all splits of it and of `sets`.
+    """Embed and cluster the generic set into each number of clusters, and assign the splits of it and of `sets`.
 
     Prepares the generic set if that was not done. What is there and was made from the same inputs is kept. Raises
     SlmError where centroids were made from others, unless `fresh`.
@@ -115,7 +121,7 @@ def ensure_clusters(
         embeddings = embed(workspace, generic, "train", store, choice, tokenizer, report)
         made = [_ensure_centroids(workspace, k, embeddings, settings, report, fresh) for k in counts]
         for name in dict.fromkeys([generic, *sets]):
-            for split in SPLITS:
+            for split in splits:
                 held = Store(workspace.require_set(name, split))
                 held.require_tokenizer(tokenizer)
                 missing = [c for c in made if not _is_assigned(c, name, split, held)]

@@ -57,7 +57,8 @@ def clusters_for(workspace: Workspace, config: Config, target: Target, report: R
                 f"data/{domain} has windows of {store.context_length} tokens, the configuration asks for "
                 f"{config.data.context_length}: run `mlx-slm prepare {domain} --fresh`"
             )
-    return ensure_clusters(workspace, as_made(workspace, config, report), [config.clusters.k], sets, report)[0]
+    used = as_made(workspace, config, report)
+    return ensure_clusters(workspace, used, [config.clusters.k], sets, report, splits=("train",))[0]
 
 
 def importance_of(
