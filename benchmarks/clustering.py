@@ -145,8 +145,8 @@ def encoder_ours(options, turn) -> None:
     from mlx_slm.clustering.encoder import find_directory
     from mlx_slm.config import DEFAULT_ENCODER
 
-    encoder, texts = SentenceEncoder(find_directory(DEFAULT_ENCODER), "start"), windows()
-    turn.serve(lambda: encoder.encode(texts), peak=mx.get_peak_memory)
+    encoder = SentenceEncoder(find_directory(DEFAULT_ENCODER), "start")
+    turn.serve(lambda: encoder.encode(options.texts), peak=mx.get_peak_memory)
 
 
 def encoder_sentence_transformers(options, turn) -> None:
@@ -155,8 +155,8 @@ def encoder_sentence_transformers(options, turn) -> None:
     from mlx_slm.clustering.encoder import find_directory
     from mlx_slm.config import DEFAULT_ENCODER
 
-    model, texts = SentenceTransformer(str(find_directory(DEFAULT_ENCODER)), device="cpu"), windows()
-    turn.serve(lambda: model.encode(texts, show_progress_bar=False))
+    model = SentenceTransformer(str(find_directory(DEFAULT_ENCODER)), device="cpu")
+    turn.serve(lambda: model.encode(options.texts, show_progress_bar=False))
 
 
 KMEANS = {
@@ -184,6 +184,7 @@ def main() -> None:
         rows += records("kmeans", size, found, "mlx-slm", options.points * options.iterations / 1e6, "M points/s")
         show(rows, "mlx-slm")
     if options.only != "kmeans":
+        options.texts = windows()
         found = play(ENCODERS, options, options.rounds)
         made = records("encoder", f"{TEXTS} texts of 600 characters", found, "mlx-slm", TEXTS, "texts/s")
         show(made, "mlx-slm")

@@ -82,15 +82,15 @@ def kmeans(
 
 def _lloyd(points: mx.array, squares: float, state: State, iterations: int, tolerance: float, on_iteration) -> State:
     while True:
-        assignments, scores = nearest(points, state.centroids)
-        inertia = max(0.0, squares - 2 * float(scores.sum(dtype=np.float64)))
+        assignments, _ = nearest(points, state.centroids, with_scores=False)
+        sums = _moved_sums(points, assignments, state)
+        counts = np.bincount(assignments, minlength=len(state.centroids))
+        inertia = _inertia(squares, sums, counts, state.centroids)
         converged = state.iteration > 0 and state.inertia - inertia <= tolerance * inertia
         if converged or state.iteration >= iterations:
             return replace(state, inertia=inertia)
-        sums = _moved_sums(points, assignments, state)
-        counts = np.bincount(assignments, minlength=len(state.centroids))
         centroids = (sums / np.maximum(counts, 1)[:, None]).astype(np.float32)
-        reseed_empty(centroids, counts, points, assignments, scores)
+        reseed_empty(centroids, counts, points, assignments)
         state = replace(
             state,
             iteration=state.iteration + 1,
@@ -102,55 +102,67 @@ def _lloyd(points: mx.array, squares: float, state: State, iterations: int, tole
         on_iteration(state)
 
 
+def _inertia(squares: float, sums: np.ndarray, counts: np.ndarray, centroids: np.ndarray) -> float:
+    """sum |x - c|^2 = sum |x|^2 - 2 sum_c (sum of its points).c + sum_c n_c |c|^2, without a pass over the points."""
+    wide = centroids.astype(np.float64)
+    return max(0.0, squares - 2 * float((sums * wide).sum()) + float(counts @ (wide**2).sum(axis=1)))
+
+
 def _moved_sums(points: mx.array, assignments: np.ndarray, state: State) -> np.ndarray:
     """The points of each cluster added up, fp32 [k, dims]; only what moved is added and taken away if that is less."""
     k = len(state.centroids)
     if state.assignments is None:
-        return _sums(points, None, assignments, k)
+        return _sums(points, assignments, k)
     moved = np.flatnonzero(assignments != state.assignments)
     if 2 * len(moved) >= len(assignments):
-        return _sums(points, None, assignments, k)
-    if not len(moved):
-        return state.sums
-    change = _sums(points, moved, assignments[moved], k) - _sums(points, moved, state.assignments[moved], k)
-    return state.sums + change
+        return _sums(points, assignments, k)
+    return state.sums + _sums(points, assignments, k, moved, state.assignments)
 
 
-def _sums(points: mx.array, chosen: np.ndarray | None, assignments: np.ndarray, k: int) -> np.ndarray:
-    """Points (all, or those chosen, with their assignments) added up per cluster, fp32 [k, dims]."""
+def _sums(
+    points: mx.array, assignments: np.ndarray, k: int, moved: np.ndarray | None = None, before: np.ndarray | None = None
+) -> np.ndarray:
+    """Points added up per cluster, fp32 [k, dims]; of `moved` ones the change from where they were `before`."""
+    count = len(assignments) if moved is None else len(moved)
 
     def part(lane: int, where: slice) -> mx.array:
-        rows = points[where] if chosen is None else points[mx.array(chosen[where])]
-        return mx.zeros((k, points.shape[1])).at[mx.array(assignments[where])].add(rows)
+        zeros = mx.zeros((k, points.shape[1]))
+        if moved is None:
+            return zeros.at[mx.array(assignments[where])].add(points[where])
+        chosen = moved[where]
+        rows = points[mx.array(chosen)]
+        gained = zeros.at[mx.array(assignments[chosen])].add(rows)
+        return gained - zeros.at[mx.array(before[chosen])].add(rows)
 
-    size = min(SUMMED_POINTS, -(-len(assignments) // len(runtime.lanes())))
-    chunks = (slice(start, min(start + size, len(assignments))) for start in range(0, len(assignments), size))
+    size = max(1, min(SUMMED_POINTS, -(-count // len(runtime.lanes()))))
     total = np.zeros((k, points.shape[1]), np.float32)
+    chunks = (slice(start, min(start + size, count)) for start in range(0, count, size))
     for _, found in runtime.in_lanes(chunks, part):
         total += np.array(found)
     return total
 
 
-def nearest(points: mx.array, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (assignments int32 [n], scores fp32 [n]: x.c - |c|^2 / 2 of the nearest)."""
+def nearest(points: mx.array, centroids: np.ndarray, with_scores: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return (assignments int32 [n], scores fp32 [n]: x.c - |c|^2 / 2 of the nearest, or None)."""
     turned, bias = mx.array(centroids.T), mx.array(-0.5 * (centroids**2).sum(axis=1))
     size = max(1, chunk_scores() // len(centroids))
-    assignments, scores = np.empty(len(points), np.int32), np.empty(len(points), np.float32)
+    assignments = np.empty(len(points), np.int32)
+    scores = np.empty(len(points), np.float32) if with_scores else None
 
-    def best(lane: int, where: slice) -> tuple[mx.array, mx.array]:
+    def best(lane: int, where: slice) -> tuple[mx.array, ...]:
         found = mx.addmm(bias, points[where], turned)
         place = mx.argmax(found, axis=-1)
-        return place.astype(mx.int32), mx.take_along_axis(found, place[:, None], axis=-1)[:, 0]
+        return (place, mx.take_along_axis(found, place[:, None], axis=-1)[:, 0]) if with_scores else (place,)
 
     chunks = (slice(start, min(start + size, len(points))) for start in range(0, len(points), size))
-    for where, (place, score) in runtime.in_lanes(chunks, best):
-        assignments[where], scores[where] = place, score
+    for where, (place, *score) in runtime.in_lanes(chunks, best):
+        assignments[where] = place
+        if with_scores:
+            scores[where] = score[0]
     return assignments, scores
 
 
-def reseed_empty(
-    centroids: np.ndarray, counts: np.ndarray, points: mx.array, assignments: np.ndarray, scores: np.ndarray
-) -> None:
+def reseed_empty(centroids: np.ndarray, counts: np.ndarray, points: mx.array, assignments: np.ndarray) -> None:
     """Put the centroid of each empty cluster onto the farthest point of the largest cluster, in place.
 
     The next assignment moves that point, and with it the sums.
@@ -162,7 +174,7 @@ def reseed_empty(
             return
         members = np.flatnonzero(assignments == largest)
         own = np.array(points[mx.array(members)])
-        distances = np.einsum("nd,nd->n", own, own) - 2 * scores[members]
+        distances = np.square(own - centroids[largest]).sum(axis=1)
         farthest = members[int(distances.argmax())]
         centroids[empty] = np.array(points[int(farthest)])
         assignments[farthest] = empty
