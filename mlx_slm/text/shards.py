@@ -31,7 +31,8 @@ def start_shards(partial: Path, plan: dict, report: Report) -> None:
     record = partial / "plan.json"
     if record.exists() and read_json(record) == plan:
         done = len(list(partial.glob("*.npz")))
-        report.line(f"resuming: {done} finished shards are kept")
+        if done:
+            report.line(f"resuming: {done} finished shards are kept")
         return
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
