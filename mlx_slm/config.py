@@ -153,6 +153,31 @@ class ModelConfig(Section):
         return self
 
 
+class ProjectionConfig(Section):
+    """The projected network (section 2.5), SLM-pn."""
+
+    k: PositiveSize = 32
+    """Experts, one per cluster. Paper: 32 (16 and 64 are studied)."""
+    h: PositiveSize = 32
+    """Capacity multiplier: tensors that the experts of a matrix are combined from. Paper: inferred h = k."""
+    m: PositiveSize | None = None
+    """Size of an expert's vector. Default: h. Not specified by the paper."""
+    layers: list[int] | None = None
+    """Layers whose MLPs are projected. Default: all. Paper: inferred the middle five of seven."""
+    init: Literal["anchored", "random"] = "anchored"
+    """Whether all experts begin as one model or far apart. Not specified by the paper."""
+    spread: float = Field(0.02, ge=0)
+    """Standard deviation of the coefficients that pull anchored experts apart. Not specified by the paper."""
+    clusters_per_step: PositiveSize = 4
+    """Groups of rows in a step, each of one cluster. Not specified by the paper."""
+
+    @model_validator(mode="after")
+    def check_anchor(self) -> ProjectionConfig:
+        if self.init == "anchored" and self.m not in (None, self.h):
+            raise ValueError(f"init anchored needs m = h, and m is {self.m}, h is {self.h}")
+        return self
+
+
 class TrainingConfig(Section):
     """Pretraining. Exactly one of steps, tokens, passes and hours is the horizon."""
 
@@ -257,6 +282,8 @@ class Config(Section):
     """The small model (SLM)."""
     large: ModelConfig = ModelConfig(num_layers=7, dims=2816, num_heads=22)
     """The large model (LLM) of the same tokenizer."""
+    projection: ProjectionConfig = ProjectionConfig()
+    """The projected network (SLM-pn) around the small model."""
     training: TrainingConfig = TrainingConfig(hours=8)
     finetuning: FinetuningConfig = FinetuningConfig()
 

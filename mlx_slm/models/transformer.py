@@ -70,6 +70,17 @@ class Shape:
         return asdict(self)
 
 
+class Linear(nn.Linear):
+    """A linear layer whose weight may be a stack [groups, out, in]: then each group of rows has its own."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.weight.ndim == 2:
+            return super().__call__(x)
+        grouped = x.reshape(self.weight.shape[0], -1, x.shape[-1]) @ self.weight.swapaxes(-1, -2)
+        out = grouped.reshape(*x.shape[:-1], -1)
+        return out + self.bias if "bias" in self else out
+
+
 class LlamaAttention(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
@@ -92,9 +103,9 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
-        self.gate_proj = nn.Linear(shape.dims, shape.hidden_dims, bias=False)
-        self.up_proj = nn.Linear(shape.dims, shape.hidden_dims, bias=False)
-        self.down_proj = nn.Linear(shape.hidden_dims, shape.dims, bias=False)
+        self.gate_proj = Linear(shape.dims, shape.hidden_dims, bias=False)
+        self.up_proj = Linear(shape.dims, shape.hidden_dims, bias=False)
+        self.down_proj = Linear(shape.hidden_dims, shape.dims, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -142,8 +153,8 @@ class GPT2Attention(nn.Module):
 class GPT2MLP(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
-        self.c_fc = nn.Linear(shape.dims, shape.hidden_dims)
-        self.c_proj = nn.Linear(shape.hidden_dims, shape.dims)
+        self.c_fc = Linear(shape.dims, shape.hidden_dims)
+        self.c_proj = Linear(shape.hidden_dims, shape.dims)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.c_proj(gelu(self.c_fc(x)))

@@ -1,0 +1,109 @@
+"""The projected network (section 2.5): k experts whose MLPs are linear combinations of h shared tensors.
+
+    W^(l,i)[a, b] = sum_q sum_r  E[i, q] * M^(l)[q, r] * T^(l)[r, a, b]
+
+E is [k, m] (one row per expert, shared by all projected matrices), M^(l) is [m, h], and T^(l) is [h, d_out, d_in] and
+holds nearly all parameters. Everything else is shared by all experts. `expert` gives the parameters of a plain
+transformer: an expert costs no more at inference than the small model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_slm.config import ProjectionConfig
+from mlx_slm.models.transformer import Shape, initialise
+
+MATRICES = {
+    "gpt2": ("model.h.{}.mlp.c_fc", "model.h.{}.mlp.c_proj"),
+    "llama": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj", "model.layers.{}.mlp.down_proj"),
+}
+
+
+@dataclass(frozen=True)
+class ProjectedShape:
+    """Everything that decides a projected network's tensors; h, k and m as in the paper."""
+
+    base: Shape
+    h: int
+    k: int
+    m: int
+    layers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: ProjectionConfig, base: Shape) -> ProjectedShape:
+        layers = range(base.num_layers) if config.layers is None else config.layers
+        return cls(base, config.h, config.k, config.m or config.h, tuple(layers))
+
+    @property
+    def matrices(self) -> list[str]:
+        """Names of the projected matrices among a plain transformer's parameters."""
+        return [f"{name.format(layer)}.weight" for layer in self.layers for name in MATRICES[self.base.family]]
+
+    @property
+    def num_parameters(self) -> int:
+        """The exact count, without making the network."""
+        matrices = len(self.matrices)
+        size = self.base.dims * self.base.hidden_dims
+        return self.base.num_parameters + matrices * (size * (self.h - 1) + self.m * self.h) + self.k * self.m
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"layers": list(self.layers)}
+
+
+def initialise_network(shape: ProjectedShape, config: ProjectionConfig, seed: int) -> dict:
+    """Fresh fp32 parameters: `{"shared": {...}, "E": [k, m], "M": {name: [m, h]}, "T": {name: [h, out, in]}}`.
+
+    `anchored`: every expert has coefficient 1 on T[0], which is the plain small model, and small random ones on T[1..],
+    which are zero: at step 0 every expert is the small model, and training pulls them apart. An expert alone sees few
+    tokens, so experts that begin far apart learn less than one model would (NOTES). `random`: E and T as a linear layer
+    would have them, with W_i of the usual scale.
+    """
+    plain = dict(tree_flatten(initialise(shape.base, seed)))
+    keys = mx.random.split(mx.random.key(seed + 1), 1 + len(shape.matrices))
+    h, k, m = shape.h, shape.k, shape.m
+    noise = mx.random.normal((k, m), key=keys[0])
+    anchored = config.init == "anchored"
+    E = mx.concatenate([mx.ones((k, 1)), config.spread * noise[:, 1:]], axis=1) if anchored else noise * m**-0.5
+    M, T = {}, {}
+    for name, key in zip(shape.matrices, keys[1:], strict=True):
+        first = plain.pop(name)
+        M[name] = mx.eye(m, h)
+        rest = (h - 1, *first.shape)
+        scale = 0.0 if anchored else mx.std(first).item()
+        T[name] = mx.concatenate([first[None], scale * mx.random.normal(rest, key=key)])
+    return {"shared": tree_unflatten(list(plain.items())), "E": E, "M": M, "T": T}
+
+
+def coefficients(parameters: dict, experts: mx.array) -> dict[str, mx.array]:
+    """c = e M of each projected matrix, {name: [groups, h]}, for rows e of E: [groups, m]."""
+    return {name: experts @ M for name, M in parameters["M"].items()}
+
+
+def combined(tensors: mx.array, c: mx.array) -> mx.array:
+    """sum_r c[:, r] T[r]: [groups, out, in] of T [h, out, in] and c [groups, h], in one product."""
+    h, out, inner = tensors.shape
+    return (c @ tensors.reshape(h, out * inner)).reshape(-1, out, inner)
+
+
+def stacked(parameters: dict, ids: mx.array) -> dict:
+    """Parameters of a transformer whose projected matrices are stacks [groups, out, in], one per group of rows.
+
+    ids: int [groups], the expert of each group. The rows of a batch are then the groups, one after the other.
+    """
+    found = coefficients(parameters, parameters["E"][ids])
+    weights = [(name, combined(parameters["T"][name], c)) for name, c in found.items()]
+    return tree_unflatten(tree_flatten(parameters["shared"]) + weights)
+
+
+def expert(parameters: dict, which: int | np.ndarray) -> dict:
+    """Parameters of a plain transformer: expert i, or that of a histogram p over clusters, E_p = sum_i p_i E_i."""
+    E = parameters["E"]
+    row = E[which] if isinstance(which, int) else mx.array(np.asarray(which, np.float32)) @ E
+    found = coefficients(parameters, row[None])
+    weights = [(name, combined(parameters["T"][name], c)[0]) for name, c in found.items()]
+    return tree_unflatten(tree_flatten(parameters["shared"]) + weights)

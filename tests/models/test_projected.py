@@ -1,0 +1,124 @@
+"""The projected network: the paper's counts, and its identities with plain small models."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_slm.config import Config, ModelConfig, ProjectionConfig, find_config, load_config
+from mlx_slm.models.projected import ProjectedShape, expert, initialise_network, stacked
+from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.training.loss import linear_cross_entropy
+
+
+@pytest.mark.parametrize(("h", "millions"), [(16, 756), (32, 1422), (64, 2770)])
+def test_the_papers_counts(h, millions):
+    config = load_config(find_config("paper"))
+    base = Shape.of(config.model, config.tokenizer.vocab_size, config.data.context_length)
+    projection = config.projection.model_copy(update={"h": h, "k": h})
+    assert ProjectedShape.of(projection, base).num_parameters == pytest.approx(millions * 1e6, rel=0.01)
+
+
+def make(family="gpt2", **changes):
+    base = Shape.of(ModelConfig(family=family, num_layers=3, dims=32, num_heads=4), 60, 16)
+    config = ProjectionConfig(**{"h": 4, "k": 5, "layers": [0, 2]} | changes)
+    shape = ProjectedShape.of(config, base)
+    return shape, initialise_network(shape, config, 0)
+
+
+def apart(parameters):
+    """Far apart, so that an identity cannot hold by chance."""
+    keys = mx.random.split(mx.random.key(9), 3)
+    E = mx.random.normal(parameters["E"].shape, key=keys[0])
+    M = {n: mx.random.normal(v.shape, key=keys[1]) for n, v in parameters["M"].items()}
+    T = {n: v + 0.05 * mx.random.normal(v.shape, key=keys[2]) for n, v in parameters["T"].items()}
+    return parameters | {"E": E, "M": M, "T": T}
+
+
+def plain(shape, parameters):
+    model = Transformer(shape.base)
+    model.update(parameters)
+    return model
+
+
+def rows(count, seed=0):
+    return mx.array(np.random.default_rng(seed).integers(0, 60, (count, 17)))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_count_is_that_of_the_tensors(family):
+    shape, parameters = make(family)
+    assert shape.num_parameters == sum(value.size for _, value in tree_flatten(parameters))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_anchored_every_expert_begins_as_the_small_model(family):
+    shape, parameters = make(family)
+    tokens = rows(2)[:, :16]
+    small = plain(shape, initialise(shape.base, 0)).logits(tokens)
+    for i in range(5):
+        assert mx.array_equal(plain(shape, expert(parameters, i)).logits(tokens), small)
+    assert len(np.unique(np.array(parameters["E"])[:, 1])) == 5, "but their coefficients differ"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_network_on_a_cluster_is_that_clusters_expert(family):
+    shape, parameters = make(family)
+    parameters = apart(parameters)
+    ids, tokens = [3, 0, 3], rows(6)[:, :16]
+    together = plain(shape, stacked(parameters, mx.array(ids))).logits(tokens)
+    for group, i in enumerate(ids):
+        alone = plain(shape, expert(parameters, i)).logits(tokens[2 * group : 2 * group + 2])
+        np.testing.assert_allclose(np.array(together[2 * group : 2 * group + 2]), np.array(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_a_histogram_of_one_cluster_is_its_expert():
+    shape, parameters = make()
+    parameters = apart(parameters)
+    for (name, one), (_, other) in zip(
+        tree_flatten(expert(parameters, np.eye(5)[2])), tree_flatten(expert(parameters, 2)), strict=True
+    ):
+        np.testing.assert_allclose(np.array(one), np.array(other), atol=1e-6, err_msg=name)
+    mean = dict(tree_flatten(expert(parameters, np.full(5, 0.2))))
+    every = [dict(tree_flatten(expert(parameters, i))) for i in range(5)]
+    for name in shape.matrices:
+        np.testing.assert_allclose(np.array(mean[name]), np.mean([np.array(e[name]) for e in every], axis=0), atol=1e-6)
+
+
+def loss_of(shape, parameters, tokens):
+    model = plain(shape, parameters)
+    hidden = model(tokens[:, :-1])
+    targets = tokens[:, 1:].reshape(-1)
+    return linear_cross_entropy(hidden.reshape(-1, 32), model.head, targets, mx.ones(targets.shape))
+
+
+def test_the_hard_mixture_is_the_special_case_h_k_e_i_m_i():
+    """W_i = T[i]: the loss and the gradient of T[i] are a plain model's, and those of absent clusters are zero."""
+    shape, parameters = make(h=5, k=5)
+    parameters = apart(parameters) | {"E": mx.eye(5), "M": {name: mx.eye(5) for name in parameters["M"]}}
+    tokens, ids = rows(4), mx.array([1, 4])
+
+    def network_loss(T):
+        return loss_of(shape, stacked(parameters | {"T": T}, ids), tokens)
+
+    total, dT = mx.value_and_grad(network_loss)(parameters["T"])
+    losses = []
+    for group, i in enumerate([1, 4]):
+        own = dict(tree_flatten(parameters["shared"])) | {name: T[i] for name, T in parameters["T"].items()}
+        for name, value in tree_flatten(expert(parameters, i)):
+            assert mx.array_equal(value, own[name]), name
+        part = tokens[2 * group : 2 * group + 2]
+        loss, gradient = mx.value_and_grad(lambda p, part=part: loss_of(shape, p, part))(expert(parameters, i))
+        losses.append(loss.item())
+        flat = dict(tree_flatten(gradient))
+        for name in shape.matrices:
+            np.testing.assert_allclose(np.array(dT[name][i]), np.array(flat[name]), atol=2e-5, err_msg=name)
+    assert total.item() == pytest.approx(sum(losses), rel=1e-6)
+    for name in shape.matrices:
+        assert not np.array(dT[name])[[0, 2, 3]].any()
+
+
+def test_anchored_needs_m_to_be_h():
+    with pytest.raises(ValueError, match="init anchored needs m = h"):
+        ProjectionConfig(h=4, m=3)
+    assert ProjectionConfig(h=4, m=3, init="random").m == 3 and Config().projection.h == 32
