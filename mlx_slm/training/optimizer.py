@@ -43,27 +43,37 @@ class AdamW:
         is not finite leaves parameters and moments as they are and adds one to `bad`.
         """
         norm = global_norm(gradients) / total
-        good = mx.isfinite(norm) & mx.isfinite(loss)
-        scale = mx.minimum(1.0, self.clip_norm / mx.maximum(norm, 1e-30)) / total
-        updates = state["updates"] + good.astype(mx.int32)
-        b1, b2 = self.betas
-        t = mx.maximum(updates, 1).astype(mx.float32)
-        step_size = rate / (1 - b1**t)
-        root = mx.sqrt(1 - b2**t)
-
-        def one(p, m, v, g):
-            g = g * scale
-            new_m = b1 * m + (1 - b1) * g
-            new_v = b2 * v + (1 - b2) * mx.square(g)
-            decay = self.weight_decay * rate if p.ndim > 1 else 0.0
-            new_p = p - decay * p - step_size * new_m / (mx.sqrt(new_v) / root + self.eps)
-            return mx.where(good, new_p, p), mx.where(good, new_m, m), mx.where(good, new_v, v)
-
-        moved = tree_map(one, parameters, state["m"], state["v"], gradients)
+        now = self.now(state, norm, total, loss, rate)
+        moved = tree_map(lambda *leaves: self.moved(*leaves, now), parameters, state["m"], state["v"], gradients)
         is_leaf = lambda x: isinstance(x, tuple)  # noqa: E731
-        pick = [tree_map(lambda x, i=i: x[i], moved, is_leaf=is_leaf) for i in range(3)]
-        bad = mx.where(good, 0, state["bad"] + 1)
-        return pick[0], {"m": pick[1], "v": pick[2], "updates": updates, "bad": bad}, norm
+        p, m, v = (tree_map(lambda x, i=i: x[i], moved, is_leaf=is_leaf) for i in range(3))
+        return p, {"m": m, "v": v, "updates": now["updates"], "bad": now["bad"]}, norm
+
+    def now(self, state: dict, norm: mx.array, total: mx.array, loss: mx.array, rate: mx.array) -> dict:
+        """The numbers of this step that every tensor's update needs."""
+        good = mx.isfinite(norm) & mx.isfinite(loss)
+        updates = state["updates"] + good.astype(mx.int32)
+        t = mx.maximum(updates, 1).astype(mx.float32)
+        return {
+            "good": good,
+            "scale": mx.minimum(1.0, self.clip_norm / mx.maximum(norm, 1e-30)) / total,
+            "rate": rate,
+            "step_size": rate / (1 - self.betas[0] ** t),
+            "root": mx.sqrt(1 - self.betas[1] ** t),
+            "updates": updates,
+            "bad": mx.where(good, 0, state["bad"] + 1),
+        }
+
+    def moved(self, p: mx.array, m: mx.array, v: mx.array, g: mx.array, now: dict, factor: float = 1.0) -> tuple:
+        """(parameter, moments) of one tensor after its step, at `factor` times the rate; as they were if not `good`."""
+        b1, b2 = self.betas
+        g = g * now["scale"]
+        new_m = b1 * m + (1 - b1) * g
+        new_v = b2 * v + (1 - b2) * mx.square(g)
+        decay = self.weight_decay * now["rate"] * factor if p.ndim > 1 else 0.0
+        new_p = p - decay * p - now["step_size"] * factor * new_m / (mx.sqrt(new_v) / now["root"] + self.eps)
+        good = now["good"]
+        return mx.where(good, new_p, p), mx.where(good, new_m, m), mx.where(good, new_v, v)
 
 
 def global_norm(tree: dict) -> mx.array:

@@ -1,0 +1,150 @@
+"""One training step of a projected network: groups of rows, each through its cluster's expert, in one compiled graph.
+
+Per projected matrix, C = E[ids] M gives stacked weights W = C T [groups, out, in]; the gradient with respect to them,
+dW, is all that the backward pass makes. The rest follows by the chain rule, one matrix at a time:
+
+    dT = C^T dW      |dT|^2 = sum((C C^T) * (dW dW^T))      dC = dW T^T      dM = E[ids]^T dC      dE[ids] += dC M^T
+
+dT of all matrices would double the memory of the network; of one matrix at a time it does not (DESIGN).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_slm import runtime
+from mlx_slm.models.projected import coefficients, combined
+from mlx_slm.models.transformer import Transformer
+from mlx_slm.training.loss import linear_cross_entropy
+from mlx_slm.training.optimizer import AdamW, global_norm
+
+
+class ProjectedStep:
+    """Moves `parameters` ({"shared", "E", "M", "T"}, fp32) and `moments` by one batch at a time.
+
+    A micro-batch is `micro_groups` groups. T learns at `tensor_rate` times the rate: Adam moves W_i by about
+    rate * sum_r |c_ir| a step.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: AdamW,
+        micro_groups: int,
+        parameters: dict,
+        moments: dict | None = None,
+        tensor_rate: float = 1.0,
+    ):
+        self.model, self.micro_groups, self.optimizer, self.tensor_rate = model, micro_groups, optimizer, tensor_rate
+        self.parameters, self.moments = parameters, moments or optimizer.init(parameters)
+        self.dtype = runtime.compute_dtype()
+        streams = runtime.lanes() if micro_groups >= len(runtime.lanes()) else runtime.lanes()[:1]
+        self._lanes = [(stream, mx.compile(self._loss_and_gradients)) for stream in streams]
+        self._add = mx.compile(lambda a, b: tree_map(mx.add, a, b))
+        self._chain = mx.compile(self._chain_rule)
+        self._small = mx.compile(self._update_small)
+        self._tensor = mx.compile(self._update_tensor)
+
+    def __call__(
+        self, tokens: np.ndarray, weights: np.ndarray, rate: float, clusters: np.ndarray
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """One step on tokens int [B, T+1] with target weights fp32 [B, T]; clusters int [groups], rows in their order.
+
+        Returns (sum of losses, norm of the mean gradient, non-finite steps in a row).
+        """
+        groups, rows = len(clusters), len(tokens) // len(clusters)
+        ids = mx.array(clusters)
+        E, M, T = (self.parameters[part] for part in "EMT")
+        C = coefficients(self.parameters, E[ids])
+        loss = shared = None
+        stacks: dict[str, list[mx.array]] = {name: [] for name in T}
+        for start in range(0, groups, self.micro_groups):
+            chosen = np.arange(start, min(start + self.micro_groups, groups))
+            for part, (stream, gradients_of) in zip(np.array_split(chosen, len(self._lanes)), self._lanes, strict=True):
+                where = slice(part[0], part[-1] + 1)
+                batch = slice(part[0] * rows, (part[-1] + 1) * rows)
+                own = {name: c[where] for name, c in C.items()}
+                with mx.stream(stream):
+                    one, found, dW = gradients_of(
+                        self.parameters["shared"], T, own, mx.array(tokens[batch]), mx.array(weights[batch])
+                    )
+                loss, shared = (one, found) if loss is None else (loss + one, self._add(shared, found))
+                for name, value in dW.items():
+                    stacks[name].append(value)
+            if self.micro_groups < groups:
+                mx.async_eval(loss, shared, stacks)
+        dW = {name: mx.concatenate(parts) for name, parts in stacks.items()}
+        dE, dM, norm = self._chain(E, M, T, C, dW, ids, shared)
+        total, rate = mx.array(float(weights.sum())), mx.array(rate)
+        gradients = {"shared": shared, "E": dE, "M": dM}
+        mx.eval(dW, dE, dM, shared, norm, loss)
+        small, moments, norm, now = self._small(
+            self._without_tensors(self.parameters), *self._small_moments(), gradients, norm, total, loss, rate
+        )
+        mx.eval(small, moments, now)
+        m, v = (self.moments[part]["T"] for part in "mv")
+        for name in list(T):
+            T[name], m[name], v[name] = self._tensor(T[name], m[name], v[name], C[name], dW.pop(name), now)
+            mx.eval(T[name], m[name], v[name])
+        self.parameters = small | {"T": T}
+        self.moments = {
+            "m": moments["m"] | {"T": m},
+            "v": moments["v"] | {"T": v},
+            "updates": now["updates"],
+            "bad": now["bad"],
+        }
+        return loss, norm, now["bad"]
+
+    def sharing_cores(self) -> AbstractContextManager:
+        """Enter this around a run of steps."""
+        return runtime.sharing_cores(len(self._lanes))
+
+    @staticmethod
+    def _without_tensors(tree: dict) -> dict:
+        return {part: tree[part] for part in ("shared", "E", "M")}
+
+    def _small_moments(self) -> tuple[dict, dict, mx.array, mx.array]:
+        m, v = (self._without_tensors(self.moments[part]) for part in "mv")
+        return m, v, self.moments["updates"], self.moments["bad"]
+
+    def _loss_and_gradients(self, shared: dict, T: dict, C: dict, tokens: mx.array, weights: mx.array):
+        def loss(shared, stacks):
+            parameters = tree_unflatten(tree_flatten(shared) + list(stacks.items()))
+            self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
+            hidden = self.model(tokens[:, :-1])
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            return linear_cross_entropy(flat, self.model.head, tokens[:, 1:].reshape(-1), weights.reshape(-1))
+
+        stacks = {name: combined(T[name], c) for name, c in C.items()}
+        value, (d_shared, d_stacks) = mx.value_and_grad(loss, argnums=(0, 1))(shared, stacks)
+        return value, d_shared, d_stacks
+
+    @staticmethod
+    def _chain_rule(E, M, T, C, dW, ids, shared):
+        """(dE, dM, global norm of all gradients, those of T from Gram matrices)."""
+        rows, dE_rows, dM, squares = E[ids], 0.0, {}, []
+        for name in sorted(T):
+            flat = dW[name].reshape(len(ids), -1)
+            dC = flat @ T[name].reshape(len(T[name]), -1).T
+            dM[name] = rows.T @ dC
+            dE_rows = dE_rows + dC @ M[name].T
+            squares.append(((C[name] @ C[name].T) * (flat @ flat.T)).sum())
+        dE = mx.zeros_like(E).at[ids].add(dE_rows)
+        small = global_norm({"shared": shared, "E": dE, "M": dM})
+        return dE, dM, mx.sqrt(mx.square(small) + mx.stack(squares).sum())
+
+    def _update_small(self, parameters, m, v, updates, bad, gradients, norm, total, loss, rate):
+        norm = norm / total
+        now = self.optimizer.now({"updates": updates, "bad": bad}, norm, total, loss, rate)
+        moved = tree_map(lambda *leaves: self.optimizer.moved(*leaves, now), parameters, m, v, gradients)
+        is_leaf = lambda x: isinstance(x, tuple)  # noqa: E731
+        p, m, v = (tree_map(lambda x, i=i: x[i], moved, is_leaf=is_leaf) for i in range(3))
+        return p, {"m": m, "v": v}, norm, now
+
+    def _update_tensor(self, T, m, v, C, dW, now):
+        gradient = (C.T @ dW.reshape(len(C), -1)).reshape(T.shape)
+        return self.optimizer.moved(T, m, v, gradient, now, self.tensor_rate)

@@ -1,0 +1,93 @@
+"""The factored step of the projected network against plain autodiff through T, and against independent models."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_slm.config import ModelConfig, ProjectionConfig
+from mlx_slm.models.projected import ProjectedShape, initialise_network, stacked
+from mlx_slm.models.transformer import Shape, Transformer
+from mlx_slm.training.loss import linear_cross_entropy
+from mlx_slm.training.optimizer import AdamW
+from mlx_slm.training.projected_step import ProjectedStep
+
+
+def make(family="llama", **changes):
+    base = Shape.of(ModelConfig(family=family, num_layers=2, dims=32, num_heads=4), 60, 16)
+    config = ProjectionConfig(**{"h": 3, "k": 5, "layers": [0, 1], "spread": 0.3} | changes)
+    shape = ProjectedShape.of(config, base)
+    return shape, initialise_network(shape, config, 0)
+
+
+def batch(step, groups, rows=2):
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, 60, (groups * rows, 17)).astype(np.int32)
+    weights = (rng.random((groups * rows, 16)) < 0.9).astype(np.float32)
+    return tokens, weights, rng.integers(0, 5, groups)
+
+
+def copy(tree):
+    return tree_map(lambda x: mx.array(np.array(x)), tree)
+
+
+def reference(shape, optimizer, parameters, steps, groups):
+    """Plain autodiff through E, M and T, and the plain update of the whole tree."""
+    model, moments, norms = Transformer(shape.base), optimizer.init(parameters), []
+    for step in range(steps):
+        tokens, weights, clusters = map(mx.array, batch(step, groups))
+
+        def loss(parameters, tokens=tokens, weights=weights, clusters=clusters):
+            model.update(stacked(parameters, clusters))
+            hidden = model(tokens[:, :-1]).reshape(-1, shape.base.dims)
+            return linear_cross_entropy(hidden, model.head, tokens[:, 1:].reshape(-1), weights.reshape(-1))
+
+        value, gradients = mx.value_and_grad(loss)(parameters)
+        total = weights.sum()
+        parameters, moments, norm = optimizer.update(parameters, moments, gradients, total, value, mx.array(3e-3))
+        mx.eval(parameters, moments, norm)
+        norms.append(norm.item())
+    return parameters, moments, norms
+
+
+def assert_alike(found, expected, tolerance=1e-5):
+    named = dict(tree_flatten(expected))
+    for name, value in tree_flatten(found):
+        np.testing.assert_allclose(np.array(value), np.array(named[name]), atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(("groups", "micro_groups"), [(1, 1), (4, 4), (4, 2), (4, 1)])
+def test_twenty_steps_equal_plain_autodiff(family, groups, micro_groups):
+    shape, parameters = make(family)
+    optimizer = AdamW(clip_norm=0.4, weight_decay=0.01, eps=1e-6)
+    expected, moments, norms = reference(shape, optimizer, copy(parameters), 20, groups)
+    step = ProjectedStep(Transformer(shape.base), optimizer, micro_groups, copy(parameters))
+    for number in range(20):
+        tokens, weights, clusters = batch(number, groups)
+        _, norm, bad = step(tokens, weights, 3e-3, clusters)
+        assert norm.item() == pytest.approx(norms[number], rel=1e-4) and not bad.item()
+    assert_alike(step.parameters, expected)
+    assert_alike(step.moments["m"], moments["m"])
+    assert max(norms) > 0.4, "clipping was at work"
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    shape, parameters = make()
+    step = ProjectedStep(Transformer(shape.base), AdamW(), 2, copy(parameters))
+    tokens, weights, clusters = batch(0, 2)
+    weights[0, 0] = np.nan
+    _, _, bad = step(tokens, weights, 1e-3, clusters)
+    assert bad.item() == 1
+    assert_alike(step.parameters, parameters, 0)
+
+
+def test_the_rate_of_the_tensors_is_scaled():
+    shape, parameters = make()
+    moved = {}
+    for rate in (1.0, 0.25):
+        step = ProjectedStep(Transformer(shape.base), AdamW(), 4, copy(parameters), tensor_rate=rate)
+        step(*batch(0, 4)[:2], 1e-3, batch(0, 4)[2])
+        name = shape.matrices[0]
+        moved[rate] = np.array(step.parameters["T"][name] - parameters["T"][name])
+    np.testing.assert_allclose(moved[0.25], 0.25 * moved[1.0], atol=1e-7)
