@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import mlx.core as mx
@@ -97,6 +98,17 @@ class Scorer:
                 result[members] = (np.array(found, np.float64)[: len(members)] * counted).sum(axis=1)
                 advance(int(lengths[members].sum()))
         return result
+
+
+def validation_loss(model: Transformer, store: Store, windows: np.ndarray) -> Callable[[dict], float]:
+    """A function from parameters of `model` to nats per token on the given windows."""
+    scorer = Scorer(model)
+
+    def loss(parameters: dict) -> float:
+        model.update(parameters)
+        return scorer(store, windows).nll
+
+    return loss
 
 
 def validation_windows(store: Store, tokens: int, seed: int) -> np.ndarray:

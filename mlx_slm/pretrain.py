@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from mlx_slm.clustering.sampler import Sampler, Stream
 from mlx_slm.clustering.target import Target, check_target, clusters_for, importance_of, inputs_of
 from mlx_slm.config import Config, TokenizerConfig, TrainingConfig
 from mlx_slm.errors import Interrupted, SlmError
-from mlx_slm.evaluate import Scorer, validation_windows
+from mlx_slm.evaluate import validation_loss, validation_windows
 from mlx_slm.export import export_run
 from mlx_slm.init_from import Pretrained
 from mlx_slm.models.transformer import Shape, Transformer, initialise
@@ -26,7 +27,7 @@ from mlx_slm.text.prepare import ensure_set, sources_of, text_needed
 from mlx_slm.text.store import Store
 from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.runs import IMPORTANCE, Run, alone_in, open_run
-from mlx_slm.training.step import measure_speed, rows_that_fit
+from mlx_slm.training.step import TrainingStep, measure_speed, rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer
 from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, read_json, write_json
 
@@ -148,15 +149,7 @@ def _tokenizer_of(workspace: Workspace, config: Config, origin: Pretrained) -> T
 
 
 def _trainer(
-    run: Run,
-    shape: Shape,
-    parameters: dict,
-    sampler,
-    valid: Store,
-    windows,
-    training: TrainingConfig,
-    steps: int,
-    report,
+    run: Run, shape: Shape, parameters: dict, sampler, valid: Store, windows, training: TrainingConfig, steps, report
 ) -> Trainer:
     plan = Plan(
         steps=steps,
@@ -164,23 +157,15 @@ def _trainer(
         warmup_steps=training.warmup_steps,
         schedule=training.schedule,
         batch_rows=training.batch_rows,
-        micro_rows=training.micro_rows or rows_that_fit(shape, training.batch_rows, training.checkpoint_layers),
         eval_every=training.eval_every,
         report_every=training.report_every,
         checkpoint_every=training.checkpoint_every,
-        optimizer=AdamW.of(training),
     )
     model = Transformer(shape, training.checkpoint_layers)
-    scorer = Scorer(model)
-    return Trainer(
-        model,
-        parameters,
-        sampler,
-        plan,
-        run.path,
-        lambda: scorer(valid, windows).nll,
-        report,
-    )
+    micro_rows = training.micro_rows or rows_that_fit(shape, training.batch_rows, training.checkpoint_layers)
+    start = partial(TrainingStep, model, AdamW.of(training), micro_rows)
+    evaluate = validation_loss(model, valid, windows)
+    return Trainer(start, parameters, sampler, plan, run.path, evaluate, report, shape.flops_per_token)
 
 
 def _horizon_tokens(path, shape: Shape, training: TrainingConfig, report: Report, fresh: bool) -> int | None:

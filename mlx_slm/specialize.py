@@ -7,13 +7,14 @@ validation set decides when to stop, and the best checkpoint is exported.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 
 from mlx_slm.clustering.sampler import Sampler, Stream
 from mlx_slm.config import Config, FinetuningConfig, Recipe, format_size
 from mlx_slm.errors import SlmError
-from mlx_slm.evaluate import Scorer, validation_windows
+from mlx_slm.evaluate import validation_loss, validation_windows
 from mlx_slm.export import export_run
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
@@ -22,7 +23,7 @@ from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, sources_of, text_n
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.optimizer import OPTIMIZER_FIELDS, AdamW
 from mlx_slm.training.runs import Run, alone_in, default_run, find_run, open_run
-from mlx_slm.training.step import rows_that_fit
+from mlx_slm.training.step import TrainingStep, rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer
 from mlx_slm.workspace import Workspace, fingerprint
 
@@ -58,9 +59,9 @@ def specialize(
     valid_windows = validation_windows(valid, finetuning.eval_tokens, config.data.seed)
     if source:
         _require_fit(source, domain, store, tokenizer, report)
-        shape, start = source.shape, {"run": source.name, "step": source.weights_step(), "is": source.identity}
+        shape, origin = source.shape, {"run": source.name, "step": source.weights_step(), "is": source.identity}
     else:
-        shape, start = Shape.of(config.model, tokenizer.vocab_size, store.context_length), FROM_NONE
+        shape, origin = Shape.of(config.model, tokenizer.vocab_size, store.context_length), FROM_NONE
     method = source.record["method"] if source else "nopt"
     count = int(store.windows[:]["length"][windows].astype(np.int64).sum())
     recipe = choose_recipe(finetuning, tokens or count, source is None)
@@ -68,7 +69,7 @@ def specialize(
     sampler = Sampler([Stream.of(store, windows)], np.ones(1), finetuning.batch_rows, finetuning.seed)
     inputs = {
         "method": method,
-        "from": start,
+        "from": origin,
         "domain": domain,
         "tokens": tokens,
         "windows": fingerprint([windows.tolist(), valid_windows.tolist()]),
@@ -82,7 +83,7 @@ def specialize(
     }
     path = workspace.run(name or f"{domain}-{method}-{format_size(tokens) if tokens else 'all'}")
     per_pass = sampler.num_rows / finetuning.batch_rows
-    plan = _plan(config, shape, recipe, rate, per_pass)
+    plan = _plan(config, recipe, rate, per_pass)
     what = f"fine-tuning {source.name}" if source else "training from scratch"
     announcement = (
         f"{what} on {count:,} tokens of {domain} ({per_pass:.0f} steps a pass), rate {rate:.1e}, "
@@ -95,10 +96,12 @@ def specialize(
             report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
         else:
             model = Transformer(shape)
-            scorer = Scorer(model)
             parameters = source.weights() if source else initialise(shape, finetuning.seed)
-            evaluate = lambda: scorer(valid, valid_windows).nll  # noqa: E731
-            state = Trainer(model, parameters, sampler, plan, run.path, evaluate, report).run()
+            micro_rows = finetuning.micro_rows or rows_that_fit(shape, finetuning.batch_rows)
+            start = partial(TrainingStep, model, AdamW.of(config.training), micro_rows)
+            evaluate = validation_loss(model, valid, valid_windows)
+            trainer = Trainer(start, parameters, sampler, plan, run.path, evaluate, report, shape.flops_per_token)
+            state = trainer.run()
             run.finish(state)
             report.line(f"best at step {state.best_step:,}: validation perplexity {math.exp(state.best_nll):.2f}")
         export_run(workspace, run)
@@ -135,7 +138,7 @@ def _require_fit(source: Run, domain: str, store: Store, tokenizer, report: Repo
         report.warn(f"run {source.name} is not finished; specialising its step {source.weights_step():,}")
 
 
-def _plan(config: Config, shape: Shape, recipe: Recipe, rate: float, per_pass: float) -> Plan:
+def _plan(config: Config, recipe: Recipe, rate: float, per_pass: float) -> Plan:
     finetuning = config.finetuning
     cadence = max(1, round(per_pass / finetuning.evaluations_per_pass))
     return Plan(
@@ -143,11 +146,9 @@ def _plan(config: Config, shape: Shape, recipe: Recipe, rate: float, per_pass: f
         learning_rate=rate,
         warmup_steps=finetuning.warmup_steps,
         batch_rows=finetuning.batch_rows,
-        micro_rows=finetuning.micro_rows or rows_that_fit(shape, finetuning.batch_rows),
         eval_every=cadence,
         report_every=cadence,
         checkpoint_every=4 * cadence,
-        optimizer=AdamW.of(config.training),
         patience=finetuning.patience,
     )
 

@@ -104,6 +104,11 @@ class Sampler:
         self._step, self._drawn = 0, np.zeros(len(streams), np.int64)
 
     @property
+    def row_length(self) -> int:
+        """Target tokens of a row."""
+        return self.streams[0].row_length
+
+    @property
     def num_rows(self) -> int:
         """Rows of one pass over everything."""
         return sum(stream.num_rows for stream in self.streams)

@@ -35,10 +35,13 @@ class TrainingStep:
         self._add = mx.compile(lambda a, b: tree_map(mx.add, a, b))
         self._update = mx.compile(optimizer.update)
 
-    def __call__(self, tokens: np.ndarray, weights: np.ndarray, rate: float) -> tuple[mx.array, mx.array, mx.array]:
+    def __call__(
+        self, tokens: np.ndarray, weights: np.ndarray, rate: float, clusters: np.ndarray | None = None
+    ) -> tuple[mx.array, mx.array, mx.array]:
         """Start a step on tokens int [B, T+1] with target weights fp32 [B, T]; does not wait for it.
 
-        Returns (sum of losses, norm of the mean gradient, non-finite steps in a row) as arrays in flight.
+        The rows' clusters make no difference here. Returns (sum of losses, norm of the mean gradient, non-finite steps
+        in a row) as arrays in flight.
         """
         loss = gradients = None
         for start in range(0, len(tokens), self.micro_rows):

@@ -21,10 +21,10 @@ import mlx.core as mx
 from mlx_slm import runtime
 from mlx_slm.clustering.sampler import Sampler
 from mlx_slm.errors import Interrupted, SlmError
-from mlx_slm.models.transformer import Transformer
 from mlx_slm.report import Report, duration
 from mlx_slm.training import checkpoint
-from mlx_slm.training.optimizer import AdamW, learning_rate
+from mlx_slm.training.optimizer import learning_rate
+from mlx_slm.training.projected_step import ProjectedStep
 from mlx_slm.training.step import TrainingStep
 
 BAD_STEPS = 3
@@ -38,11 +38,9 @@ class Plan:
     learning_rate: float
     warmup_steps: int
     batch_rows: int
-    micro_rows: int
     eval_every: int
     report_every: int
     checkpoint_every: int
-    optimizer: AdamW = field(default_factory=AdamW)
     schedule: str = "constant"
     patience: int | None = None
     """Stop after so many evaluations without a gain; None: never."""
@@ -80,22 +78,24 @@ class State:
 
 
 class Trainer:
-    """Trains `model` on the rows of `sampler`, in the directory `run`, from `parameters` or from its last checkpoint.
+    """Trains on the rows of `sampler`, in the directory `run`, from `parameters` or from its last checkpoint.
 
-    `evaluate()` gives the validation loss of `model` in nats per token.
+    `start(parameters, moments)` gives the step that moves them (moments None: new ones). `evaluate(parameters)` gives
+    the validation loss in nats per token. `flops` are those of a token.
     """
 
     def __init__(
         self,
-        model: Transformer,
+        start: Callable[[dict, dict | None], TrainingStep | ProjectedStep],
         parameters: dict,
         sampler: Sampler,
         plan: Plan,
         run: Path,
-        evaluate: Callable[[], float],
+        evaluate: Callable[[dict], float],
         report: Report,
+        flops: float,
     ):
-        self.model, self.sampler, self.plan, self.run_directory = model, sampler, plan, run
+        self.sampler, self.plan, self.run_directory, self.flops = sampler, plan, run, flops
         self.evaluate, self.report = evaluate, report
         self.state, moments = State(), None
         found = checkpoint.load_newest(run, report)
@@ -105,7 +105,7 @@ class Trainer:
             report.line(f"resuming {run.name} at step {self.state.step:,} of {plan.steps:,}")
             self._check_best()
         self.metrics = checkpoint.Metrics(run, self.state.step)
-        self.step = TrainingStep(model, plan.optimizer, plan.micro_rows, parameters, moments)
+        self.step = start(parameters, moments)
         self._pending: tuple | None = None
         self._saved_step = self.state.step if found else -1
 
@@ -122,10 +122,10 @@ class Trainer:
             rows = loader.submit(self.sampler.rows, state.step)
             started, first = time.perf_counter(), True
             while state.step < plan.steps and not self._stopped_early():
-                tokens, weights, _ = rows.result()
+                tokens, weights, clusters = rows.result()
                 rows = loader.submit(self.sampler.rows, state.step + 1)
                 total = int(weights.sum())
-                in_flight = self.step(tokens, weights, plan.rate(state.step))
+                in_flight = self.step(tokens, weights, plan.rate(state.step), clusters)
                 if first:
                     mx.eval(in_flight)
                     compiled, started = time.perf_counter() - started, time.perf_counter()
@@ -155,7 +155,6 @@ class Trainer:
                 if reporting or evaluating or saving:
                     started = time.perf_counter()
             rows.cancel()
-        self.model.update(self.step.parameters)
         return state
 
     def _check_best(self) -> None:
@@ -196,10 +195,9 @@ class Trainer:
         state, plan, window = self.state, self.plan, self.state.window
         if not window["tokens"]:
             return
-        shape = self.model.shape
-        positions = plan.batch_rows * shape.context_length * window["steps"]
+        positions = plan.batch_rows * self.sampler.row_length * window["steps"]
         speed = positions / window["seconds"]
-        achieved = speed * shape.flops_per_token
+        achieved = speed * self.flops
         loss, rate = window["loss"] / window["tokens"], plan.rate(state.step - 1)
         left = (plan.steps - state.step) * window["seconds"] / window["steps"]
         memory = mx.get_peak_memory() / 2**30
@@ -227,8 +225,7 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluate; returns whether it is the best so far."""
         state = self.state
-        self.model.update(self.step.parameters)
-        nll = state.last_nll = self.evaluate()
+        nll = state.last_nll = self.evaluate(self.step.parameters)
         better = nll < state.best_nll
         if better:
             state.best_nll, state.best_step, state.stale = nll, state.step, 0

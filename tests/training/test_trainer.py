@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_slm.clustering.sampler import Sampler, Stream
 from mlx_slm.config import ModelConfig
 from mlx_slm.errors import Interrupted, SlmError
-from mlx_slm.evaluate import Scorer
+from mlx_slm.evaluate import validation_loss
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
 from mlx_slm.text.store import Store
@@ -35,21 +36,19 @@ def make_trainer(store_directory, run, report=None, **changes) -> Trainer:
     shape = Shape.of(ModelConfig(family="llama", num_layers=1, dims=32, num_heads=4), 400, store.context_length)
     sampler = Sampler([Stream.of(store, np.arange(75))], np.ones(1), 8, seed=5)
     assert 2 * sampler.num_rows < STEPS * 8
-    plan = dict(
-        steps=STEPS, learning_rate=1e-2, warmup_steps=3, batch_rows=8, micro_rows=4, eval_every=7, report_every=4
-    )
+    plan = dict(steps=STEPS, learning_rate=1e-2, warmup_steps=3, batch_rows=8, eval_every=7, report_every=4)
     plan |= dict(checkpoint_every=5, schedule="cosine")
     model = Transformer(shape)
-    scorer, windows = Scorer(model), np.arange(40)
     run.mkdir(parents=True, exist_ok=True)
     return Trainer(
-        model,
+        partial(TrainingStep, model, AdamW(), changes.pop("micro_rows", 4)),
         initialise(shape, 0),
         sampler,
         Plan(**(plan | changes)),
         run,
-        lambda: scorer(store, windows).nll,
+        validation_loss(model, store, np.arange(40)),
         report or Report(),
+        shape.flops_per_token,
     )
 
 
@@ -192,7 +191,7 @@ def test_the_last_two_and_the_best_are_kept(prepared, tmp_path):
     run = tmp_path / "r"
     losses = iter([3.0, 1.0, 2.0, 2.0, 2.0])
     trainer = make_trainer(prepared.data("generic", "train"), run)
-    trainer.evaluate = lambda: next(losses)
+    trainer.evaluate = lambda _: next(losses)
     state = trainer.run()
     assert (state.best_step, state.best_nll) == (14, 1.0)
     assert checkpoint_steps(run) == [14, 25, 26]
@@ -202,7 +201,7 @@ def test_early_stopping_and_its_state_survive_a_resume(prepared, tmp_path):
     run = tmp_path / "r"
     losses = [3.0, 1.0, 2.0, 1.5, 0.1]
     trainer = make_trainer(prepared.data("generic", "train"), run, eval_every=3, patience=2)
-    trainer.evaluate = lambda: losses[trainer.state.step // 3 - 1]
+    trainer.evaluate = lambda _: losses[trainer.state.step // 3 - 1]
     assert trainer.run().step == 12
     again = make_trainer(prepared.data("generic", "train"), run, eval_every=3, patience=2)
     state = again.run()
@@ -213,7 +212,7 @@ def poison(trainer, bad: set[int]) -> None:
     """Make the loss of these steps overflow."""
 
     class Poisoned(TrainingStep):
-        def __call__(self, tokens, weights, rate):
+        def __call__(self, tokens, weights, rate, clusters):
             scale = np.float32(3e38 if trainer.state.step in bad else 1)
             with np.errstate(over="ignore"):
                 return super().__call__(tokens, weights * scale, rate)
@@ -241,7 +240,7 @@ def test_rows_and_steps_do_not_depend_on_the_micro_batch(prepared, tmp_path):
         seen = []
 
         class Recording(TrainingStep):
-            def __call__(self, tokens, weights, rate, seen=seen):
+            def __call__(self, tokens, weights, rate, clusters, seen=seen):
                 seen.append(tokens)
                 return super().__call__(tokens, weights, rate)
 
@@ -274,7 +273,7 @@ def test_a_lost_best_checkpoint_does_not_stop_a_run(prepared, tmp_path, report):
 
     def train(**changes):
         trainer = make_trainer(prepared.data("generic", "train"), run, report, eval_every=3, **changes)
-        trainer.evaluate = lambda: losses[trainer.state.step]
+        trainer.evaluate = lambda _: losses[trainer.state.step]
         return trainer
 
     with pytest.raises(KeyError):
