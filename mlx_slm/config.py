@@ -154,7 +154,7 @@ class ModelConfig(Section):
 
 
 class ProjectionConfig(Section):
-    """The projected network (section 2.5), SLM-pn."""
+    """The projected network (section 2.5), SLM-pn. No command trains one yet."""
 
     k: PositiveSize = 32
     """Experts, one per cluster. Paper: 32 (16 and 64 are studied)."""
