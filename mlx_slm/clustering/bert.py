@@ -29,6 +29,11 @@ LENGTH_STEP = 16
 """Texts are padded to a multiple of so many word pieces, so that few shapes occur."""
 
 
+def first_position(config: dict) -> int:
+    """The position of the first word piece."""
+    return config.get("pad_token_id", 0) + 1 if FAMILIES[config["model_type"]] else 0
+
+
 def batch_tokens() -> int:
     """Word pieces in a batch: few on a CPU, so that they stay in its cache (1,024: 38.7 texts/s, 4,096: 34)."""
     return 1024 if runtime.backend() == "cpu" else 16_384
@@ -67,7 +72,7 @@ class Bert(nn.Module):
         self.types = nn.Embedding(config["type_vocab_size"], d)
         self.norm = nn.LayerNorm(d, eps=config["layer_norm_eps"])
         self.layers = [BertLayer(config) for _ in range(config["num_hidden_layers"])]
-        self._first = config.get("pad_token_id", 0) + 1 if FAMILIES[config["model_type"]] else 0
+        self._first = first_position(config)
 
     def __call__(self, tokens: mx.array, seen: mx.array) -> mx.array:
         places = mx.arange(self._first, self._first + tokens.shape[1])
@@ -123,8 +128,7 @@ class SentenceEncoder:
             raise SlmError(f"{self.directory / 'config.json'}: its activation or positions are not supported")
         self.pooling, self.normalize = _modules(self.directory)
         limit = next(filter(None, map(self._limit, LIMITS)), None)
-        first = config.get("pad_token_id", 0) + 1 if FAMILIES[config["model_type"]] else 0
-        self.max_pieces = min(limit or 10**9, config["max_position_embeddings"] - first)
+        self.max_pieces = min(limit or 10**9, config["max_position_embeddings"] - first_position(config))
         self.dims = config["hidden_size"]
         self._tokenizer = Tokenizer.from_file(str(_require(self.directory / "tokenizer.json")))
         self._tokenizer.no_truncation()

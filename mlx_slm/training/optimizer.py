@@ -44,9 +44,7 @@ class AdamW:
         """
         norm = global_norm(gradients) / total
         now = self.now(state, norm, total, loss, rate)
-        moved = tree_map(lambda *leaves: self.moved(*leaves, now), parameters, state["m"], state["v"], gradients)
-        is_leaf = lambda x: isinstance(x, tuple)  # noqa: E731
-        p, m, v = (tree_map(lambda x, i=i: x[i], moved, is_leaf=is_leaf) for i in range(3))
+        p, m, v = self.moved_tree(parameters, state["m"], state["v"], gradients, now)
         return p, {"m": m, "v": v, "updates": now["updates"], "bad": now["bad"]}, norm
 
     def now(self, state: dict, norm: mx.array, total: mx.array, loss: mx.array, rate: mx.array) -> dict:
@@ -63,6 +61,12 @@ class AdamW:
             "updates": updates,
             "bad": mx.where(good, 0, state["bad"] + 1),
         }
+
+    def moved_tree(self, parameters: dict, m: dict, v: dict, gradients: dict, now: dict) -> tuple[dict, dict, dict]:
+        """`moved` for every tensor of a tree: (parameters, m, v)."""
+        moved = tree_map(lambda *leaves: self.moved(*leaves, now), parameters, m, v, gradients)
+        is_leaf = lambda x: isinstance(x, tuple)  # noqa: E731
+        return tuple(tree_map(lambda x, i=i: x[i], moved, is_leaf=is_leaf) for i in range(3))
 
     def moved(self, p: mx.array, m: mx.array, v: mx.array, g: mx.array, now: dict, factor: float = 1.0) -> tuple:
         """(parameter, moments) of one tensor after its step, at `factor` times the rate; as they were if not `good`."""

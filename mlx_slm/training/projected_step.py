@@ -140,9 +140,7 @@ class ProjectedStep:
     def _update_small(self, parameters, m, v, updates, bad, gradients, norm, total, loss, rate):
         norm = norm / total
         now = self.optimizer.now({"updates": updates, "bad": bad}, norm, total, loss, rate)
-        moved = tree_map(lambda *leaves: self.optimizer.moved(*leaves, now), parameters, m, v, gradients)
-        is_leaf = lambda x: isinstance(x, tuple)  # noqa: E731
-        p, m, v = (tree_map(lambda x, i=i: x[i], moved, is_leaf=is_leaf) for i in range(3))
+        p, m, v = self.optimizer.moved_tree(parameters, m, v, gradients, now)
         return p, {"m": m, "v": v}, norm, now
 
     def _update_tensor(self, T, m, v, C, dW, now):
