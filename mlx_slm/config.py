@@ -154,7 +154,7 @@ class ModelConfig(Section):
 
 
 class ProjectionConfig(Section):
-    """The projected network (section 2.5), SLM-pn. No command trains one yet."""
+    """The projected network (section 2.5), SLM-pn."""
 
     k: PositiveSize = 32
     """Experts, one per cluster. Paper: 32 (16 and 64 are studied)."""
@@ -169,13 +169,26 @@ class ProjectionConfig(Section):
     spread: float = Field(0.02, ge=0)
     """Standard deviation of the coefficients that pull anchored experts apart. Not specified by the paper."""
     clusters_per_step: PositiveSize = 4
-    """Groups of rows in a step, each of one cluster. Not specified by the paper."""
+    """Groups of rows in a step, each of one cluster: training.batch_rows / clusters_per_step rows. Not specified by the
+    paper."""
+    tensor_rate: float | None = Field(None, gt=0)
+    """The rate of T as a multiple of the learning rate. Default: 1 / mean sum_r |c_ir| at the start, so that experts
+    move as fast as a plain matrix. Not specified by the paper."""
 
     @model_validator(mode="after")
     def check_anchor(self) -> ProjectionConfig:
         if self.init == "anchored" and self.m not in (None, self.h):
             raise ValueError(f"init anchored needs m = h, and m is {self.m}, h is {self.h}")
         return self
+
+
+class MixtureConfig(Section):
+    """The hard mixture (section 2.2), SLM-mix: independent small models, one per cluster."""
+
+    k: PositiveSize = 16
+    """Experts, one per cluster. Paper: 16 (4 to 256 are studied)."""
+    tokens: PositiveSize | None = None
+    """Tokens that each expert trains on. Default: an equal part of the training horizon."""
 
 
 class TrainingConfig(Section):
@@ -215,6 +228,8 @@ class TrainingConfig(Section):
     """Tokens of the validation set that are read at each evaluation."""
     checkpoint_every: PositiveSize = 500
     """Steps between checkpoints."""
+    milestones: list[PositiveSize] = []
+    """Tokens after which a checkpoint is kept for good: `specialize --from RUN@5M` starts from it."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -265,6 +280,8 @@ class FinetuningConfig(Section):
     eval_tokens: PositiveSize = 200_000
     patience: PositiveSize = 3
     """Stop after so many evaluations without a gain. Not specified by the paper."""
+    select_tokens: PositiveSize = 50_000
+    """Tokens of the domain set on which `--select pretrained` scores every expert. Not specified by the paper."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -284,6 +301,8 @@ class Config(Section):
     """The large model (LLM) of the same tokenizer."""
     projection: ProjectionConfig = ProjectionConfig()
     """The projected network (SLM-pn) around the small model."""
+    mixture: MixtureConfig = MixtureConfig()
+    """The hard mixture (SLM-mix) of small models."""
     training: TrainingConfig = TrainingConfig(hours=8)
     finetuning: FinetuningConfig = FinetuningConfig()
 

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -68,9 +69,7 @@ class Scorer:
         self, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None
     ) -> Score:
         """Score the given windows. `batch_rows`: rows at a time; by default so many that a batch has 4,096 tokens."""
-        facts = store.windows[:][windows]
-        nll = self.window_nll(store, windows, batch_rows, report)
-        return Score.of(nll, facts["length"], facts["document"], int(facts["bytes"].sum()))
+        return score_of(store, windows, self.window_nll(store, windows, batch_rows, report))
 
     def window_nll(
         self, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None
@@ -98,6 +97,45 @@ class Scorer:
                 result[members] = (np.array(found, np.float64)[: len(members)] * counted).sum(axis=1)
                 advance(int(lengths[members].sum()))
         return result
+
+
+def score_of(store: Store, windows: np.ndarray, nll: np.ndarray) -> Score:
+    """The score of windows of a store from the loss of each, float64 [W]."""
+    facts = store.windows[:][windows]
+    return Score.of(nll, facts["length"], facts["document"], int(facts["bytes"].sum()))
+
+
+def routed_nll(
+    model: Transformer,
+    scorer: Scorer,
+    expert: Callable[[int], dict],
+    store: Store,
+    windows: np.ndarray,
+    clusters: np.ndarray,
+    report: Report | None = None,
+) -> np.ndarray:
+    """Sum of the token losses of each window, float64 [W], each through `expert` of its cluster (int [W])."""
+    result, lengths = np.zeros(len(windows)), store.windows[:]["length"][windows].astype(np.int64)
+    with (report or Report()).progress("evaluating, each cluster's expert", int(lengths.sum()), " tok") as advance:
+        for cluster in np.unique(clusters).tolist():
+            place = np.flatnonzero(clusters == cluster)
+            model.update(expert(cluster))
+            result[place] = scorer.window_nll(store, windows[place])
+            advance(int(lengths[place].sum()))
+    return result
+
+
+def routed_loss(
+    model: Transformer, expert: Callable[[dict, int], dict], store: Store, windows: np.ndarray, clusters: np.ndarray
+) -> Callable[[dict], float]:
+    """A function from parameters of a network to nats per token, each window through `expert` of its cluster."""
+    scorer = Scorer(model)
+
+    def loss(parameters: dict) -> float:
+        nll = routed_nll(model, scorer, partial(expert, parameters), store, windows, clusters)
+        return score_of(store, windows, nll).nll
+
+    return loss
 
 
 def validation_loss(model: Transformer, store: Store, windows: np.ndarray) -> Callable[[dict], float]:

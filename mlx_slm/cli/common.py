@@ -95,3 +95,21 @@ class Size(click.ParamType):
 
 
 SIZE = Size()
+
+
+class Numbers(click.ParamType):
+    """Numbers and ranges such as 0-15 or 3,7,9-11; a sorted list."""
+
+    name = "numbers"
+
+    def convert(self, value, param, ctx):
+        found = set()
+        for part in value.split(","):
+            first, dash, last = part.strip().partition("-")
+            if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) < int(first):
+                self.fail(f"{part.strip()!r} is not a number or a range such as 0-15", param, ctx)
+            found |= set(range(int(first), int(last or first) + 1))
+        return sorted(found)
+
+
+NUMBERS = Numbers()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from mlx_slm.cli.common import SIZE, Session, common
+from mlx_slm.cli.common import NUMBERS, SIZE, Session, common
 
 
 @click.command()
@@ -51,13 +51,16 @@ def quickstart(session: Session, fresh) -> None:
     session.show(result, text)
 
 
+SECTION_OF_K = {"is": "clusters", "pn": "projection", "mix": "mixture"}
+
+
 @click.command()
 @click.option(
     "--method",
-    type=click.Choice(["slm", "llm", "is"]),
+    type=click.Choice(["slm", "llm", "is", "pn", "mix"]),
     default="slm",
     show_default=True,
-    help="Small model, large model, or small model with importance sampling.",
+    help="Small model, large model, small model with importance sampling, projected network, hard mixture.",
 )
 @click.option("--domain", help="With --method is: the set that the generic set is resampled to look like.")
 @click.option("--domain-tokens", type=SIZE, help="Use so many tokens of the domain, such as 1M. [default: all]")
@@ -66,11 +69,14 @@ def quickstart(session: Session, fresh) -> None:
     type=click.Path(exists=True, dir_okay=False),
     help="With --method is: weights of the clusters (YAML or JSON) in place of a domain.",
 )
-@click.option("--k", type=click.IntRange(1), help="With --method is: the number of clusters. [default: clusters.k]")
+@click.option(
+    "--k", type=click.IntRange(1), help="With --method is, pn, mix: the number of clusters. [default: its section's k]"
+)
+@click.option("--experts", type=NUMBERS, help="With --method mix: train only these experts, such as 0-15 or 3,7.")
 @click.option(
     "--init-from",
-    type=click.Path(exists=True, file_okay=False),
-    help="Start from this gpt2- or llama-family model directory, with its tokenizer.",
+    metavar="MODEL",
+    help="Start from this model: a gpt2- or llama-family directory, with its tokenizer, or one of the workspace's.",
 )
 @click.option("--tokens", type=SIZE, help="Train on so many tokens (replaces the configured horizon).")
 @click.option("--hours", type=float, help="Train for about so many hours on this machine.")
@@ -78,31 +84,36 @@ def quickstart(session: Session, fresh) -> None:
 @click.option("--fresh", is_flag=True, help="Start anew, throwing an earlier run of this name away.")
 @common
 def pretrain(
-    session: Session, method, domain, domain_tokens, weights, k, init_from, tokens, hours, name, fresh
+    session: Session, method, domain, domain_tokens, weights, k, experts, init_from, tokens, hours, name, fresh
 ) -> None:
     """Pretrain a model on the generic set. The same command again resumes.
 
-    Prepares the generic set first where that was not done. With --method is the set is clustered, and its clusters are
-    drawn as often as the domain has them (SLM-is).
+    Prepares the generic set first where that was not done. The methods is, pn and mix cluster it: is draws the clusters
+    as often as the domain has them, pn trains an expert per cluster from shared tensors, mix a model per cluster.
     """
     from mlx_slm.clustering.target import Target
+    from mlx_slm.export import require_model
     from mlx_slm.pretrain import pretrain as work
 
     if tokens and hours:
         raise click.UsageError("give --tokens or --hours, not both")
     if method == "is" and bool(domain) == bool(weights):
         raise click.UsageError("--method is needs what to sample for: give --domain NAME or --weights FILE")
-    if method != "is" and (domain or weights or k):
-        raise click.UsageError("--domain, --weights and --k are for --method is")
+    if method != "is" and (domain or weights):
+        raise click.UsageError("--domain and --weights are for --method is")
+    if method not in SECTION_OF_K and k:
+        raise click.UsageError("--k is for the methods is, pn and mix")
+    if method != "mix" and experts:
+        raise click.UsageError("--experts is for --method mix")
     if domain_tokens and not domain:
         raise click.UsageError("--domain-tokens needs --domain")
-    changes = {"training.tokens": tokens, "training.hours": hours, "clusters.k": k}
+    changes = {"training.tokens": tokens, "training.hours": hours, f"{SECTION_OF_K.get(method)}.k": k}
     session.overrides = (*session.overrides, *(f"{key}={value}" for key, value in changes.items() if value))
     config = session.config
     session.start_computing()
     target = Target(domain, domain_tokens, Path(weights) if weights else None) if method == "is" else None
-    start = Path(init_from) if init_from else None
-    run = work(session.workspace, config, method, session.report, name, fresh, target, start)
+    start = require_model(session.workspace, init_from) if init_from else None
+    run = work(session.workspace, config, method, session.report, name, fresh, target, start, experts)
     _show_run(session, run)
 
 
@@ -126,20 +137,30 @@ def specialize(session: Session, domain, from_run, tokens, name, fresh) -> None:
 
 
 def _show_run(session: Session, run) -> None:
-    record, model = run.record, session.workspace.model(run.name)
-    result = {
-        "run": run.name,
-        "method": record["method"],
-        "model": str(model),
-        "step": run.weights_step(),
-        "tokens": record["tokens"],
-        "seconds": record["seconds"],
-        "valid_nll": record["valid_nll"],
-        "valid_perplexity": math.exp(record["valid_nll"]),
-    }
+    from mlx_slm.experts import has_experts
+
+    record = run.record
+    model = None if has_experts(run) else str(session.workspace.model(run.name))
+    result = {"run": run.name, "method": record["method"], "model": model}
+    result |= {key: record[key] for key in ("step", "tokens", "seconds")}
+    if model:
+        result["step"] = run.weights_step()
+    if "valid_nll" in record:
+        result |= {"valid_nll": record["valid_nll"], "valid_perplexity": math.exp(record["valid_nll"])}
     if "importance" in record["inputs"]:
         result["importance"] = run.importance()
-    session.show(result, lambda: session.report.line(f"model: {model}\nnext: mlx-slm evaluate {run.name}"))
+    for key in ("selection", "experts"):
+        if key in record:
+            result[key] = record[key]
+    if model:
+        text = f"model: {model}\nnext: mlx-slm evaluate {run.name}"
+    elif run.finished:
+        text = f"run {run.name} has its experts\nnext: mlx-slm specialize --domain NAME --from {run.name}"
+    else:
+        text = (
+            f"run {run.name} has the experts {', '.join(map(str, record['experts']))}; the others are not trained yet"
+        )
+    session.show(result, lambda: session.report.line(text))
 
 
 COMMANDS = (quickstart, pretrain, specialize)

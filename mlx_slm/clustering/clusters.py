@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mlx_slm.clustering.embed import Embeddings, embed
-from mlx_slm.clustering.encoder import choose_encoder
+from mlx_slm.clustering.encoder import Choice, choose_encoder, recorded_encoder
 from mlx_slm.clustering.kmeans import State, assign, kmeans
 from mlx_slm.clustering.sampler import Stream, separated_ends
 from mlx_slm.config import ClustersConfig, Config
@@ -83,6 +83,11 @@ class Clusters:
     def fingerprint(self) -> str:
         return self.manifest["fingerprint"]
 
+    @property
+    def encoder(self) -> dict:
+        """The facts of the encoder that the centroids live in the space of."""
+        return {key: value for key, value in self.manifest["inputs"]["embeddings"].items() if key != "store"}
+
     def assigned(self, name: str, split: str) -> Assigned:
         return Assigned(self.directory / name / split)
 
@@ -117,29 +122,52 @@ def ensure_clusters(
     if not fresh:
         for k in counts:
             _require_same(workspace, k, {"store": store.fingerprint, **choice.facts}, settings)
-    with alone(workspace.root / ".clusters.lock", f"another process is clustering in {workspace.root}: wait for it"):
+    with _alone(workspace):
         embeddings = embed(workspace, generic, "train", store, choice, tokenizer, report)
         made = [_ensure_centroids(workspace, k, embeddings, settings, report, fresh) for k in counts]
         for name in dict.fromkeys([generic, *sets]):
             for split in splits:
-                held = Store(workspace.require_set(name, split))
-                held.require_tokenizer(tokenizer)
-                missing = [c for c in made if not _is_assigned(c, name, split, held)]
-                if missing:
-                    vectors = embed(workspace, name, split, held, choice, tokenizer, report)
-                    for clusters in missing:
-                        _assign(clusters, name, split, held, vectors, report)
+                _ensure_assigned(workspace, made, choice, name, split, report)
     return made
 
 
-def as_made(workspace: Workspace, config: Config, report: Report) -> Config:
+def assign_set(
+    workspace: Workspace, clusters: Clusters, name: str, split: str, encoder: str, report: Report
+) -> Assigned:
+    """The assignments of one split to clusters that exist, made where they are missing; the generic set is not needed.
+
+    `encoder`: where the encoder is to be found (`recorded_encoder`).
+    """
+    choice = recorded_encoder(workspace, clusters.encoder, encoder)
+    with _alone(workspace):
+        _ensure_assigned(workspace, [clusters], choice, name, split, report)
+    return clusters.assigned(name, split)
+
+
+def _alone(workspace: Workspace) -> contextlib.AbstractContextManager[None]:
+    return alone(workspace.root / ".clusters.lock", f"another process is clustering in {workspace.root}: wait for it")
+
+
+def _ensure_assigned(
+    workspace: Workspace, made: list[Clusters], choice: Choice, name: str, split: str, report: Report
+) -> None:
+    store, tokenizer = Store(workspace.require_set(name, split)), open_tokenizer(workspace.tokenizer)
+    store.require_tokenizer(tokenizer)
+    missing = [clusters for clusters in made if not _is_assigned(clusters, name, split, store)]
+    if missing:
+        vectors = embed(workspace, name, split, store, choice, tokenizer, report)
+        for clusters in missing:
+            _assign(clusters, name, split, store, vectors, report)
+
+
+def as_made(workspace: Workspace, config: Config, k: int, report: Report) -> Config:
     """The configuration with the encoder and the settings that clusters/<k> was made with, where that exists."""
-    path = workspace.clusters(config.clusters.k)
+    path = workspace.clusters(k)
     if not (path / MANIFEST).exists():
         return config
     recorded = load_manifest(path, KIND)["info"]["settings"]
     if recorded["encoder"] != config.clusters.encoder:
-        report.line(f"clusters/{config.clusters.k} is used as it was made, with the encoder {recorded['encoder']}")
+        report.line(f"clusters/{k} is used as it was made, with the encoder {recorded['encoder']}")
     return config.model_copy(update={"clusters": config.clusters.model_copy(update=recorded)})
 
 

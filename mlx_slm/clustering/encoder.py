@@ -63,10 +63,34 @@ def choose_encoder(
         return Choice(facts, lambda: _fitted(workspace, facts, generic, tokenizer, report))
     if name == DEFAULT_ENCODER:
         facts["weights"] = SHA256
-        return Choice(facts, lambda: SentenceEncoder(find_directory(name), settings.long_windows))
+        return Choice(facts, lambda: _open_directory(find_directory(name), settings.long_windows))
     directory = find_directory(name)
     facts |= {"encoder": directory.name if directory.is_dir() and "/" in name else name, "files": _identity(directory)}
     return Choice(facts, lambda: _open_directory(directory, settings.long_windows))
+
+
+def recorded_encoder(workspace: Workspace, facts: dict, name: str) -> Choice:
+    """The encoder that clusters were made with, by its recorded facts, without the generic set.
+
+    `name`: where a directory or a repository is to be found, if it is none of the default, `lsi` and `static`.
+    """
+
+    def opened() -> Encoder:
+        kind = facts["encoder"]
+        if kind in FITTED:
+            path = workspace.root / "encoder" / _key(facts)
+            if not (path / MANIFEST).exists():
+                raise SlmError(f"{path}, the encoder that the clusters were made with, is not there: bring it back")
+            return _open_fitted(path, facts)
+        directory = find_directory(kind if kind == DEFAULT_ENCODER else name)
+        if kind != DEFAULT_ENCODER and _identity(directory) != facts["files"]:
+            raise SlmError(
+                f"clusters.encoder {name!r} is not the one that the clusters were made with ({kind}): set "
+                "clusters.encoder to its directory"
+            )
+        return _open_directory(directory, facts["long_windows"])
+
+    return Choice(facts, opened)
 
 
 def _fitted(workspace: Workspace, facts: dict, generic: Store, tokenizer: Tokenizer, report: Report) -> Encoder:
@@ -81,8 +105,13 @@ def _fitted(workspace: Workspace, facts: dict, generic: Store, tokenizer: Tokeni
                 static.distil(source, sample, facts["dims"], directory, report)
             else:
                 lsi.fit(sample, facts["dims"], facts["seed"], directory, report)
+    return _open_fitted(path, facts)
+
+
+def _open_fitted(path: Path, facts: dict) -> Encoder:
     verify(path, load_manifest(path, KIND))
-    return static.StaticEncoder(path, facts["long_windows"]) if name == "static" else lsi.LsiEncoder(path)
+    static_one = facts["encoder"] == "static"
+    return static.StaticEncoder(path, facts["long_windows"]) if static_one else lsi.LsiEncoder(path)
 
 
 def _key(facts: dict) -> str:

@@ -57,7 +57,7 @@ def clusters_for(workspace: Workspace, config: Config, target: Target, report: R
                 f"data/{domain} has windows of {store.context_length} tokens, the configuration asks for "
                 f"{config.data.context_length}: run `mlx-slm prepare {domain} --fresh`"
             )
-    used = as_made(workspace, config, report)
+    used = as_made(workspace, config, config.clusters.k, report)
     return ensure_clusters(workspace, used, [config.clusters.k], sets, report, splits=("train",))[0]
 
 

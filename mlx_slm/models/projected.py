@@ -16,6 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slm.config import ProjectionConfig
+from mlx_slm.errors import SlmError
 from mlx_slm.models.transformer import Shape, initialise
 
 MATRICES = {
@@ -37,6 +38,9 @@ class ProjectedShape:
     @classmethod
     def of(cls, config: ProjectionConfig, base: Shape) -> ProjectedShape:
         layers = range(base.num_layers) if config.layers is None else config.layers
+        wrong = [layer for layer in layers if not 0 <= layer < base.num_layers]
+        if wrong:
+            raise SlmError(f"projection.layers: there is no layer {wrong[0]} among 0 to {base.num_layers - 1}")
         return cls(base, config.h, config.k, config.m or config.h, tuple(layers))
 
     @property
@@ -45,25 +49,35 @@ class ProjectedShape:
         return [f"{name.format(layer)}.weight" for layer in self.layers for name in MATRICES[self.base.family]]
 
     @property
+    def projected_parameters(self) -> int:
+        """P: numbers of an expert's projected matrices."""
+        return len(self.matrices) * self.base.dims * self.base.hidden_dims
+
+    @property
     def num_parameters(self) -> int:
         """The exact count, without making the network."""
-        matrices = len(self.matrices)
-        size = self.base.dims * self.base.hidden_dims
-        return self.base.num_parameters + matrices * (size * (self.h - 1) + self.m * self.h) + self.k * self.m
+        small = len(self.matrices) * self.m * self.h + self.k * self.m
+        return self.base.num_parameters + self.projected_parameters * (self.h - 1) + small
+
+    def flops_per_token(self, tokens_per_group: int) -> float:
+        """Training FLOPs of a token: those of an expert, and 6 h P a group for projecting there and back."""
+        return self.base.flops_per_token + 6 * self.h * self.projected_parameters / tokens_per_group
 
     def to_dict(self) -> dict:
         return asdict(self) | {"layers": list(self.layers)}
 
 
-def initialise_network(shape: ProjectedShape, config: ProjectionConfig, seed: int) -> dict:
-    """Fresh fp32 parameters: `{"shared": {...}, "E": [k, m], "M": {name: [m, h]}, "T": {name: [h, out, in]}}`.
+def initialise_network(shape: ProjectedShape, config: ProjectionConfig, seed: int, start: dict | None = None) -> dict:
+    """fp32 parameters: `{"shared": {...}, "E": [k, m], "M": {name: [m, h]}, "T": {name: [h, out, in]}}`.
+
+    `start` are those of the plain small model to begin with, by default fresh ones.
 
     `anchored`: every expert has coefficient 1 on T[0], which is the plain small model, and small random ones on T[1..],
     which are zero: at step 0 every expert is the small model, and training pulls them apart. An expert alone sees few
     tokens, so experts that begin far apart learn less than one model would (NOTES). `random`: E and T as a linear layer
     would have them, with W_i of the usual scale.
     """
-    plain = dict(tree_flatten(initialise(shape.base, seed)))
+    plain = dict(tree_flatten(start or initialise(shape.base, seed)))
     keys = mx.random.split(mx.random.key(seed + 1), 1 + len(shape.matrices))
     h, k, m = shape.h, shape.k, shape.m
     noise = mx.random.normal((k, m), key=keys[0])
@@ -77,6 +91,19 @@ def initialise_network(shape: ProjectedShape, config: ProjectionConfig, seed: in
         scale = 0.0 if anchored else mx.std(first).item()
         T[name] = mx.concatenate([first[None], scale * mx.random.normal(rest, key=key)])
     return {"shared": tree_unflatten(list(plain.items())), "E": E, "M": M, "T": T}
+
+
+def network_of(tree: dict) -> dict:
+    """A network's parameters (or moments) as they are after loading, with the matrices of M and T by name again."""
+    return tree | {part: dict(tree_flatten(tree[part])) for part in "MT"}
+
+
+def tensor_rate(parameters: dict) -> float:
+    """1 / mean_i sum_r |c_ir|: Adam moves each number of T[r] by about the rate a step, and so those of W_i by
+    rate * sum_r |c_ir|. With this factor on the rate of T, experts move as fast as a plain matrix does."""
+    found = coefficients(parameters, parameters["E"])
+    sums = mx.stack([mx.abs(c).sum(axis=1).mean() for c in found.values()])
+    return 1 / sums.mean().item()
 
 
 def coefficients(parameters: dict, experts: mx.array) -> dict[str, mx.array]:
@@ -101,9 +128,33 @@ def stacked(parameters: dict, ids: mx.array) -> dict:
 
 
 def expert(parameters: dict, which: int | np.ndarray) -> dict:
-    """Parameters of a plain transformer: expert i, or that of a histogram p over clusters, E_p = sum_i p_i E_i."""
+    """Parameters of a plain transformer: expert i, or that of a histogram p over clusters, E_p = sum_i p_i E_i.
+
+    Raises SlmError for an expert, or for mass of the histogram, that the network does not have.
+    """
     E = parameters["E"]
-    row = E[which] if isinstance(which, int) else mx.array(np.asarray(which, np.float32)) @ E
+    if isinstance(which, (int, np.integer)):
+        if not 0 <= which < len(E):
+            raise SlmError(f"there is no expert {which}: the network has the experts 0 to {len(E) - 1}")
+        row = E[int(which)]
+    else:
+        row = mx.array(checked_histogram(which, len(E)).astype(np.float32)) @ E
     found = coefficients(parameters, row[None])
     weights = [(name, combined(parameters["T"][name], c)[0]) for name, c in found.items()]
     return tree_unflatten(tree_flatten(parameters["shared"]) + weights)
+
+
+def checked_histogram(histogram: np.ndarray, k: int) -> np.ndarray:
+    """A histogram over k clusters, float64 [k], made to sum to 1; raises SlmError where it cannot be one."""
+    found = np.asarray(histogram, np.float64)
+    if not np.isfinite(found).all() or (found < 0).any() or not found.sum():
+        raise SlmError("a histogram over clusters needs finite numbers of 0 or more that do not all vanish")
+    missing = np.flatnonzero(found[k:]) + k
+    if len(missing):
+        raise SlmError(
+            f"the histogram has mass on cluster {missing[0]}, and the network has the clusters 0 to {k - 1}: "
+            "make it from the clusters that the network was trained on"
+        )
+    padded = np.zeros(k)
+    padded[: len(found)] = found[:k]
+    return padded / padded.sum()

@@ -17,10 +17,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_slm import runtime
-from mlx_slm.models.projected import coefficients, combined
+from mlx_slm.models.projected import ProjectedShape, coefficients, combined, network_of
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.training.loss import linear_cross_entropy
 from mlx_slm.training.optimizer import AdamW, global_norm
+from mlx_slm.training.step import add_trees, compiled_lanes, largest_that_fits, shared_out, training_bytes
 
 
 class ProjectedStep:
@@ -40,11 +41,11 @@ class ProjectedStep:
         tensor_rate: float = 1.0,
     ):
         self.model, self.micro_groups, self.optimizer, self.tensor_rate = model, micro_groups, optimizer, tensor_rate
-        self.parameters, self.moments = parameters, moments or optimizer.init(parameters)
+        self.parameters = network_of(parameters)
+        moments = moments or optimizer.init(self.parameters)
+        self.moments = moments | {part: network_of(moments[part]) for part in "mv"}
         self.dtype = runtime.compute_dtype()
-        streams = runtime.lanes() if micro_groups >= len(runtime.lanes()) else runtime.lanes()[:1]
-        self._lanes = [(stream, mx.compile(self._loss_and_gradients)) for stream in streams]
-        self._add = mx.compile(lambda a, b: tree_map(mx.add, a, b))
+        self._lanes = compiled_lanes(self._loss_and_gradients, micro_groups)
         self._chain = mx.compile(self._chain_rule)
         self._small = mx.compile(self._update_small)
         self._tensor = mx.compile(self._update_tensor)
@@ -64,7 +65,7 @@ class ProjectedStep:
         stacks: dict[str, list[mx.array]] = {name: [] for name in T}
         for start in range(0, groups, self.micro_groups):
             chosen = np.arange(start, min(start + self.micro_groups, groups))
-            for part, (stream, gradients_of) in zip(np.array_split(chosen, len(self._lanes)), self._lanes, strict=True):
+            for part, stream, gradients_of in shared_out(chosen, self._lanes):
                 where = slice(part[0], part[-1] + 1)
                 batch = slice(part[0] * rows, (part[-1] + 1) * rows)
                 own = {name: c[where] for name, c in C.items()}
@@ -72,7 +73,7 @@ class ProjectedStep:
                     one, found, dW = gradients_of(
                         self.parameters["shared"], T, own, mx.array(tokens[batch]), mx.array(weights[batch])
                     )
-                loss, shared = (one, found) if loss is None else (loss + one, self._add(shared, found))
+                loss, shared = (one, found) if loss is None else (loss + one, add_trees(shared, found))
                 for name, value in dW.items():
                     stacks[name].append(value)
             if self.micro_groups < groups:
@@ -146,3 +147,17 @@ class ProjectedStep:
     def _update_tensor(self, T, m, v, C, dW, now):
         gradient = (C.T @ dW.reshape(len(C), -1)).reshape(T.shape)
         return self.optimizer.moved(T, m, v, gradient, now, self.tensor_rate)
+
+
+def network_bytes(shape: ProjectedShape, groups: int, rows: int, micro_groups: int) -> int:
+    """Memory of a step of `groups` groups of `rows` rows in fp32, an estimate: the plain step's on a micro-batch, the
+    network with its moments, the successors of one matrix, and each group's stacked weights and their gradients."""
+    plain = training_bytes(shape.base, micro_groups * rows)
+    largest = shape.h * shape.base.dims * shape.base.hidden_dims
+    stacks = shape.projected_parameters * (2 * groups + 2 * micro_groups)
+    return plain + 4 * (3 * shape.num_parameters + 3 * largest + stacks)
+
+
+def groups_that_fit(shape: ProjectedShape, groups: int, rows: int) -> int:
+    """The largest divisor of `groups` whose step takes at most 0.8 of the memory; raises SlmError if none does."""
+    return largest_that_fits(groups, lambda micro: network_bytes(shape, groups, rows, micro), shape.num_parameters)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_slm import runtime
-from mlx_slm.config import Config, dump_config
+from mlx_slm.config import Config, dump_config, parse_size
 from mlx_slm.errors import SlmError, nearest
 from mlx_slm.models.transformer import Shape, Transformer
 from mlx_slm.training import checkpoint
@@ -22,6 +22,8 @@ from mlx_slm.training.trainer import State
 from mlx_slm.workspace import Workspace, alone, fingerprint, read_json, write_json, write_text
 
 IMPORTANCE = "importance.json"
+EXPERT = "expert-"
+"""A run of several models keeps each in a folder of this name and its number."""
 
 
 @dataclass
@@ -30,10 +32,13 @@ class Run:
 
     path: Path
     record: dict
+    milestone: int | None = None
+    """The step of a checkpoint that was kept, to stand for the run in place of its last."""
 
     @property
     def name(self) -> str:
-        return self.path.name
+        is_expert = self.path.name.startswith(EXPERT) and (self.path.parent / "run.json").exists()
+        return f"{self.path.parent.name}/{self.path.name}" if is_expert else self.path.name
 
     @property
     def finished(self) -> bool:
@@ -61,6 +66,10 @@ class Run:
             seconds=round(state.seconds, 2),
             device=runtime.device_name(),
         )
+        self.save()
+
+    def save(self) -> None:
+        """Write the record."""
         write_json(self.path / "run.json", self.record)
 
     def importance(self) -> dict:
@@ -68,7 +77,10 @@ class Run:
         return read_json(self.path / IMPORTANCE)
 
     def weights_step(self) -> int:
-        """The step whose weights stand for this run: the best of a specialisation, the last of a pretraining."""
+        """The step whose weights stand for this run: the best of a specialisation, the last of a pretraining, or that
+        of the milestone."""
+        if self.milestone is not None:
+            return self.milestone
         if self.finished:
             return self.record["best_step" if self.record["select"] == "best" else "step"]
         steps = checkpoint.checkpoint_steps(self.path)
@@ -84,7 +96,7 @@ class Run:
         except SlmError as error:
             if self.finished:
                 self.record["status"] = "running"
-                write_json(self.path / "run.json", self.record)
+                self.save()
             raise SlmError(
                 f"run {self.name}: {error.args[0].split('; ')[0]}; run the command that made it again: "
                 "it goes back to the checkpoint before"
@@ -131,9 +143,10 @@ def open_run(
         announce()
     if record:
         return Run(path, record)
-    for old in (path, workspace.model(path.name)):
-        if fresh:
-            shutil.rmtree(old, ignore_errors=True)
+    if fresh:
+        shutil.rmtree(path, ignore_errors=True)
+        if path == workspace.run(path.name):
+            shutil.rmtree(workspace.model(path.name), ignore_errors=True)
     path.mkdir(parents=True, exist_ok=True)
     write_text(path / "config.yaml", dump_config(config))
     record = {"method": method, "inputs": inputs, "status": "running", "select": select, "started": time.time()}
@@ -141,14 +154,47 @@ def open_run(
     return Run(path, record)
 
 
+def expert_path(run: Path, expert: int) -> Path:
+    """Where a run of several models keeps one of them."""
+    return run / f"{EXPERT}{expert}"
+
+
+def open_expert(run: Run, expert: int) -> Run | None:
+    """One model of a run of several; None where it was not begun."""
+    path = expert_path(run.path, expert)
+    return Run(path, read_json(path / "run.json")) if (path / "run.json").exists() else None
+
+
+def milestone_step(tokens: int, batch_rows: int, context_length: int) -> int:
+    """The step after which a pretraining with these settings has seen `tokens` tokens."""
+    return -(-tokens // (batch_rows * context_length))
+
+
 def find_run(workspace: Workspace, name: str) -> Run:
-    """Return a run by name; raises SlmError with the runs there are."""
+    """Return a run by name, or RUN@TOKENS, the run at a milestone; raises SlmError with the runs there are."""
+    name, at, tokens = name.partition("@")
+    if at:
+        return _at(find_run(workspace, name), tokens)
     path = workspace.run(name)
     if not (path / "run.json").exists():
         known = workspace.runs()
         listed = ", ".join(known) or "none; `mlx-slm pretrain` makes the first"
         raise SlmError(f"no run {name!r} in {workspace.root}{nearest(name, known)}; runs: {listed}")
     return Run(path, read_json(path / "run.json"))
+
+
+def _at(run: Run, tokens: str) -> Run:
+    inputs, kept = run.record["inputs"], checkpoint.checkpoint_steps(run.path)
+    try:
+        step = milestone_step(parse_size(tokens), inputs["training"]["batch_rows"], run.shape.context_length)
+    except (ValueError, KeyError) as error:
+        raise SlmError(f"{run.name}@{tokens}: write it as RUN@TOKENS of a pretraining run, such as slm@5M") from error
+    if step not in kept:
+        raise SlmError(
+            f"run {run.name} keeps no checkpoint after {tokens} tokens (step {step:,}; it has the steps "
+            f"{', '.join(map(str, kept)) or 'none'}): name it in training.milestones before training"
+        )
+    return Run(run.path, run.record, step)
 
 
 def default_run(workspace: Workspace) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import mlx.core as mx
@@ -15,6 +16,21 @@ from mlx_slm.errors import SlmError
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.training.loss import CHUNK_LOGITS, linear_cross_entropy
 from mlx_slm.training.optimizer import AdamW
+
+Lane = tuple[mx.Stream, Callable]
+add_trees = mx.compile(lambda a, b: tree_map(mx.add, a, b))
+
+
+def compiled_lanes(function: Callable, parts: int) -> list[Lane]:
+    """Each of the machine's streams with `function` compiled for it; one where there are fewer parts than streams."""
+    streams = runtime.lanes() if parts >= len(runtime.lanes()) else runtime.lanes()[:1]
+    return [(stream, mx.compile(function)) for stream in streams]
+
+
+def shared_out(items: np.ndarray, lanes: list[Lane]) -> Iterator[tuple[np.ndarray, mx.Stream, Callable]]:
+    """An even, consecutive part of the items for each lane."""
+    for part, lane in zip(np.array_split(items, len(lanes)), lanes, strict=True):
+        yield part, *lane
 
 
 class TrainingStep:
@@ -30,9 +46,7 @@ class TrainingStep:
         self.model, self.micro_rows = model, micro_rows
         self.parameters, self.moments = parameters, moments or optimizer.init(parameters)
         self.dtype = runtime.compute_dtype()
-        streams = runtime.lanes() if micro_rows >= len(runtime.lanes()) else runtime.lanes()[:1]
-        self._lanes = [(stream, mx.compile(self._loss_and_gradients)) for stream in streams]
-        self._add = mx.compile(lambda a, b: tree_map(mx.add, a, b))
+        self._lanes = compiled_lanes(self._loss_and_gradients, micro_rows)
         self._update = mx.compile(optimizer.update)
 
     def __call__(
@@ -46,10 +60,10 @@ class TrainingStep:
         loss = gradients = None
         for start in range(0, len(tokens), self.micro_rows):
             rows = np.arange(start, min(start + self.micro_rows, len(tokens)))
-            for part, (stream, gradients_of) in zip(np.array_split(rows, len(self._lanes)), self._lanes, strict=True):
+            for part, stream, gradients_of in shared_out(rows, self._lanes):
                 with mx.stream(stream):
                     found = gradients_of(self.parameters, mx.array(tokens[part]), mx.array(weights[part]))
-                loss, gradients = found if loss is None else (loss + found[0], self._add(gradients, found[1]))
+                loss, gradients = found if loss is None else (loss + found[0], add_trees(gradients, found[1]))
             if self.micro_rows < len(tokens):
                 mx.async_eval(loss, gradients)
         total, rate = mx.array(float(weights.sum())), mx.array(rate)
@@ -86,15 +100,21 @@ def training_bytes(shape: Shape, rows: int, checkpoint_layers: bool = False) -> 
 
 def rows_that_fit(shape: Shape, batch_rows: int, checkpoint_layers: bool = False) -> int:
     """The largest divisor of `batch_rows` whose step takes at most 0.8 of the memory; raises SlmError if none does."""
+    advice = "" if checkpoint_layers else ", or set training.checkpoint_layers=true"
+    return largest_that_fits(
+        batch_rows, lambda rows: training_bytes(shape, rows, checkpoint_layers), shape.num_parameters, advice
+    )
+
+
+def largest_that_fits(whole: int, bytes_of: Callable[[int], int], parameters: int, advice: str = "") -> int:
+    """The largest divisor of `whole` of which `bytes_of` is at most 0.8 of the memory; raises SlmError if none is."""
     memory = runtime.memory_bytes()
-    for rows in range(batch_rows, 0, -1):
-        if batch_rows % rows == 0 and training_bytes(shape, rows, checkpoint_layers) <= 0.8 * memory:
-            return rows
-    needed = training_bytes(shape, 1, checkpoint_layers) / 2**30
+    for part in range(whole, 0, -1):
+        if whole % part == 0 and bytes_of(part) <= 0.8 * memory:
+            return part
     raise SlmError(
-        f"a step of this model ({shape.num_parameters:,} parameters) needs about {needed:.1f} GB for one row, and "
-        f"{memory / 2**30:.1f} GB are there: choose a smaller model"
-        + ("" if checkpoint_layers else ", or set training.checkpoint_layers=true")
+        f"a step of this model ({parameters:,} parameters) needs about {bytes_of(1) / 2**30:.1f} GB at the least, and "
+        f"{memory / 2**30:.1f} GB are there: choose a smaller model{advice}"
     )
 
 

@@ -44,6 +44,8 @@ class Plan:
     schedule: str = "constant"
     patience: int | None = None
     """Stop after so many evaluations without a gain; None: never."""
+    milestones: tuple[int, ...] = ()
+    """Steps whose checkpoints are kept for good."""
 
     def rate(self, step: int) -> float:
         return learning_rate(step, self.learning_rate, self.warmup_steps, self.schedule, self.steps)
@@ -138,7 +140,7 @@ class Trainer:
                 state.tokens += total
                 reporting = state.step % plan.report_every == 0 or state.step == plan.steps
                 evaluating = state.step % plan.eval_every == 0 or state.step == plan.steps
-                saving = state.step % plan.checkpoint_every == 0 or state.step == plan.steps
+                saving = state.step % plan.checkpoint_every == 0 or state.step in {plan.steps, *plan.milestones}
                 if reporting or evaluating or saving or stopping.is_set():
                     self._collect()
                 now = time.perf_counter()
@@ -241,7 +243,7 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_step == self.state.step:
             return
-        keep = {self.state.best_step} if self.state.best_step is not None else set()
+        keep = {self.state.best_step, *self.plan.milestones}
         checkpoint.save_checkpoint(
             self.run_directory, self.state.step, self.step.parameters, self.step.moments, self.state.to_json(), keep
         )

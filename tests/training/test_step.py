@@ -38,7 +38,7 @@ def test_rows_that_fit_divide_the_batch(monkeypatch):
         bigger = [r for r in range(rows + 1, 57) if 56 % r == 0]
         assert not bigger or training_bytes(shape, bigger[0]) > 0.8 * (gigabytes << 30)
     monkeypatch.setattr(runtime, "memory_bytes", lambda: 2 << 30)
-    with pytest.raises(SlmError, match=r"121,992,192 parameters\) needs about .* GB for one row, and 2\.0 GB"):
+    with pytest.raises(SlmError, match=r"121,992,192 parameters\) needs about .* GB at the least, and 2\.0 GB"):
         rows_that_fit(shape, 56)
 
 
