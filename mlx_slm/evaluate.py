@@ -1,163 +1,23 @@
-"""Perplexity: every stored token of a held-out set scored exactly once, totals in float64.
-
-Each window is read with one `</s>` before it and predicts all its tokens. The result does not depend on batch size.
-"""
+"""Perplexity of models on held-out sets, and the record of it."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 
-import mlx.core as mx
 import numpy as np
 
-from mlx_slm import runtime
+from mlx_slm.bundle import find_source, is_bundle
 from mlx_slm.config import Config
 from mlx_slm.errors import SlmError
-from mlx_slm.export import check_model, load_any
+from mlx_slm.experts import FREQUENT, HISTOGRAM, Experts, has_experts
+from mlx_slm.export import check_model, find_model, load_any
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.report import Report
-from mlx_slm.text.store import Store, first_windows, length_batches
-from mlx_slm.training.loss import token_nll
+from mlx_slm.scoring import Score, Scorer, routed_nll, score_of
+from mlx_slm.text.store import Store
 from mlx_slm.workspace import Workspace
-
-LENGTHS = 8
-"""Windows are padded to one of so many lengths, so that few graphs are compiled."""
-BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Score:
-    """Totals over a set. Perplexity and bits are of tokens and of UTF-8 bytes of text."""
-
-    tokens: int
-    nll: float
-    """Nats per token."""
-    stderr: float
-    """Standard error of `nll` over documents."""
-    perplexity: float
-    bits_per_byte: float
-    documents: int
-
-    @classmethod
-    def of(cls, nll: np.ndarray, tokens: np.ndarray, documents: np.ndarray, num_bytes: int) -> Score:
-        """From per-window sums: nll float64 [W], tokens int [W], document of each window [W]."""
-        _, place = np.unique(documents, return_inverse=True)
-        per_document = np.bincount(place, nll), np.bincount(place, tokens)
-        count, total = len(per_document[0]), int(tokens.sum())
-        mean = math.fsum(nll) / total
-        spread = per_document[0] - mean * per_document[1]
-        stderr = math.sqrt(float(spread @ spread) * count / max(1, count - 1)) / total
-        return cls(total, mean, stderr, math.exp(mean), mean * total / max(1, num_bytes) / math.log(2), count)
-
-
-class Scorer:
-    """Scores windows of stores with the present weights of a model; graphs are compiled once per shape."""
-
-    def __init__(self, model: Transformer):
-        def nll(tokens: mx.array, targets: mx.array) -> mx.array:
-            hidden = model(tokens)
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            return token_nll(flat, model.head, targets.reshape(-1)).reshape(targets.shape)
-
-        self._lanes = [mx.compile(nll, inputs=[model.state]) for _ in runtime.lanes()]
-
-    def __call__(
-        self, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None
-    ) -> Score:
-        """Score the given windows. `batch_rows`: rows at a time; by default so many that a batch has 4,096 tokens."""
-        return score_of(store, windows, self.window_nll(store, windows, batch_rows, report))
-
-    def window_nll(
-        self, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None
-    ) -> np.ndarray:
-        """Sum of the token losses of each window, float64 [W]."""
-        lengths = store.windows[:]["length"][windows].astype(np.int64)
-        if not lengths.sum():
-            raise SlmError(f"{store.directory} has no text to evaluate on")
-        result = np.zeros(len(windows))
-        step = -(-store.context_length // LENGTHS)
-        batches = length_batches(lengths, step, store.context_length, BATCH_TOKENS, batch_rows)
-
-        def losses(lane: int, batch: tuple) -> mx.array:
-            members, rows, length = batch
-            targets = np.full((rows, length), store.eos_id, np.int32)
-            for row, member in enumerate(members):
-                targets[row, : lengths[member]] = store.window_tokens(windows[member])
-            tokens = np.full_like(targets, store.eos_id)
-            tokens[:, 1:] = targets[:, :-1]
-            return self._lanes[lane](mx.array(tokens), mx.array(targets))
-
-        with (report or Report()).progress("evaluating", int(lengths.sum()), " tok") as advance:
-            for (members, _, length), found in runtime.in_lanes(batches, losses):
-                counted = np.arange(length) < lengths[members][:, None]
-                result[members] = (np.array(found, np.float64)[: len(members)] * counted).sum(axis=1)
-                advance(int(lengths[members].sum()))
-        return result
-
-
-def score_of(store: Store, windows: np.ndarray, nll: np.ndarray) -> Score:
-    """The score of windows of a store from the loss of each, float64 [W]."""
-    facts = store.windows[:][windows]
-    return Score.of(nll, facts["length"], facts["document"], int(facts["bytes"].sum()))
-
-
-def routed_nll(
-    model: Transformer,
-    scorer: Scorer,
-    expert: Callable[[int], dict],
-    store: Store,
-    windows: np.ndarray,
-    clusters: np.ndarray,
-    report: Report | None = None,
-) -> np.ndarray:
-    """Sum of the token losses of each window, float64 [W], each through `expert` of its cluster (int [W])."""
-    result, lengths = np.zeros(len(windows)), store.windows[:]["length"][windows].astype(np.int64)
-    with (report or Report()).progress("evaluating, each cluster's expert", int(lengths.sum()), " tok") as advance:
-        for cluster in np.unique(clusters).tolist():
-            place = np.flatnonzero(clusters == cluster)
-            model.update(expert(cluster))
-            result[place] = scorer.window_nll(store, windows[place])
-            advance(int(lengths[place].sum()))
-    return result
-
-
-def routed_loss(
-    model: Transformer, expert: Callable[[dict, int], dict], store: Store, windows: np.ndarray, clusters: np.ndarray
-) -> Callable[[dict], float]:
-    """A function from parameters of a network to nats per token, each window through `expert` of its cluster."""
-    scorer = Scorer(model)
-
-    def loss(parameters: dict) -> float:
-        nll = routed_nll(model, scorer, partial(expert, parameters), store, windows, clusters)
-        return score_of(store, windows, nll).nll
-
-    return loss
-
-
-def validation_loss(model: Transformer, store: Store, windows: np.ndarray) -> Callable[[dict], float]:
-    """A function from parameters of `model` to nats per token on the given windows."""
-    scorer = Scorer(model)
-
-    def loss(parameters: dict) -> float:
-        model.update(parameters)
-        return scorer(store, windows).nll
-
-    return loss
-
-
-def validation_windows(store: Store, tokens: int, seed: int) -> np.ndarray:
-    """The windows of the first documents in a seeded order that hold about `tokens` tokens: the same at every call."""
-    if store.num_tokens < store.context_length:
-        name, context = store.directory.parent.name, store.context_length
-        raise SlmError(
-            f"the validation set of {name} has {store.num_tokens:,} tokens, less than one window ({context}): "
-            "add text, raise data.valid_fraction, or name a file with valid=PATH"
-        )
-    return first_windows(store, min(tokens, store.num_tokens), seed)
 
 
 def macro_perplexity(scores: list[Score]) -> float:
@@ -166,18 +26,27 @@ def macro_perplexity(scores: list[Score]) -> float:
 
 
 def evaluate_models(
-    workspace: Workspace, config: Config, models: list[str], domains: list[str], split: str, report: Report
+    workspace: Workspace,
+    config: Config,
+    models: list[str],
+    domains: list[str],
+    split: str,
+    report: Report,
+    expert: str | None = None,
 ) -> dict:
     """Score models (default: all that are exported) on sets (default: all domains); keeps a record in results/.
 
-    Returns `{"results": [...], "macro": [...]}` (DESIGN, "The commands").
+    A run with experts reads each window through the expert of its cluster, or all through `expert`: its number,
+    `frequent` or `histogram` (by the set's train split). Returns `{"results": [...], "macro": [...]}` (DESIGN, "The
+    commands").
     """
     models = models or workspace.models()
     sets = domains or [name for name in workspace.sets() if name != config.data.generic]
     if not models:
         raise SlmError(f"no model in {workspace.root} yet: `mlx-slm pretrain` or `mlx-slm specialize` makes one")
-    for name in models:
-        check_model(workspace, name)
+    found = {name: find_evaluated(workspace, name) for name in models}
+    if expert is not None and (single := next((name for name, one in found.items() if one is None), None)):
+        raise SlmError(f"--expert {expert}: {single} is a single model; it is for runs of the methods pn and mix")
     if not sets:
         raise SlmError("no domain is prepared: name a set with --domain, or run `mlx-slm prepare NAME SOURCE...`")
     stores = {name: Store(workspace.require_set(name, split)) for name in sets}
@@ -187,23 +56,63 @@ def evaluate_models(
     workspace.results.mkdir(parents=True, exist_ok=True)
     results, macro = [], []
     for name in models:
-        model, tokenizer = load_any(workspace, name)
+        experts = found[name]
+        if experts:
+            model, tokenizer = Transformer(experts.run.shape), experts.run.record["inputs"]["tokenizer"]
+        else:
+            model, tokenizer = load_any(workspace, name)
         scorer, scores = Scorer(model), []
         for set_name, store in stores.items():
-            if store.manifest["inputs"]["tokenizer"] != tokenizer:
-                raise SlmError(
-                    f"{name} and data/{set_name} were made with different tokenizers: prepare or train one anew"
-                )
-            if store.context_length > model.shape.context_length:
-                raise SlmError(
-                    f"{name} has a context of {model.shape.context_length} tokens, data/{set_name} windows of "
-                    f"{store.context_length}: prepare the set with the model's data.context_length"
-                )
-            score = scorer(store, np.arange(store.num_windows), report=report)
+            _require_readable(name, model, tokenizer, set_name, store)
+            windows, how = np.arange(store.num_windows), {}
+            if experts and expert is None:
+                place, how = experts.assigned(config, set_name, split, report).clusters[:], {"routing": "cluster"}
+                nll = routed_nll(model, scorer, experts.parameters, store, windows, place, report)
+                score = score_of(store, windows, nll)
+            else:
+                if experts:
+                    which, how = _one_expert(experts, config, set_name, expert, report)
+                    model.update(experts.parameters(which))
+                score = scorer(store, windows, report=report)
             scores.append(score)
-            results.append({"model": name, "set": set_name, "split": split, **asdict(score)})
+            results.append({"model": name, "set": set_name, "split": split, **asdict(score), **how})
             with open(workspace.results / "evaluations.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(results[-1]) + "\n")
         if scores:
             macro.append({"model": name, "sets": list(stores), "perplexity": macro_perplexity(scores)})
     return {"results": results, "macro": macro}
+
+
+def find_evaluated(workspace: Workspace, name: str) -> Experts | None:
+    """The experts of a run or a bundle that has some; None for a single model. Raises SlmError for an unknown name."""
+    if not is_bundle(name):
+        check_model(workspace, name)
+        if find_model(workspace, name):
+            return None
+    run = find_source(workspace, name)
+    return Experts(workspace, run) if has_experts(run) else None
+
+
+def _one_expert(
+    experts: Experts, config: Config, set_name: str, expert: str, report: Report
+) -> tuple[int | np.ndarray, dict]:
+    """(the expert that scores all of a set, how it is named in the results)."""
+    if expert.isdigit():
+        return int(expert), {"routing": "expert", "expert": int(expert)}
+    if expert not in (FREQUENT, HISTOGRAM):
+        raise SlmError(f"--expert {expert}: give the number of an expert, {FREQUENT} or {HISTOGRAM}")
+    train = Store(experts.workspace.require_set(set_name, "train"))
+    shares = experts.histogram(config, set_name, np.arange(train.num_windows), report)
+    if expert == HISTOGRAM:
+        return shares, {"routing": HISTOGRAM}
+    return int(shares.argmax()), {"routing": FREQUENT, "expert": int(shares.argmax())}
+
+
+def _require_readable(name: str, model: Transformer, tokenizer: str, set_name: str, store: Store) -> None:
+    if store.manifest["inputs"]["tokenizer"] != tokenizer:
+        raise SlmError(f"{name} and data/{set_name} were made with different tokenizers: prepare or train one anew")
+    if store.context_length > model.shape.context_length:
+        raise SlmError(
+            f"{name} has a context of {model.shape.context_length} tokens, data/{set_name} windows of "
+            f"{store.context_length}: prepare the set with the model's data.context_length"
+        )

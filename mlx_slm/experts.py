@@ -21,6 +21,8 @@ from mlx_slm.training.runs import Run, open_expert
 from mlx_slm.workspace import MANIFEST, Workspace
 
 METHODS = ("pn", "mix")
+FREQUENT, PRETRAINED, FINETUNED, HISTOGRAM = SELECTS = ("frequent", "pretrained", "finetuned", "histogram")
+"""How a domain's expert is chosen (section 4.3, Table 5)."""
 
 
 class Experts:
@@ -31,7 +33,7 @@ class Experts:
         inputs = run.record["inputs"]
         self.k, self.generic = inputs["k"], np.array(inputs["generic"], np.float64)
         self.clusters = self._require_clusters(workspace, inputs["clusters"])
-        self._workspace = workspace
+        self.workspace = workspace
 
     @property
     def trained(self) -> list[int]:
@@ -71,12 +73,12 @@ class Experts:
 
     def assigned(self, config: Config, name: str, split: str, report: Report) -> Assigned:
         """The clusters of a split's windows, embedded and assigned where that was not done."""
-        return assign_set(self._workspace, self.clusters, name, split, config.clusters.encoder, report)
+        return assign_set(self.workspace, self.clusters, name, split, config.clusters.encoder, report)
 
     def histogram(self, config: Config, name: str, windows: np.ndarray, report: Report) -> np.ndarray:
         """P(c | domain) of these windows of a train split, float64 [k]: shares of tokens."""
         place = self.assigned(config, name, "train", report).clusters[:][windows]
-        counts = histogram(place, Store(self._workspace.data(name, "train")).windows[:]["length"][windows], self.k)
+        counts = histogram(place, Store(self.workspace.data(name, "train")).windows[:]["length"][windows], self.k)
         return counts / counts.sum()
 
     @functools.cached_property

@@ -33,7 +33,7 @@ def export_run(workspace: Workspace, run: Run) -> Path:
         run.weights(),
         open_tokenizer(workspace.tokenizer),
         {"run": run.name, "step": step, "method": run.record["method"], "tokenizer": run.record["inputs"]["tokenizer"]},
-        {key: run.record.get(key) for key in ("tokens", "seconds", "device", "valid_nll", "started")},
+        {key: run.record.get(key) for key in ("tokens", "seconds", "device", "valid_nll", "started", "selection")},
     )
 
 
@@ -136,7 +136,7 @@ def find_model(workspace: Workspace, name: str) -> Path | None:
 
 def check_model(workspace: Workspace, name: str) -> None:
     """Raise SlmError, with the known models and runs, for a name that `load_any` would not find."""
-    if not find_model(workspace, name) and name not in workspace.runs():
+    if not find_model(workspace, name) and name.partition("@")[0] not in workspace.runs():
         raise SlmError(_unknown(workspace, name, [*workspace.models(), *workspace.runs()]))
 
 

@@ -19,11 +19,11 @@ from mlx_slm.clustering.sampler import Sampler, Stream
 from mlx_slm.clustering.target import Target, clusters_for, importance_of, inputs_of
 from mlx_slm.config import Config
 from mlx_slm.errors import SlmError
-from mlx_slm.evaluate import routed_loss, validation_loss
 from mlx_slm.init_from import Pretrained
 from mlx_slm.models.projected import ProjectedShape, expert, initialise_network, network_of, tensor_rate
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
+from mlx_slm.scoring import routed_loss, validation_loss
 from mlx_slm.text.store import Store
 from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit

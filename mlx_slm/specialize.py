@@ -7,22 +7,28 @@ validation set decides when to stop, and the best checkpoint is exported.
 from __future__ import annotations
 
 import math
+import os
+import shutil
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
+from mlx_slm.bundle import find_source
 from mlx_slm.clustering.sampler import Sampler, Stream
 from mlx_slm.config import Config, FinetuningConfig, Recipe, format_size
 from mlx_slm.errors import SlmError
-from mlx_slm.evaluate import validation_loss, validation_windows
+from mlx_slm.experts import FINETUNED, FREQUENT, HISTOGRAM, PRETRAINED, Experts, has_experts
 from mlx_slm.export import export_run
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
+from mlx_slm.scoring import validation_loss, validation_windows
+from mlx_slm.selection import chosen, describe, select_expert
 from mlx_slm.text.huggingface import open_tokenizer
-from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, sources_of, text_needed
+from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, prepare, sources_of, text_needed
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.optimizer import OPTIMIZER_FIELDS, AdamW
-from mlx_slm.training.runs import Run, alone_in, default_run, find_run, open_run
+from mlx_slm.training.runs import Run, alone_in, default_run, expert_path, open_run
 from mlx_slm.training.step import TrainingStep, rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer
 from mlx_slm.workspace import Workspace, fingerprint
@@ -39,17 +45,24 @@ def specialize(
     tokens: int | None = None,
     name: str | None = None,
     fresh: bool = False,
+    select: str | None = None,
+    sources: list[str] | None = None,
 ) -> Run:
     """Train on `tokens` tokens of `domain` (None: all of its train split) and export the best to `models/<name>`.
 
-    `from_run`: the pretrained run (default: that of method slm), or 'none' for SLM-nopt. Returns the finished run.
+    `from_run`: the pretrained run (default: that of method slm), a bundle's directory, or 'none' for SLM-nopt;
+    `select`: how an expert of a projected network or a mixture is chosen (default: frequent); `sources`: the domain's
+    text, if it is not prepared or known. Returns the finished run.
     """
     if domain == config.data.generic:
         raise SlmError(f"--domain {domain}: that is the generic set; specialise to another one")
-    sources_of(domain, [], workspace, config)
-    source = None if from_run == FROM_NONE else find_run(workspace, from_run or default_run(workspace))
+    source = None if from_run == FROM_NONE else find_source(workspace, from_run or default_run(workspace))
+    experts, select = _experts(workspace, source, select)
+    named = sources_of(domain, sources or [], workspace, config)
     if source:
         tokens = _sampled_tokens(source, domain, tokens, report)
+    if sources:
+        prepare(workspace, domain, named, config, report)
     ensure_set(workspace, domain, config, report, limit=text_needed(tokens or STREAMED_TOKENS))
     tokenizer = open_tokenizer(workspace.tokenizer)
     store, valid = (Store(workspace.require_set(domain, split)) for split in ("train", "valid"))
@@ -75,37 +88,113 @@ def specialize(
         "windows": fingerprint([windows.tolist(), valid_windows.tolist()]),
         "optimizer": config.training.model_dump(mode="json", include=set(OPTIMIZER_FIELDS)),
         "shape": shape.to_dict(),
-        "finetuning": finetuning.model_dump(mode="json", exclude={"recipes"}),
+        "finetuning": finetuning.model_dump(mode="json", exclude={"recipes", "select_tokens"}),
         "recipe": recipe.model_dump(mode="json") | {"learning_rate": rate},
         "tokenizer": tokenizer.fingerprint,
         "data": store.fingerprint,
         "valid": valid.fingerprint,
     }
-    path = workspace.run(name or f"{domain}-{method}-{format_size(tokens) if tokens else 'all'}")
-    per_pass = sampler.num_rows / finetuning.batch_rows
-    plan = _plan(config, recipe, rate, per_pass)
+    if experts:
+        inputs |= {"select": select, "clusters": experts.clusters.fingerprint}
+    if select == PRETRAINED:
+        inputs["select_tokens"] = finetuning.select_tokens
+    label = f"{method}-{select}" if select else method
+    path = workspace.run(name or f"{domain}-{label}-{format_size(tokens) if tokens else 'all'}")
+    plan = _plan(config, recipe, rate, sampler.num_rows / finetuning.batch_rows)
     what = f"fine-tuning {source.name}" if source else "training from scratch"
-    announcement = (
-        f"{what} on {count:,} tokens of {domain} ({per_pass:.0f} steps a pass), rate {rate:.1e}, "
-        f"at most {plan.steps:,} steps"
-    )
+    job = _Job(config, shape, sampler, plan, valid, valid_windows, report)
+
+    def announce() -> None:
+        per_pass = sampler.num_rows / finetuning.batch_rows
+        report.line(
+            f"{what} on {count:,} tokens of {domain} ({per_pass:.0f} steps a pass), rate {rate:.1e}, "
+            f"at most {plan.steps:,} steps"
+        )
+
     with alone_in(path):
-        announce = lambda: report.line(announcement)  # noqa: E731
         run = open_run(workspace, path, method, inputs, config, fresh, select="best", announce=announce)
         if run.finished:
             report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
+        elif select == FINETUNED:
+            _finetune_all(workspace, run, experts, job, config)
         else:
-            model = Transformer(shape)
-            parameters = source.weights() if source else initialise(shape, finetuning.seed)
-            micro_rows = finetuning.micro_rows or rows_that_fit(shape, finetuning.batch_rows)
-            start = partial(TrainingStep, model, AdamW.of(config.training), micro_rows)
-            evaluate = validation_loss(model, valid, valid_windows)
-            trainer = Trainer(start, parameters, sampler, plan, run.path, evaluate, report, shape.flops_per_token)
-            state = trainer.run()
-            run.finish(state)
-            report.line(f"best at step {state.best_step:,}: validation perplexity {math.exp(state.best_nll):.2f}")
+            if experts and "selection" not in run.record:
+                run.record["selection"] = select_expert(experts, select, config, domain, store, windows, report)
+                run.save()
+            if experts:
+                selection = run.record["selection"]
+                report.line(f"starting from {describe(selection)}")
+                parameters = chosen(experts, selection)
+            else:
+                parameters = source.weights() if source else initialise(shape, finetuning.seed)
+            job.work(run, parameters)
         export_run(workspace, run)
     return run
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A fine-tuning, whatever it starts from."""
+
+    config: Config
+    shape: Shape
+    sampler: Sampler
+    plan: Plan
+    valid: Store
+    valid_windows: np.ndarray
+    report: Report
+
+    def work(self, run: Run, parameters: dict) -> None:
+        """Fine-tune in the directory of `run`, and record the outcome."""
+        finetuning = self.config.finetuning
+        model = Transformer(self.shape)
+        micro_rows = finetuning.micro_rows or rows_that_fit(self.shape, finetuning.batch_rows)
+        start = partial(TrainingStep, model, AdamW.of(self.config.training), micro_rows)
+        evaluate = validation_loss(model, self.valid, self.valid_windows)
+        flops = self.shape.flops_per_token
+        state = Trainer(start, parameters, self.sampler, self.plan, run.path, evaluate, self.report, flops).run()
+        run.finish(state)
+        best = math.exp(state.best_nll)
+        self.report.line(f"best at step {state.best_step:,}: validation perplexity {best:.2f}")
+
+
+def _finetune_all(workspace: Workspace, run: Run, experts: Experts, job: _Job, config: Config) -> None:
+    """Fine-tune every expert in a folder of its own, and let the best become the run; goes on where it stopped."""
+    tuned: dict[int, Run] = {}
+    for number in experts.trained:
+        job.report.line(f"fine-tuning expert {number} of 0 to {experts.k - 1}")
+        inputs = run.record["inputs"] | {"expert": number}
+        path = expert_path(run.path, number)
+        tuned[number] = open_run(workspace, path, run.record["method"], inputs, config, False, select="best")
+        if not tuned[number].finished:
+            job.work(tuned[number], experts.parameters(number))
+    scores = {number: one.record["valid_nll"] for number, one in tuned.items()}
+    best = min(scores, key=scores.get)
+    records = [one.record for one in tuned.values()]
+    cost = {key: round(sum(record[key] for record in records), 2) for key in ("tokens", "seconds")}
+    for part in ("checkpoints", "metrics.jsonl"):
+        if (tuned[best].path / part).exists():
+            os.replace(tuned[best].path / part, run.path / part)
+    outcome = {key: value for key, value in tuned[best].record.items() if key not in ("inputs", "started")}
+    selection = {"select": FINETUNED, "expert": best, "histogram": None, "share": None, "scores": scores, "cost": cost}
+    run.record |= outcome | {"selection": selection}
+    run.save()
+    for one in tuned.values():
+        shutil.rmtree(one.path)
+    job.report.line(f"the best is expert {best}: validation perplexity {math.exp(scores[best]):.2f}")
+
+
+def _experts(workspace: Workspace, source: Run | None, select: str | None) -> tuple[Experts | None, str | None]:
+    """(the experts of a run that has some, how to choose); raises SlmError for a choice where there is none."""
+    if source is None or not has_experts(source):
+        if select:
+            what = f"run {source.name}" if source else "training from scratch"
+            raise SlmError(f"--select {select}: {what} has no experts to choose from; it is for methods pn and mix")
+        return None, None
+    experts, select = Experts(workspace, source), select or FREQUENT
+    if select == HISTOGRAM and not experts.is_network:
+        raise SlmError(f"--select histogram needs a projected network, and run {source.name} is a mixture")
+    return experts, select
 
 
 def _sampled_tokens(source: Run, domain: str, tokens: int | None, report: Report) -> int | None:

@@ -6,8 +6,9 @@ import pytest
 
 from mlx_slm.config import ModelConfig
 from mlx_slm.errors import SlmError
-from mlx_slm.evaluate import Score, Scorer, macro_perplexity, validation_windows
+from mlx_slm.evaluate import macro_perplexity
 from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.scoring import Score, Scorer, validation_windows
 from mlx_slm.text.store import Store
 
 

@@ -119,20 +119,37 @@ def pretrain(
 
 @click.command()
 @click.option("--domain", required=True, help="The prepared (or known) set to specialise to.")
+@click.argument("sources", nargs=-1, metavar="[SOURCE]...")
 @click.option(
-    "--from", "from_run", metavar="RUN", help="The pretrained run, or none to train from scratch. [default: slm]"
+    "--from",
+    "from_run",
+    metavar="RUN",
+    help="The pretrained run, RUN@5M for one of its milestones, a bundle's directory, or none to train from scratch. "
+    "[default: slm]",
+)
+@click.option(
+    "--select",
+    type=click.Choice(["frequent", "pretrained", "finetuned", "histogram"]),
+    help="How the expert of a projected network or a mixture is chosen: that of the domain's most frequent cluster, "
+    "the best before or after fine-tuning, or all combined by the domain's histogram. [default: frequent]",
 )
 @click.option("--tokens", type=SIZE, help="Use so many tokens of the domain, such as 1M. [default: all]")
-@click.option("--name", help="Name of the run and the model. [default: <domain>-<method>-<tokens>]")
+@click.option("--name", help="Name of the run and the model. [default: <domain>-<method>[-<select>]-<tokens>]")
 @click.option("--fresh", is_flag=True, help="Start anew, throwing an earlier run of this name away.")
 @common
-def specialize(session: Session, domain, from_run, tokens, name, fresh) -> None:
-    """Fine-tune a pretrained model on a domain and write it as an mlx-lm model directory."""
+def specialize(session: Session, domain, sources, from_run, select, tokens, name, fresh) -> None:
+    """Fine-tune a pretrained model on a domain and write it as an mlx-lm model directory.
+
+    A SOURCE is the domain's text, as for prepare, where the set is not prepared yet.
+    """
+    from mlx_slm.bundle import install_bundle, is_bundle
     from mlx_slm.specialize import specialize as work
 
+    if from_run and is_bundle(from_run):
+        install_bundle(session.workspace, Path(from_run), session.report)
     config = session.config
     session.start_computing()
-    run = work(session.workspace, config, domain, session.report, from_run, tokens, name, fresh)
+    run = work(session.workspace, config, domain, session.report, from_run, tokens, name, fresh, select, list(sources))
     _show_run(session, run)
 
 

@@ -6,6 +6,13 @@ import click
 
 from mlx_slm.cli.common import Session, common
 
+ROUTED = {
+    "cluster": ", routed by cluster",
+    "expert": ", expert {expert}",
+    "frequent": ", expert {expert}",
+    "histogram": ", by histogram",
+}
+
 
 @click.command()
 @click.argument("models", nargs=-1, metavar="[RUN_OR_MODEL]...")
@@ -13,8 +20,13 @@ from mlx_slm.cli.common import Session, common
     "--domain", "domains", multiple=True, help="A prepared set, several times if wished. [default: all domains]"
 )
 @click.option("--split", type=click.Choice(["valid", "test"]), default="test", show_default=True)
+@click.option(
+    "--expert",
+    metavar="NUMBER|frequent|histogram",
+    help="For projected networks and mixtures: one expert reads all. [default: each window that of its cluster]",
+)
 @common
-def evaluate(session: Session, models, domains, split) -> None:
+def evaluate(session: Session, models, domains, split, expert) -> None:
     """Perplexity of models on held-out text of the domains, and the macro average over them.
 
     Without a name, every model of the workspace is evaluated. Results are added to results/evaluations.jsonl.
@@ -22,12 +34,13 @@ def evaluate(session: Session, models, domains, split) -> None:
     from mlx_slm.evaluate import evaluate_models
 
     session.start_computing()
-    result = evaluate_models(session.workspace, session.config, list(models), list(domains), split, session.report)
+    workspace, config, report = session.workspace, session.config, session.report
+    result = evaluate_models(workspace, config, list(models), list(domains), split, report, expert)
 
     def text() -> None:
         rows = [
             [
-                r["model"],
+                r["model"] + ROUTED.get(r.get("routing"), "").format(**r),
                 r["set"],
                 f"{r['tokens']:,}",
                 f"{r['nll']:.4f} ± {r['stderr']:.4f}",
@@ -97,4 +110,25 @@ def serve(session: Session, model, host, port) -> None:
     work(path, host, port)
 
 
-COMMANDS = (evaluate, generate, serve)
+@click.command()
+@click.argument("run")
+@click.option("--bundle", type=click.Path(file_okay=False), required=True, help="The directory to write.")
+@common
+def export(session: Session, run, bundle) -> None:
+    """Write a projected network or a mixture as one directory to hand over.
+
+    `mlx-slm specialize --domain notes --from DIR notes/*.md` specialises it on a machine that has nothing else.
+    """
+    from pathlib import Path
+
+    from mlx_slm.bundle import export_bundle
+    from mlx_slm.training.runs import find_run
+
+    session.start_computing()
+    facts = export_bundle(session.workspace, find_run(session.workspace, run), Path(bundle))
+    result = {"run": run, "bundle": bundle, **facts}
+    text = f"bundle: {bundle}\nnext: mlx-slm specialize --domain NAME --from {bundle} SOURCE..."
+    session.show(result, lambda: session.report.line(text))
+
+
+COMMANDS = (evaluate, generate, serve, export)

@@ -54,7 +54,7 @@ def ensure_set(workspace: Workspace, name: str, config: Config, report: Report, 
             prepare(workspace, name, sources, config, report)
         return
     sources = sources_of(name, [], workspace, config)
-    if name != config.data.generic:
+    if name != config.data.generic and not (workspace.tokenizer / MANIFEST).exists():
         ensure_set(workspace, config.data.generic, config, report)
     report.line(f"set {name!r} is not prepared yet: preparing it from {', '.join(sources)}")
     streamed = config.data.limit is None and any(source.startswith("hf:") for source in sources)

@@ -16,9 +16,9 @@ from mlx.utils import tree_flatten
 from mlx_slm.clustering.sampler import Sampler, Stream
 from mlx_slm.config import ModelConfig
 from mlx_slm.errors import Interrupted, SlmError
-from mlx_slm.evaluate import validation_loss
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
+from mlx_slm.scoring import validation_loss
 from mlx_slm.text.store import Store
 from mlx_slm.training import checkpoint
 from mlx_slm.training.checkpoint import Metrics, checkpoint_steps, load_checkpoint
