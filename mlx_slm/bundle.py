@@ -25,7 +25,6 @@ from mlx_slm.training.runs import Run, expert_path, find_run, open_expert
 from mlx_slm.workspace import (
     MANIFEST,
     Workspace,
-    fingerprint,
     load_manifest,
     new_artifact,
     read_json,
@@ -119,9 +118,9 @@ def copy_artifact(source: Path, path: Path, kind: str) -> None:
 
 def _write_weights(run: Run, path: Path) -> None:
     """The run as it is after its last step, without the moments that only more pretraining would need."""
-    step = run.record["step"] if run.record["method"] != "mix" or "expert" in run.record["inputs"] else None
+    step = run.weights_step()
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path / "run.json", run.record)
+    write_json(path / "run.json", run.record | {"name": run.name})
     if step is not None:
         with new_artifact(checkpoint_path(path, step), CHECKPOINT, {"step": step}) as (directory, _):
             save_arrays(directory / WEIGHTS, run.weights())
@@ -129,8 +128,8 @@ def _write_weights(run: Run, path: Path) -> None:
 
 def _card(run: Run, info: dict) -> str:
     kind = "projected network" if info["method"] == "pn" else "hard mixture"
-    encoder = ", ".join(f"{key} {value}" for key, value in info["encoder"].items())
-    inputs = run.record["inputs"]
+    encoder = "\n".join(f"- {key}: {value}" for key, value in info["encoder"].items())
+    inputs, shape = run.record["inputs"], run.shape
     mass = sum(inputs["generic"])
     rows = "\n".join(f"| {i} | {tokens:,} | {tokens / mass:.2%} |" for i, tokens in enumerate(inputs["generic"]))
     return f"""---
@@ -141,14 +140,17 @@ tags: [mlx, mlx-slm]
 # {run.name}
 
 A {kind} of {info["k"]} experts, each a language model of {info["parameters_of_an_expert"]:,} parameters
-({inputs["shape"]["family"]}, vocabulary {inputs["shape"]["vocab_size"]:,}, context
-{inputs["shape"]["context_length"]:,}), pretrained by mlx-slm on {info["tokens"]:,} tokens. With it, a small model for a
-domain is made where the domain's text is, and nothing of that text leaves the machine:
+({shape.family}, vocabulary {shape.vocab_size:,}, context {shape.context_length:,}), pretrained by mlx-slm on
+{info["tokens"]:,} tokens. With it a small model for a domain is made where the domain's text is, and nothing of that
+text leaves the machine:
 
     mlx-slm specialize --domain notes --from THIS_DIRECTORY notes/*.md
 
-Clusters are made with the encoder: {encoder}.
-Identity of this run: {fingerprint([inputs, run.record["started"]])}.
+A window of text belongs to the cluster whose centroid is nearest to its embedding by this encoder:
+
+{encoder}
+
+Identity of the run: {run.identity}
 
 | cluster | generic tokens | share |
 |---|---|---|

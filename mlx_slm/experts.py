@@ -58,11 +58,11 @@ class Experts:
                     f"run {self.run.name}: the histogram has mass on cluster {never[0]}, which has no generic text: "
                     "no expert of the network was trained for it"
                 )
-            return expert(self._network, which)
+            return expert(self.network, which)
         if not 0 <= which < self.k:
             raise SlmError(f"run {self.run.name} has the experts 0 to {self.k - 1}, not {which}")
         if self.is_network:
-            return expert(self._network, which)
+            return expert(self.network, which)
         found = open_expert(self.run, which)
         if not found or not found.finished:
             raise SlmError(
@@ -82,7 +82,8 @@ class Experts:
         return counts / counts.sum()
 
     @functools.cached_property
-    def _network(self) -> dict:
+    def network(self) -> dict:
+        """Parameters of the projected network."""
         return network_of(self.run.weights())
 
     def _require_clusters(self, workspace: Workspace, fingerprint: str) -> Clusters:

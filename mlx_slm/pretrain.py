@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 
 from mlx_slm import runtime
@@ -95,6 +96,8 @@ def _pretrain_mixture(ground: Ground, path: Path, fresh: bool, experts: list[int
             seconds=round(sum(record["seconds"] for record in done.values()), 2),
             device=runtime.device_name(),
         )
+        if fresh:
+            run.record["started"] = time.time()
         run.save()
     return run
 

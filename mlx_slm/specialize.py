@@ -224,7 +224,11 @@ def _require_fit(source: Run, domain: str, store: Store, tokenizer, report: Repo
     if source.record["inputs"]["tokenizer"] != tokenizer.fingerprint:
         raise SlmError(f"run {source.name} was trained with another tokenizer than the workspace's: pretrain it anew")
     if not source.finished:
-        report.warn(f"run {source.name} is not finished; specialising its step {source.weights_step():,}")
+        step = source.weights_step()
+        report.warn(
+            f"run {source.name} is not finished; specialising "
+            + ("the experts it has" if step is None else f"its step {step:,}")
+        )
 
 
 def _plan(config: Config, recipe: Recipe, rate: float, per_pass: float) -> Plan:

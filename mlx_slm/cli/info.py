@@ -7,15 +7,26 @@ import click
 from mlx_slm.cli.common import Session, common
 
 PAPER = {"model": ("SLM", "126M"), "large": ("LLM", "771M")}
+PAPER_NETWORK = {16: "756M", 32: "1,422M", 64: "2,770M"}
 
 
 @click.command()
+@click.argument("run", required=False)
 @click.option("--verify", is_flag=True, help="Check every byte of every artifact in the workspace.")
 @common
-def info(session: Session, verify) -> None:
-    """Show backend, device, memory, BLAS with its measured speed, versions, and the models of a configuration."""
+def info(session: Session, run, verify) -> None:
+    """Show backend, device, memory, BLAS with its measured speed, versions, and the models of a configuration.
+
+    With a RUN of method pn: how alike its experts' coefficients are, layer by layer, against how alike their clusters
+    are, in numbers and as a figure in results/.
+    """
     from mlx_slm import runtime
+    from mlx_slm.models.projected import ProjectedShape
     from mlx_slm.models.transformer import Shape
+
+    if run:
+        _show_experts(session, run)
+        return
 
     result = runtime.describe()
     session.start_computing()
@@ -28,6 +39,9 @@ def info(session: Session, verify) -> None:
         {"section": section, "family": shape.family, "parameters": shape.num_parameters, "paper": PAPER[section][1]}
         for section, shape in shapes.items()
     ]
+    network = ProjectedShape.of(config.projection, shapes["model"])
+    of_network = {"section": "projection", "family": shapes["model"].family, "parameters": network.num_parameters}
+    result["models"].append(of_network | {"paper": PAPER_NETWORK.get(network.k, "")})
     if verify:
         result["verified"] = _verify(session)
 
@@ -47,6 +61,30 @@ def info(session: Session, verify) -> None:
         session.report.table(title, ["model", "parameters", "the paper's"], rows)
 
     session.show(result, text)
+
+
+def _show_experts(session: Session, name: str) -> None:
+    from mlx_slm.bundle import find_source
+    from mlx_slm.errors import SlmError
+    from mlx_slm.experts import Experts, has_experts
+    from mlx_slm.geometry import draw, geometry
+
+    run = find_source(session.workspace, name)
+    if not has_experts(run):
+        raise SlmError(f"run {run.name} has no experts to compare; name a run of method pn")
+    facts = geometry(Experts(session.workspace, run))
+    facts["figure"] = str(draw(facts, session.workspace.results))
+
+    def text() -> None:
+        rows = [
+            [f"layer {one['layer']}", *(f"{one[key]:.3f}" for key in ("cosine", "spread", "correlation"))]
+            for one in facts["layers"]
+        ]
+        columns = ["coefficients c = E M", "mean cosine", "spread", "correlation with the clusters"]
+        session.report.table(f"The {facts['k']} experts of {facts['run']}", columns, rows)
+        session.report.line(f"figure: {facts['figure']}")
+
+    session.show(facts, text)
 
 
 def _verify(session: Session) -> list[str]:

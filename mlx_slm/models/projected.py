@@ -113,8 +113,7 @@ def coefficients(parameters: dict, experts: mx.array) -> dict[str, mx.array]:
 
 def combined(tensors: mx.array, c: mx.array) -> mx.array:
     """sum_r c[:, r] T[r]: [groups, out, in] of T [h, out, in] and c [groups, h], in one product."""
-    h, out, inner = tensors.shape
-    return (c @ tensors.reshape(h, out * inner)).reshape(-1, out, inner)
+    return (c @ tensors.reshape(len(tensors), -1)).reshape(-1, *tensors.shape[1:])
 
 
 def stacked(parameters: dict, ids: mx.array) -> dict:

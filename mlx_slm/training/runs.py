@@ -37,6 +37,8 @@ class Run:
 
     @property
     def name(self) -> str:
+        if "name" in self.record:  # in a bundle, whose directory may have any name
+            return self.record["name"]
         is_expert = self.path.name.startswith(EXPERT) and (self.path.parent / "run.json").exists()
         return f"{self.path.parent.name}/{self.path.name}" if is_expert else self.path.name
 
@@ -76,9 +78,16 @@ class Run:
         """The report of importance sampling, with the distribution that the rows were drawn from."""
         return read_json(self.path / IMPORTANCE)
 
-    def weights_step(self) -> int:
+    @property
+    def is_mixture(self) -> bool:
+        """Whether this is a hard mixture: a run of several models, each of which is a run."""
+        return self.record["method"] == "mix" and not {"expert", "from"} & set(self.record["inputs"])
+
+    def weights_step(self) -> int | None:
         """The step whose weights stand for this run: the best of a specialisation, the last of a pretraining, or that
-        of the milestone."""
+        of the milestone. None for a mixture."""
+        if self.is_mixture:
+            return None
         if self.milestone is not None:
             return self.milestone
         if self.finished:

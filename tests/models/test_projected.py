@@ -3,10 +3,18 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slm.config import Config, ModelConfig, ProjectionConfig, find_config, load_config
-from mlx_slm.models.projected import ProjectedShape, expert, initialise_network, stacked
+from mlx_slm.errors import SlmError
+from mlx_slm.models.projected import (
+    ProjectedShape,
+    expert,
+    initialise_network,
+    network_of,
+    stacked,
+    tensor_rate,
+)
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.training.loss import linear_cross_entropy
 
@@ -116,6 +124,62 @@ def test_the_hard_mixture_is_the_special_case_h_k_e_i_m_i():
     assert total.item() == pytest.approx(sum(losses), rel=1e-6)
     for name in shape.matrices:
         assert not np.array(dT[name])[[0, 2, 3]].any()
+
+
+def test_with_every_tensor_projected_and_sgd_the_experts_are_independent_models():
+    """h = k, E = I, M = I, nothing shared, one cluster a step: training is that of k small models on their own rows."""
+    base = Shape.of(ModelConfig(family="gpt2", num_layers=1, dims=32, num_heads=4), 60, 16)
+    shape = ProjectedShape(base, h=3, k=3, m=3, layers=())
+    alone = [dict(tree_flatten(initialise(base, seed))) for seed in range(3)]
+    names = list(alone[0])
+    fixed = {"shared": {}, "E": mx.eye(3), "M": {name: mx.eye(3) for name in names}}
+    T = {name: mx.stack([one[name] for one in alone]) for name in names}
+    for step, cluster in enumerate([0, 2, 2, 1, 0, 2]):
+        tokens = rows(2, seed=step)
+        dT = mx.grad(lambda T, c=cluster, t=tokens: loss_of(shape, expert(fixed | {"T": T}, c), t))(T)
+        T = {name: T[name] - 1e-3 * dT[name] for name in names}
+        own = alone[cluster]
+        gradient = mx.grad(lambda p, t=tokens: loss_of(shape, tree_unflatten(list(p.items())), t))(own)
+        alone[cluster] = {name: own[name] - 1e-3 * gradient[name] for name in names}
+    for name in names:
+        np.testing.assert_allclose(np.array(T[name]), np.stack([one[name] for one in alone]), atol=1e-6, err_msg=name)
+
+
+def test_a_network_survives_the_names_of_a_file():
+    _, parameters = make(layers=[2])
+    again = network_of(tree_unflatten(tree_flatten(parameters)))
+    assert set(again["T"]) == set(parameters["T"]) == set(again["M"])
+    assert mx.array_equal(
+        expert(again, 1)["model"]["h"][2]["mlp"]["c_fc"]["weight"], again["T"][next(iter(again["T"]))][0]
+    )
+
+
+def test_the_rate_of_the_tensors_moves_experts_as_fast_as_a_matrix():
+    _, parameters = make()
+    parameters = parameters | {
+        "E": mx.array([[1.0, -1, 0, 0], [1, 1, 1, -1], [1, 0, 0, 0], [1, 0, 0, 2], [1, 0, 1, 0]])
+    }
+    assert tensor_rate(parameters) == pytest.approx(1 / np.mean([2, 4, 1, 3, 2]))
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        (5, "no expert 5: the network has the experts 0 to 4"),
+        (-1, "no expert -1"),
+        (np.array([0.5, 0, 0, 0, 0, 0, 0.5]), "mass on cluster 6, and the network has the clusters 0 to 4"),
+        (np.zeros(5), "do not all vanish"),
+        (np.array([1, np.nan, 0, 0, 0]), "finite numbers"),
+    ],
+)
+def test_an_expert_that_there_is_not(which, message):
+    with pytest.raises(SlmError, match=message):
+        expert(make()[1], which)
+
+
+def test_a_layer_that_there_is_not():
+    with pytest.raises(SlmError, match=r"projection.layers: there is no layer 3 among 0 to 2"):
+        make(layers=[1, 3])
 
 
 def test_anchored_needs_m_to_be_h():

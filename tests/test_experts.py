@@ -1,0 +1,400 @@
+"""Projected networks and mixtures as a user has them: pretraining, resuming, choosing, routing, handing over."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import small_config
+from mlx.utils import tree_flatten
+from training.test_trainer import assert_same, everything
+
+from mlx_slm.cli import run
+from mlx_slm.clustering.encoder import window_texts
+from mlx_slm.clustering.importance import histogram
+from mlx_slm.config import MixtureConfig, ProjectionConfig, dump_config, load_config
+from mlx_slm.errors import SlmError
+from mlx_slm.evaluate import evaluate_models
+from mlx_slm.experts import Experts
+from mlx_slm.export import load_exported
+from mlx_slm.geometry import geometry
+from mlx_slm.models.transformer import Transformer
+from mlx_slm.pretrain import pretrain
+from mlx_slm.report import Report
+from mlx_slm.scoring import Scorer, validation_windows
+from mlx_slm.selection import score_experts, select_expert
+from mlx_slm.specialize import specialize
+from mlx_slm.text.huggingface import open_tokenizer
+from mlx_slm.text.store import Store, first_windows
+from mlx_slm.training.runs import find_run, open_expert
+from mlx_slm.workspace import Workspace, fingerprint, load_manifest
+
+EXPERTS = {
+    "projection": ProjectionConfig(k=4, h=3, clusters_per_step=2, spread=0.3),
+    "mixture": MixtureConfig(k=4),
+}
+
+
+@pytest.fixture(scope="module")
+def expert_config():
+    return small_config(**EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, expert_config, tmp_path_factory) -> Workspace:
+    """A workspace with a network `pn`, a mixture `mix` and the single model `slm`. Do not write into it."""
+    workspace = Workspace(tmp_path_factory.mktemp("experts") / "w")
+    shutil.copytree(prepared.root, workspace.root)
+    workspace.config_file.write_text(dump_config(expert_config))
+    for method in ("pn", "mix", "slm"):
+        pretrain(workspace, expert_config, method, Report())
+    Experts(workspace, find_run(workspace, "pn")).assigned(expert_config, "notes", "train", Report())
+    return workspace
+
+
+@pytest.fixture
+def own(trained, tmp_path) -> Workspace:
+    """A copy to write into."""
+    shutil.copytree(trained.root, tmp_path / "w")
+    return Workspace(tmp_path / "w")
+
+
+def experts_of(workspace, name) -> Experts:
+    return Experts(workspace, find_run(workspace, name))
+
+
+def call(capsys, workspace, *arguments) -> tuple[int, str, str]:
+    code = run([arguments[0], "--workspace", str(workspace.root), *arguments[1:]])
+    return code, *capsys.readouterr()
+
+
+KILLED = """
+import os, signal, sys
+import mlx_slm
+from mlx_slm.cli import run
+from mlx_slm.clustering.sampler import Sampler
+
+real, calls = Sampler.rows, []
+def rows(self, step):
+    calls.append(step)
+    if len(calls) == {calls}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, step)
+Sampler.rows = rows
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("method", "calls"), [("pn", 9), ("mix", 10)])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(method, calls, trained, expert_config, tmp_path):
+    workspace = Workspace(tmp_path / "w")
+    shutil.copytree(trained.root, workspace.root)
+    shutil.rmtree(workspace.run(method))
+    arguments = ["pretrain", "--method", method, "--workspace", str(workspace.root)]
+    command = [sys.executable, "-c", KILLED.format(calls=calls), *arguments]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert not find_run(workspace, method).finished
+    pretrain(workspace, expert_config, method, Report())
+    names = [method] if method == "pn" else [f"mix/expert-{i}" for i in range(4)]
+    for name in names:
+        assert_same(workspace.root / "runs" / name, everything(trained.root / "runs" / name))
+
+
+def test_a_mixture_goes_on_expert_by_expert(own, expert_config, report):
+    before = {i: everything(open_expert(find_run(own, "mix"), i).path) for i in (1, 3)}
+    shutil.rmtree(own.run("mix"))
+    some = pretrain(own, expert_config, "mix", report, experts=[1, 3])
+    assert not some.finished and set(some.record["experts"]) == {1, 3}
+    assert experts_of(own, "mix").trained == [1, 3]
+    with pytest.raises(SlmError, match=r"expert 0 of run mix is not trained: run `mlx-slm pretrain --method mix .*0`"):
+        experts_of(own, "mix").parameters(0)
+    written = (own.run("mix") / "expert-1" / "run.json").stat().st_mtime_ns
+    whole = pretrain(own, expert_config, "mix", report)
+    assert whole.finished and set(whole.record["experts"]) == {0, 1, 2, 3}
+    assert (own.run("mix") / "expert-1" / "run.json").stat().st_mtime_ns == written
+    for i, expected in before.items():
+        assert_same(own.run("mix") / f"expert-{i}", expected)
+    assert whole.record["step"] == 4 * 3, "the horizon of 12 steps is shared by four experts"
+    with pytest.raises(SlmError, match=r"--experts 4: the mixture has the experts 0 to 3"):
+        pretrain(own, expert_config, "mix", report, experts=[4])
+
+
+def test_an_expert_of_a_mixture_can_start_from_the_generic_run(own, expert_config, report):
+    budget = expert_config.model_copy(update={"mixture": MixtureConfig(k=4, tokens=256)})
+    pretrain(own, budget, "mix", report, name="upcycled", init_from=own.model("slm"), experts=[2])
+    record = open_expert(find_run(own, "upcycled"), 2).record
+    assert record["step"] == 1 and record["inputs"]["init_from"]
+    start = dict(tree_flatten(load_exported(own.model("slm"))[0].parameters()))
+    moved = dict(tree_flatten(open_expert(find_run(own, "upcycled"), 2).weights()))
+    change = max(mx.abs(moved[name] - start[name]).max().item() for name in start)
+    assert 0 < change < 1.1 * expert_config.training.learning_rate / 4, "one Adam step of the warm-up away"
+
+
+def test_a_network_can_start_from_the_generic_run(own, expert_config, report):
+    longer = expert_config.model_copy(update={"training": expert_config.training.model_copy(update={"steps": 1})})
+    pretrain(own, longer, "pn", report, name="grown", init_from=own.model("slm"))
+    start = dict(tree_flatten(load_exported(own.model("slm"))[0].parameters()))
+    network, step = experts_of(own, "grown").network, expert_config.training.learning_rate / 4
+    for name, T in network["T"].items():
+        assert mx.abs(T[0] - start[name]).max().item() < 1.1 * step, "one Adam step of the warm-up away"
+        assert mx.abs(T[1:]).max().item() < 1.1 * step
+    for name, value in tree_flatten(network["shared"]):
+        assert mx.abs(value - start[name]).max().item() < 1.1 * step
+
+
+def test_frequent_and_histogram_are_those_of_the_tokens(trained, expert_config):
+    experts, store = experts_of(trained, "pn"), Store(trained.data("notes", "train"))
+    windows = first_windows(store, 4000, 0)
+    place = experts.clusters.assigned("notes", "train").clusters[:]
+    lengths = store.windows[:]["length"]
+    counts = np.zeros(4)
+    for window in windows:
+        counts[place[window]] += lengths[window]
+    found = select_expert(experts, "histogram", expert_config, "notes", store, windows, Report())
+    np.testing.assert_allclose(found["histogram"], counts / counts.sum())
+    assert np.allclose(counts, histogram(place[windows], lengths[windows], 4))
+    frequent = select_expert(experts, "frequent", expert_config, "notes", store, windows, Report())
+    assert frequent["expert"] == counts.argmax() and frequent["share"] == pytest.approx(counts.max() / counts.sum())
+
+
+@pytest.mark.parametrize("name", ["pn", "mix"])
+def test_pretrained_takes_the_lowest_loss_on_the_domain_set(name, trained, expert_config):
+    experts, store = experts_of(trained, name), Store(trained.data("notes", "train"))
+    windows = first_windows(store, 4000, 0)
+    finetuning = expert_config.finetuning.model_copy(update={"select_tokens": 1500})
+    few = expert_config.model_copy(update={"finetuning": finetuning})
+    found = select_expert(experts, "pretrained", few, "notes", store, windows, Report())
+    sample = first_windows(store, 1500, 0)
+    by_hand = {}
+    for i in range(4):
+        model = Transformer(experts.run.shape)
+        model.update(experts.parameters(i))
+        by_hand[i] = Scorer(model)(store, sample).nll
+    assert found["expert"] == min(by_hand, key=by_hand.get) and len(set(by_hand.values())) == 4
+    assert found["scores"] == pytest.approx(by_hand, rel=1e-6)
+    assert found["cost"]["tokens"] == 4 * store.windows[:]["length"][sample].sum()
+
+
+@pytest.mark.parametrize(("name", "select"), [("pn", "frequent"), ("pn", "histogram"), ("mix", "pretrained")])
+def test_a_specialised_expert_is_a_plain_model(name, select, own, expert_config, report):
+    tuned = specialize(own, expert_config, "notes", report, name, 4000, select=select)
+    base = specialize(own, expert_config, "notes", report, "slm", 4000)
+    assert tuned.name == f"notes-{name}-{select}-4k"
+    layouts = []
+    for one in (tuned, base):
+        arrays = mx.load(str(own.model(one.name) / "model.safetensors"))
+        layouts.append({name: (value.shape, value.dtype) for name, value in arrays.items()})
+        layouts[-1]["files"] = sorted(p.name for p in own.model(one.name).iterdir())
+        layouts[-1]["config"] = json.loads((own.model(one.name) / "config.json").read_text())
+    assert layouts[0] == layouts[1]
+    sizes = [(own.model(one.name) / "model.safetensors").stat().st_size for one in (tuned, base)]
+    assert sizes[0] == sizes[1]
+    selection = load_manifest(own.model(tuned.name), "model")["info"]["selection"]
+    assert selection == json.loads(json.dumps(tuned.record["selection"])) and selection["select"] == select
+    for made in ("runs/pn", "runs/mix", "clusters"):
+        shutil.rmtree(own.root / made)
+    store = Store(own.data("notes", "valid"))
+    windows = validation_windows(store, expert_config.finetuning.eval_tokens, 0)
+    score = Scorer(load_exported(own.model(tuned.name))[0])(store, windows)
+    assert score.nll == pytest.approx(tuned.record["valid_nll"], rel=1e-6), "nothing of the network is needed"
+
+
+def test_finetuned_tries_all_and_keeps_the_best_and_goes_on_after_a_kill(own, expert_config, report):
+    tuned = specialize(own, expert_config, "notes", report, "mix", 4000, select="finetuned")
+    selection = tuned.record["selection"]
+    assert set(selection["scores"]) == {0, 1, 2, 3}
+    assert tuned.record["valid_nll"] == min(selection["scores"].values()) == selection["scores"][selection["expert"]]
+    alone = specialize(own, expert_config, "notes", report, "mix", 4000, name="alone", select="frequent")
+    other = alone.record["selection"]["expert"]
+    assert alone.record["valid_nll"] == selection["scores"][other]
+    assert not list(tuned.path.glob("expert-*"))
+    assert selection["cost"]["tokens"] > 3 * tuned.record["tokens"]
+
+    command = ["specialize", "--domain", "notes", "--from", "mix", "--tokens", "4k", "--select", "finetuned"]
+    command += ["--name", "killed", "--workspace", str(own.root)]
+    killed = [sys.executable, "-c", KILLED.format(calls=50), *command]
+    assert subprocess.run(killed, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert len(list(own.run("killed").glob("expert-*"))) == 2
+    assert run(command) == 0
+    again = find_run(own, "killed").record["selection"]
+    assert again["scores"] == json.loads(json.dumps(selection["scores"])) and again["expert"] == selection["expert"]
+
+
+@pytest.mark.parametrize("name", ["pn", "mix"])
+def test_evaluation_routes_each_window_through_its_clusters_expert(name, own, expert_config, report):
+    experts, store = experts_of(own, name), Store(own.data("notes", "test"))
+    found = evaluate_models(own, expert_config, [name], ["notes"], "test", report)["results"][0]
+    place = experts.clusters.assigned("notes", "test").clusters[:]
+    assert len(np.unique(place)) > 1
+    total = 0.0
+    for cluster in np.unique(place):
+        model = Transformer(experts.run.shape)
+        model.update(experts.parameters(int(cluster)))
+        total += Scorer(model).window_nll(store, np.flatnonzero(place == cluster)).sum()
+    assert found["routing"] == "cluster" and found["tokens"] == store.num_tokens
+    assert found["nll"] == pytest.approx(total / store.num_tokens, rel=1e-6)
+    one = evaluate_models(own, expert_config, [name], ["notes"], "test", report, expert="2")["results"][0]
+    model.update(experts.parameters(2))
+    assert one["nll"] == pytest.approx(Scorer(model)(store, np.arange(store.num_windows)).nll, rel=1e-6)
+    frequent = evaluate_models(own, expert_config, [name], ["notes"], "test", report, expert="frequent")["results"][0]
+    shares = experts.histogram(expert_config, "notes", np.arange(Store(own.data("notes", "train")).num_windows), report)
+    assert (frequent["routing"], frequent["expert"]) == ("frequent", shares.argmax())
+    if name == "pn":
+        mixed = evaluate_models(own, expert_config, [name], ["notes"], "test", report, expert="histogram")["results"][0]
+        model.update(experts.parameters(shares))
+        assert mixed["nll"] == pytest.approx(Scorer(model)(store, np.arange(store.num_windows)).nll, rel=1e-6)
+
+
+def test_validation_in_training_is_the_routed_one(trained, expert_config):
+    record = find_run(trained, "pn").record
+    experts, store = experts_of(trained, "pn"), Store(trained.data("generic", "valid"))
+    windows = validation_windows(store, expert_config.training.eval_tokens, 0)
+    place = experts.clusters.assigned("generic", "valid").clusters[:][windows]
+    total = 0.0
+    for cluster in np.unique(place):
+        model = Transformer(experts.run.shape)
+        model.update(experts.parameters(int(cluster)))
+        total += Scorer(model).window_nll(store, windows[place == cluster]).sum()
+    assert record["valid_nll"] == pytest.approx(total / store.windows[:]["length"][windows].sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pn", "mix"])
+def test_a_bundle_specialises_private_text_on_a_machine_with_nothing_else(name, trained, tmp_path, capsys):
+    bundle, notes = tmp_path / "bundle", tmp_path / "notes"
+    code, out, err = call(capsys, trained, "export", name, "--bundle", str(bundle), "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["k"] == 4 and facts["encoder"]["encoder"] == "lsi"
+    assert "generic" in json.loads((bundle / "run.json").read_text())["inputs"]
+    assert load_config(bundle / "config.yaml").data.sets == {}
+    assert not list(bundle.rglob("optimizer.safetensors")), "moments are of no use to who gets it"
+    notes.mkdir()
+    store, tokenizer_ = Store(trained.data("notes", "train")), trained.tokenizer
+    for i, text in enumerate(window_texts(store, open_tokenizer(tokenizer_), np.arange(300))):
+        (notes / f"{i}.md").write_text(text)
+    empty = Workspace(tmp_path / "elsewhere")
+    files = [str(path) for path in sorted(notes.glob("*.md"))]
+    arguments = ("specialize", "--domain", "private", "--from", str(bundle), *files, "--json")
+    code, out, err = call(capsys, empty, *arguments)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["selection"]["select"] == "frequent"
+    shutil.rmtree(bundle)
+    model, _ = load_exported(empty.model("private-" + name + "-frequent-all"))
+    assert math.isfinite(model.logits(mx.array([[1, 2, 3]])).sum().item())
+    code, _, err = call(capsys, empty, *arguments[:4], str(bundle), "--name", "x")
+    assert code == 1 and "no bundle is there" in err
+
+
+def test_a_bundle_meets_a_workspace_with_another_tokenizer(own, tmp_path, capsys):
+    bundle = tmp_path / "bundle"
+    assert call(capsys, own, "export", "pn", "--bundle", str(bundle))[0] == 0
+    code, _, err = call(capsys, own, "export", "slm", "--bundle", str(tmp_path / "other"))
+    assert code == 1 and "run slm has no experts to hand over" in err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep me")
+    code, _, err = call(capsys, own, "export", "pn", "--bundle", str(tmp_path / "full"))
+    assert code == 1 and "there is something else" in err and (tmp_path / "full" / "mine.txt").exists()
+    other = Workspace(tmp_path / "w2")
+    shutil.copytree(own.tokenizer, other.tokenizer)
+    manifest = json.loads((other.tokenizer / "manifest.json").read_text())
+    manifest["fingerprint"] = "another"
+    manifest["checksum"] = fingerprint({k: v for k, v in manifest.items() if k != "checksum"})
+    (other.tokenizer / "manifest.json").write_text(json.dumps(manifest))
+    code, _, err = call(capsys, other, "specialize", "--domain", "notes", "--from", str(bundle))
+    assert code == 1 and "is another than that of the bundle" in err and "use a new --workspace" in err
+
+
+def test_a_damaged_bundle_is_not_taken(own, tmp_path, capsys):
+    bundle = tmp_path / "bundle"
+    assert call(capsys, own, "export", "pn", "--bundle", str(bundle))[0] == 0
+    weights = next(bundle.rglob("model.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    code, _, err = call(
+        capsys, Workspace(tmp_path / "new"), "specialize", "--domain", "notes", "--from", str(bundle), "x.md"
+    )
+    assert code == 1 and "is damaged" in err and not (tmp_path / "new" / "tokenizer").exists()
+
+
+def test_experts_geometry_against_plain_numpy(trained, capsys):
+    experts = experts_of(trained, "pn")
+    facts = geometry(experts)
+    E = np.array(experts.network["E"], np.float64)
+    own = [np.array(M, np.float64) for name, M in experts.network["M"].items() if ".0." in name]
+    c = np.concatenate([E @ M for M in own], axis=1)
+    c -= c.mean(axis=0)
+    expected = [[c[i] @ c[j] / np.sqrt((c[i] @ c[i]) * (c[j] @ c[j])) for j in range(4)] for i in range(4)]
+    np.testing.assert_allclose(facts["layers"][0]["cosines"], expected, atol=1e-6)
+    pairs = [(i, j) for i in range(4) for j in range(i)]
+    r = np.corrcoef([expected[i][j] for i, j in pairs], [facts["centroids"][i][j] for i, j in pairs])[0, 1]
+    assert facts["layers"][0]["correlation"] == pytest.approx(r, abs=1e-6)
+    assert sorted(facts["order"]) == [0, 1, 2, 3]
+    code, out, _ = call(capsys, trained, "info", "pn", "--json")
+    assert code == 0 and os.path.getsize(json.loads(out)["figure"]) > 10_000
+    code, _, err = call(capsys, trained, "info", "mix")
+    assert code == 1 and "run mix is a mixture" in err
+
+
+def test_clusters_that_were_made_anew_are_refused(own, expert_config, capsys):
+    changed = ("--set", "clusters.seed=7", "--set", "clusters.dims=8", "--set", "clusters.encoder=lsi")
+    assert call(capsys, own, "cluster", "--k", "4", "--fresh", *changed)[0] == 0
+    for command in (("specialize", "--domain", "notes", "--from", "pn"), ("evaluate", "mix", "--domain", "notes")):
+        code, _, err = call(capsys, own, *command)
+        assert code == 1 and "clusters/4 was made anew since run" in err and "--fresh" in err
+    shutil.rmtree(own.clusters(4))
+    code, _, err = call(capsys, own, "specialize", "--domain", "notes", "--from", "pn")
+    assert code == 1 and "run `mlx-slm cluster --k 4`" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("specialize", "--domain", "notes", "--select", "histogram"), "run slm has no experts to choose from"),
+        (("specialize", "--domain", "notes", "--from", "none", "--select", "frequent"), "has no experts"),
+        (("specialize", "--domain", "notes", "--from", "mix", "--select", "histogram"), "needs a projected network"),
+        (("specialize", "--domain", "notes", "--from", "pn@5M"), "keeps no checkpoint after 5M tokens"),
+        (("specialize", "--domain", "nothing", "--from", "pn"), "unknown set 'nothing'"),
+        (("evaluate", "slm", "--expert", "1"), "slm is a single model"),
+        (("evaluate", "pn", "--expert", "4"), "run pn has the experts 0 to 3, not 4"),
+        (("evaluate", "pn", "--expert", "best"), "give the number of an expert, frequent or histogram"),
+        (("evaluate", "mix", "--expert", "histogram"), "experts of a mixture share nothing to combine"),
+        (("info", "slm"), "run slm has no experts to compare"),
+        (("pretrain", "--method", "pn", "--name", "x", "--set", "training.batch_rows=9"), "is not a multiple of"),
+        (("pretrain", "--method", "pn", "--name", "x", "--set", "projection.k=9999"), "more than the"),
+        (("pretrain", "--method", "pn", "--name", "x", "--set", "training.micro_rows=2"), "of the 4 rows of a group"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message, trained, capsys):
+    code, _, err = call(capsys, trained, *arguments)
+    assert code == 1 and message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("pretrain", "--experts", "3"), "--experts is for --method mix"),
+        (("pretrain", "--k", "3"), "--k is for the methods is, pn and mix"),
+        (("pretrain", "--method", "mix", "--experts", "3-1"), "'3-1' is not a number or a range"),
+        (("export", "pn"), "Missing option '--bundle'"),
+    ],
+)
+def test_wrong_usage(arguments, message, trained, capsys):
+    code, _, err = call(capsys, trained, *arguments)
+    assert code == 2 and message in err
+
+
+def test_a_histogram_over_clusters_without_generic_text_is_refused(trained):
+    experts = experts_of(trained, "pn")
+    experts.generic = np.array([1.0, 0, 2, 3])
+    with pytest.raises(SlmError, match="mass on cluster 1, which has no generic text"):
+        experts.parameters(np.full(4, 0.25))
+    assert experts.trained == [0, 2, 3]
+    assert set(score_experts(experts, Store(trained.data("notes", "valid")), np.arange(5), Report())) == {0, 2, 3}
