@@ -5,7 +5,7 @@ dW, is all that the backward pass makes. The rest follows by the chain rule, one
 
     dT = C^T dW      |dT|^2 = sum((C C^T) * (dW dW^T))      dC = dW T^T      dM = E[ids]^T dC      dE[ids] += dC M^T
 
-dT of all matrices would double the memory of the network; of one matrix at a time it does not (DESIGN).
+dT of all matrices would double the memory of the network; of one matrix at a time (a lane) it does not (DESIGN).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ProjectedStep:
         self._lanes = compiled_lanes(self._loss_and_gradients, micro_groups)
         self._chain = mx.compile(self._chain_rule)
         self._small = mx.compile(self._update_small)
-        self._tensor = mx.compile(self._update_tensor)
+        self._tensor_lanes = compiled_lanes(self._update_tensor, len(self.parameters["T"]))
 
     def __call__(
         self, tokens: np.ndarray, weights: np.ndarray, rate: float, clusters: np.ndarray
@@ -88,9 +88,13 @@ class ProjectedStep:
         )
         mx.eval(small, moments, now)
         m, v = (self.moments[part]["T"] for part in "mv")
-        for name in list(T):
-            T[name], m[name], v[name] = self._tensor(T[name], m[name], v[name], C[name], dW.pop(name), now)
-            mx.eval(T[name], m[name], v[name])
+        names = list(T)
+        for first in range(0, len(names), len(self._tensor_lanes)):
+            together = names[first : first + len(self._tensor_lanes)]
+            for name, (stream, moved) in zip(together, self._tensor_lanes, strict=False):
+                with mx.stream(stream):
+                    T[name], m[name], v[name] = moved(T[name], m[name], v[name], C[name], dW.pop(name), now)
+            mx.eval([(T[name], m[name], v[name]) for name in together])
         self.parameters = small | {"T": T}
         self.moments = {
             "m": moments["m"] | {"T": m},
