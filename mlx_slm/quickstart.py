@@ -1,7 +1,7 @@
 """The whole path on the built-in corpus: docstrings -> tokenizer -> model -> specialised model -> answer.
 
 The generic set is the docstrings of all packages but one; the domain is that one. Every line of the table is a method
-at one stage: none (random weights), pretrained, specialised. SLM and SLM-is train on the same number of tokens.
+at one stage: none (random weights), pretrained, specialised. All methods pretrain on the same number of tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from mlx_slm.clustering.target import Target
 from mlx_slm.config import Config
 from mlx_slm.errors import SlmError
 from mlx_slm.evaluate import evaluate_models
+from mlx_slm.experts import FREQUENT, HISTOGRAM
 from mlx_slm.export import export_model
 from mlx_slm.generate import stream
 from mlx_slm.models.transformer import Shape, initialise
@@ -49,23 +50,31 @@ def run_quickstart(workspace: Workspace, config: Config, report: Report, fresh: 
     report.line(f"4. SLM-is: pretraining on the generic set resampled to look like {domain}, then specialising")
     sampled = pretrain(workspace, config, "is", report, fresh=fresh, target=Target(domain, DOMAIN_TOKENS))
     tuned_sampled = specialize(workspace, config, domain, report, sampled.name, DOMAIN_TOKENS, fresh=fresh)
-    report.line(f"5. perplexity of {domain} text that no model has seen")
+    report.line(f"5. SLM-pn: pretraining {config.projection.k} experts at once, then specialising one")
+    network = pretrain(workspace, config, "pn", report, fresh=fresh)
+    tuned_expert = specialize(workspace, config, domain, report, "pn", DOMAIN_TOKENS, fresh=fresh, select=HISTOGRAM)
+    report.line(f"6. perplexity of {domain} text that no model has seen")
+    untrained = export_untrained(workspace, config)
     stages = [
-        ("slm", "none", export_untrained(workspace, config), 0, 0.0),
-        ("slm", "pretrained", *_outcome(base)),
-        ("slm", "specialized", *_outcome(tuned)),
-        ("is", "pretrained", *_outcome(sampled)),
-        ("is", "specialized", *_outcome(tuned_sampled)),
+        ("slm", "none", None, untrained, 0, 0.0),
+        ("slm", "pretrained", None, *_outcome(base)),
+        ("slm", "specialized", None, *_outcome(tuned)),
+        ("is", "pretrained", None, *_outcome(sampled)),
+        ("is", "specialized", None, *_outcome(tuned_sampled)),
+        ("pn", "pretrained", FREQUENT, *_outcome(network)),
+        ("pn", "pretrained", HISTOGRAM, *_outcome(network)),
+        ("pn", "specialized", HISTOGRAM, *_outcome(tuned_expert)),
     ]
-    names = [name for _, _, name, _, _ in stages]
-    found = evaluate_models(workspace, config, names, [domain], "test", report)["results"]
-    results = [
-        {"method": method, "stage": stage, "perplexity": row["perplexity"], "tokens": tokens, "seconds": seconds}
-        for (method, stage, _, tokens, seconds), row in zip(stages, found, strict=True)
-    ]
-    report.line("6. the best specialised model, through mlx-lm")
-    best = min(range(len(results)), key=lambda i: results[i]["perplexity"])
-    model = workspace.model(names[best])
+    results = []
+    for method, stage, select, name, tokens, seconds in stages:
+        expert = select if name == network.name else None
+        row = evaluate_models(workspace, config, [name], [domain], "test", report, expert)["results"][0]
+        facts = {"perplexity": row["perplexity"], "tokens": tokens, "seconds": seconds}
+        results.append({"method": method, "stage": stage, **({"select": select} if select else {}), **facts})
+    report.line("7. the best specialised model, through mlx-lm")
+    plain = [i for i, stage in enumerate(stages) if stage[3] != network.name]
+    best = min(plain, key=lambda i: results[i]["perplexity"])
+    model = workspace.model(stages[best][3])
     sample = "".join(part.text for part in stream(model, PROMPT, 80, 0.7, 0.95, 0))
     return {
         "seconds": round(time.perf_counter() - started, 1),

@@ -35,15 +35,22 @@ def test_all_stages_and_the_shape_of_the_result(folder, capsys):
         ("slm", "specialized"),
         ("is", "pretrained"),
         ("is", "specialized"),
+        ("pn", "pretrained"),
+        ("pn", "pretrained"),
+        ("pn", "specialized"),
     ]
-    none, pretrained, specialized, sampled, sampled_specialized = (r["perplexity"] for r in found["results"])
+    assert [r.get("select") for r in found["results"][5:]] == ["frequent", "histogram", "histogram"]
+    perplexities = [r["perplexity"] for r in found["results"]]
+    none, pretrained, specialized, sampled, sampled_specialized, frequent, histogram, tuned_expert = perplexities
+    assert tuned_expert < 0.9 * histogram < 0.5 * none and frequent < 0.5 * none
+    assert len(set(perplexities)) == 8
     assert 800 < none < 1300, "random weights are as good as a vocabulary of 1,024 at random"
     assert specialized < 0.9 * pretrained < 0.5 * none
     assert sampled_specialized < 0.9 * sampled < 0.5 * none
     assert found["results"][3]["tokens"] == pytest.approx(found["results"][1]["tokens"], rel=0.03)
     assert found["results"][1]["tokens"] > 50_000 and found["results"][1]["seconds"] > 0
     assert found["sample"].startswith("Upload a file to the Hub.") and len(found["sample"]) > 25
-    assert [line[0] for line in err.splitlines() if line[:2] in ("1.", "2.", "3.", "4.", "5.", "6.")] == list("123456")
+    assert [line[0] for line in err.splitlines() if line[:2] in {f"{i}." for i in range(1, 9)}] == list("1234567")
 
 
 def test_a_second_run_finds_everything_done(folder, capsys, monkeypatch):

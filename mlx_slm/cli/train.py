@@ -33,7 +33,7 @@ def quickstart(session: Session, fresh) -> None:
     def text() -> None:
         rows = [
             [
-                f"{row['method']}, {row['stage']}",
+                f"{row['method']}, {row['stage']}" + (f", {row['select']}" if "select" in row else ""),
                 f"{row['perplexity']:.1f}",
                 f"{row['tokens']:,}",
                 f"{row['seconds']:.0f}",
