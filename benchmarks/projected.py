@@ -12,25 +12,16 @@ from __future__ import annotations
 import argparse
 
 from benchmarks.harness import play, print_machine, records, show, write
-from benchmarks.train_step import make_rows, shape_of
+from benchmarks.train_step import make_rows, new_parser, shape_of
 
 OURS = "mlx-slm"
 SIDES = (OURS, "slm", "autodiff")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, SIDES, rounds=6, rows=64)
     parser.add_argument("--h", type=int, nargs="+", default=[4, 16, 32])
     parser.add_argument("--groups", type=int, default=4, help="clusters in a step")
-    parser.add_argument("--rounds", type=int, default=6, help="turns that each side gets, of one step each")
-    parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--dims", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--sides", default=",".join(SIDES), help="comma-separated")
-    parser.add_argument("--json", help="write the results to this file")
     return parser.parse_args()
 
 

@@ -20,18 +20,24 @@ SIDES = ("mlx-slm", "mlx-lm", STOCK, "torch")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8, help="turns that each side gets")
+    parser = new_parser(__doc__, SIDES, rounds=8, rows=16)
     parser.add_argument("--steps", type=int, default=3, help="steps in a turn")
+    return parser.parse_args()
+
+
+def new_parser(description: str, sides: tuple[str, ...], rounds: int, rows: int) -> argparse.ArgumentParser:
+    """The options of a benchmark of training steps."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns that each side gets")
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--dims", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=rows)
     parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--sides", default=",".join(SIDES), help="comma-separated")
+    parser.add_argument("--sides", default=",".join(sides), help="comma-separated")
     parser.add_argument("--json", help="write the results to this file")
-    return parser.parse_args()
+    return parser
 
 
 def make_rows(options):

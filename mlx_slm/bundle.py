@@ -14,7 +14,7 @@ from pathlib import Path
 from mlx_slm.clustering.clusters import KIND as CLUSTERS
 from mlx_slm.clustering.encoder import KIND as ENCODER
 from mlx_slm.clustering.encoder import recorded_encoder
-from mlx_slm.config import dump_config, load_config
+from mlx_slm.config_files import dump_config, load_config
 from mlx_slm.errors import SlmError
 from mlx_slm.experts import Experts, has_experts
 from mlx_slm.report import Report

@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from mlx_slm.errors import SlmError, nearest
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
@@ -305,93 +301,3 @@ class Config(Section):
     """The hard mixture (SLM-mix) of small models."""
     training: TrainingConfig = TrainingConfig(hours=8)
     finetuning: FinetuningConfig = FinetuningConfig()
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Names and paths of the configurations that come with the package."""
-    here = Path(__file__).resolve().parent
-    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def find_config(name: str) -> Path:
-    """Return the file for `--config FILE_OR_NAME`; raises SlmError with the names that exist."""
-    shipped = {key: path for key, path in shipped_configs().items() if key != "domains"}
-    if Path(name).is_file():
-        return Path(name)
-    if name in shipped:
-        return shipped[name]
-    raise SlmError(
-        f"--config {name}: no such file, and no shipped configuration{nearest(name, shipped)}; "
-        f"shipped: {', '.join(shipped)}"
-    )
-
-
-def known_domains() -> dict[str, list[str]]:
-    """Sources of the domains in the shipped domains.yaml."""
-    path = shipped_configs().get("domains")
-    return yaml.safe_load(path.read_text()) if path else {}
-
-
-def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
-    """Read a YAML file, apply `--set a.b=c` overrides, and check it; raises one SlmError with every problem."""
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise SlmError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    except UnicodeDecodeError as error:
-        raise SlmError(f"{path}: not UTF-8 text: {error}") from error
-    if not isinstance(raw, dict):
-        raise SlmError(f"{path}: expected sections ({', '.join(Config.model_fields)}), found a {type(raw).__name__}")
-    for override in overrides:
-        _override(raw, override)
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        problems = [_explain(item) for item in error.errors()]
-        head = f"{path}: " if len(problems) == 1 else f"{path}: {len(problems)} problems:\n  "
-        raise SlmError(head + "\n  ".join(problems)) from error
-
-
-def dump_config(config: Config) -> str:
-    """YAML that `load_config` reads back to the same configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
-
-
-HORIZON = {"steps", "tokens", "passes", "hours"}
-
-
-def _override(raw: dict, override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise SlmError(f"--set {override}: write it as section.key=value, such as --set training.tokens=4M")
-    *sections, last = key.split(".")
-    for section in sections:
-        raw = raw.setdefault(section, {})
-        if not isinstance(raw, dict):
-            raise SlmError(f"--set {override}: {section} is a value, not a section")
-    if sections == ["training"] and last in HORIZON:
-        for other in HORIZON:
-            raw.pop(other, None)
-    try:
-        raw[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise SlmError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from error
-
-
-def _explain(item: dict) -> str:
-    location = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        return f"{location}: unknown key{nearest(str(item['loc'][-1]), _keys(item['loc'][:-1]))}"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{location}: {message[0].lower() + message[1:] if message else message}"
-
-
-def _keys(location: tuple) -> list[str]:
-    fields, model = Config.model_fields, Config
-    for part in location:
-        model = fields[part].annotation if part in fields else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return []
-        fields = model.model_fields
-    return list(fields)

@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_slm.errors import SlmError
 from mlx_slm.experts import Experts
+from mlx_slm.figures import new_figure, save_figure
 from mlx_slm.models.projected import coefficients
 
 
@@ -79,15 +80,12 @@ def neighbours_together(similarity: np.ndarray) -> np.ndarray:
 
 def draw(facts: dict, results: Path) -> Path:
     """The cosine matrices of centroids and of each layer, experts in the same order; returns the PNG in `results`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     order = np.array(facts["order"])
     panels = [("centroids of the clusters", facts["centroids"])]
     panels += [(f"layer {one['layer']}: r = {one['correlation']:.2f}", one["cosines"]) for one in facts["layers"]]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.1 * columns + 0.8, 3.2 * rows + 0.5), layout="constrained")
+    figure = new_figure(3.1 * columns + 0.8, 3.2 * rows + 0.5)
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axis, (title, values) in zip(axes, panels, strict=False):
         image = axis.imshow(np.array(values)[np.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r")
@@ -99,8 +97,4 @@ def draw(facts: dict, results: Path) -> Path:
         axis.axis("off")
     figure.colorbar(image, ax=axes.tolist(), shrink=0.8, label="cosine of differences from the mean")
     figure.suptitle(f"{facts['run']}: how alike experts are, and their clusters")
-    results.mkdir(parents=True, exist_ok=True)
-    path = results / f"experts-{facts['run']}.png"
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=120)
-    return path
+    return save_figure(figure, results / f"experts-{facts['run']}.png")

@@ -1,7 +1,8 @@
 import pytest
 import yaml
 
-from mlx_slm.config import Config, dump_config, find_config, format_size, load_config, parse_size, shipped_configs
+from mlx_slm.config import Config, format_size, parse_size
+from mlx_slm.config_files import dump_config, find_config, load_config, shipped_configs
 from mlx_slm.errors import SlmError
 from mlx_slm.models.transformer import Shape
 

@@ -18,7 +18,8 @@ from training.test_trainer import assert_same, everything
 from mlx_slm.cli import run
 from mlx_slm.clustering.encoder import window_texts
 from mlx_slm.clustering.importance import histogram
-from mlx_slm.config import MixtureConfig, ProjectionConfig, dump_config, load_config
+from mlx_slm.config import MixtureConfig, ProjectionConfig
+from mlx_slm.config_files import dump_config, load_config
 from mlx_slm.errors import SlmError
 from mlx_slm.evaluate import evaluate_models
 from mlx_slm.experts import Experts

@@ -10,7 +10,8 @@ from conftest import small_config, write_jsonl
 from mlx.utils import tree_flatten
 
 from mlx_slm.cli import run
-from mlx_slm.config import DataConfig, ModelConfig, dump_config
+from mlx_slm.config import DataConfig, ModelConfig
+from mlx_slm.config_files import dump_config
 from mlx_slm.errors import SlmError
 from mlx_slm.export import export_model, load_exported
 from mlx_slm.init_from import Pretrained

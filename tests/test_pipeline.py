@@ -12,7 +12,8 @@ import pytest
 from conftest import write_jsonl
 
 from mlx_slm.cli import run
-from mlx_slm.config import ModelConfig, Recipe, dump_config, load_config
+from mlx_slm.config import ModelConfig, Recipe
+from mlx_slm.config_files import dump_config, load_config
 from mlx_slm.errors import SlmError
 from mlx_slm.export import export_model
 from mlx_slm.models.transformer import Shape, initialise

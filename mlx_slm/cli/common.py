@@ -30,7 +30,7 @@ class Session:
     @functools.cached_property
     def config(self):
         """`--config`, else the workspace's own config.yaml, else `mac`; with `--set` on top."""
-        from mlx_slm.config import find_config, load_config
+        from mlx_slm.config_files import find_config, load_config
 
         own = self.workspace.config_file
         path = find_config(self.config_name) if self.config_name else own if own.exists() else find_config("mac")

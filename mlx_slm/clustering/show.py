@@ -9,6 +9,7 @@ import numpy as np
 from mlx_slm.clustering.clusters import Clusters, far_windows
 from mlx_slm.clustering.encoder import window_texts
 from mlx_slm.clustering.importance import entropy, kl
+from mlx_slm.figures import new_figure, save_figure
 from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.store import Store
 from mlx_slm.workspace import Workspace
@@ -90,14 +91,11 @@ def table_of(facts: dict, detailed: bool) -> tuple[list[str], list[list[str]]]:
 
 def draw(facts: dict, results: Path) -> Path:
     """Draw each domain's histogram over clusters beside the generic one; returns the PNG in `results`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = [row["set"] for row in facts["sets"]]
     shares = np.array([[found["shares"][name] for name in names] for found in facts["clusters"]])
     order = np.argsort(-shares[:, 0], kind="stable")
     domains = names[1:] or names
-    figure = Figure(figsize=(10, 1.2 + 1.6 * len(domains)), layout="constrained")
+    figure = new_figure(10, 1.2 + 1.6 * len(domains))
     axes = np.atleast_1d(figure.subplots(len(domains), 1, sharex=True))
     places = np.arange(len(order))
     for axis, name in zip(axes, domains, strict=True):
@@ -108,8 +106,4 @@ def draw(facts: dict, results: Path) -> Path:
         axis.legend(loc="upper right", framealpha=0.9, edgecolor="none")
     axes[-1].set_xlabel(f"the {facts['k']:,} clusters, the largest of {names[0]} first")
     figure.suptitle(f"Histograms over clusters ({facts['encoder']})")
-    results.mkdir(parents=True, exist_ok=True)
-    path = results / f"clusters-{facts['k']}.png"
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=120)
-    return path
+    return save_figure(figure, results / f"clusters-{facts['k']}.png")

@@ -6,7 +6,8 @@ import glob
 import shutil
 from pathlib import Path
 
-from mlx_slm.config import Config, dump_config, known_domains
+from mlx_slm.config import Config
+from mlx_slm.config_files import dump_config, known_domains
 from mlx_slm.errors import Interrupted, SlmError, nearest
 from mlx_slm.report import Report
 from mlx_slm.text.documents import Counts, Documents

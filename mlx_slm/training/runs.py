@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_slm import runtime
-from mlx_slm.config import Config, dump_config, parse_size
+from mlx_slm.config import Config, parse_size
+from mlx_slm.config_files import dump_config
 from mlx_slm.errors import SlmError, nearest
 from mlx_slm.models.transformer import Shape, Transformer
 from mlx_slm.training import checkpoint

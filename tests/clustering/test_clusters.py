@@ -15,7 +15,7 @@ from mlx_slm.clustering.clusters import Clusters, ensure_clusters
 from mlx_slm.clustering.embed import Embeddings
 from mlx_slm.clustering.kmeans import assign
 from mlx_slm.clustering.lsi import LsiEncoder
-from mlx_slm.config import dump_config
+from mlx_slm.config_files import dump_config
 from mlx_slm.errors import SlmError
 from mlx_slm.report import Report
 from mlx_slm.text.sources import SPLITS
@@ -269,7 +269,7 @@ def test_weights_from_a_file_take_the_place_of_a_domain(own, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--method", "is"], "give --domain NAME or --weights FILE"),
-        (["--domain", "notes"], "--domain, --weights and --k are for --method is"),
+        (["--domain", "notes"], "--domain and --weights are for --method is"),
         (["--method", "is", "--weights", __file__, "--domain", "x"], "give --domain NAME or --weights FILE"),
         (["--method", "is", "--domain-tokens", "1k", "--weights", __file__], "--domain-tokens needs --domain"),
     ],

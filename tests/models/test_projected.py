@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_slm.config import Config, ModelConfig, ProjectionConfig, find_config, load_config
+from mlx_slm.config import Config, ModelConfig, ProjectionConfig
+from mlx_slm.config_files import find_config, load_config
 from mlx_slm.errors import SlmError
 from mlx_slm.models.projected import (
     ProjectedShape,
