@@ -191,7 +191,7 @@ def network_job(ground: Ground, path: Path, report: Report) -> Job:
 
 def _micro_groups(shape: ProjectedShape, training, groups: int, rows: int) -> int:
     if not training.micro_rows:
-        return groups_that_fit(shape, groups, rows)
+        return groups_that_fit(shape, groups, rows, training.checkpoint_layers)
     if training.micro_rows % rows:
         raise SlmError(
             f"training.micro_rows {training.micro_rows} is not a multiple of the {rows} rows of a group "

@@ -153,15 +153,17 @@ class ProjectedStep:
         return self.optimizer.moved(T, m, v, gradient, now, self.tensor_rate)
 
 
-def network_bytes(shape: ProjectedShape, groups: int, rows: int, micro_groups: int) -> int:
+def network_bytes(shape: ProjectedShape, groups: int, rows: int, micro_groups: int, checkpoint_layers: bool) -> int:
     """Memory of a step of `groups` groups of `rows` rows in fp32, an estimate: the plain step's on a micro-batch, the
     network with its moments, the successors of one matrix, and each group's stacked weights and their gradients."""
-    plain = training_bytes(shape.base, micro_groups * rows)
+    plain = training_bytes(shape.base, micro_groups * rows, checkpoint_layers)
     largest = shape.h * shape.base.dims * shape.base.hidden_dims
     stacks = shape.projected_parameters * (2 * groups + 2 * micro_groups)
     return plain + 4 * (3 * shape.num_parameters + 3 * largest + stacks)
 
 
-def groups_that_fit(shape: ProjectedShape, groups: int, rows: int) -> int:
+def groups_that_fit(shape: ProjectedShape, groups: int, rows: int, checkpoint_layers: bool = False) -> int:
     """The largest divisor of `groups` whose step takes at most 0.8 of the memory; raises SlmError if none does."""
-    return largest_that_fits(groups, lambda micro: network_bytes(shape, groups, rows, micro), shape.num_parameters)
+    advice = ", a smaller projection.h, or more projection.clusters_per_step with fewer rows each"
+    bytes_of = lambda micro: network_bytes(shape, groups, rows, micro, checkpoint_layers)  # noqa: E731
+    return largest_that_fits(groups, bytes_of, shape.num_parameters, advice)

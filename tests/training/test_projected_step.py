@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_slm import runtime
 from mlx_slm.config import ModelConfig, ProjectionConfig
+from mlx_slm.errors import SlmError
 from mlx_slm.models.projected import ProjectedShape, initialise_network, stacked
 from mlx_slm.models.transformer import Shape, Transformer
 from mlx_slm.training.loss import linear_cross_entropy
 from mlx_slm.training.optimizer import AdamW
-from mlx_slm.training.projected_step import ProjectedStep
+from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit, network_bytes
 
 
 def make(family="llama", **changes):
@@ -91,3 +93,35 @@ def test_the_rate_of_the_tensors_is_scaled():
         name = shape.matrices[0]
         moved[rate] = np.array(step.parameters["T"][name] - parameters["T"][name])
     np.testing.assert_allclose(moved[0.25], 0.25 * moved[1.0], atol=1e-7)
+
+
+@pytest.mark.skipif(runtime.backend() != "cpu", reason="the estimate is in fp32, as on a CPU")
+@pytest.mark.parametrize(("h", "micro_groups", "rows"), [(24, 2, 1), (4, 4, 4)])
+def test_memory_is_that_of_the_network_and_of_a_plain_step(h, micro_groups, rows):
+    base = Shape.of(ModelConfig(family="llama", num_layers=4, dims=160, num_heads=4), 512, 64)
+    config = ProjectionConfig(h=h, k=h)
+    shape = ProjectedShape.of(config, base)
+    step = ProjectedStep(Transformer(base), AdamW(), micro_groups, initialise_network(shape, config, 0))
+    mx.eval(step.parameters, step.moments)
+    mx.clear_cache()
+    before = mx.get_active_memory() - 12 * shape.num_parameters
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 512, (4 * rows, 65)).astype(np.int32)
+    for _ in range(2):
+        mx.reset_peak_memory()
+        mx.eval(step(tokens, np.ones((4 * rows, 64), np.float32), 1e-3, np.arange(4)), step.parameters, step.moments)
+    measured = mx.get_peak_memory() - before
+    assert 0.8 < network_bytes(shape, 4, rows, micro_groups, False) / measured < 1.8
+    if h == 24:
+        assert measured < 1.5 * 12 * shape.num_parameters, "far below what dT of all matrices would cost (2.3 times)"
+
+
+def test_groups_that_fit_divide_those_of_a_step(monkeypatch):
+    shape = ProjectedShape.of(ProjectionConfig(layers=[1, 2, 3, 4, 5]), Shape.of(ModelConfig(), 32_000, 1024))
+    for gigabytes in (40, 48, 64, 192):
+        monkeypatch.setattr(runtime, "memory_bytes", lambda g=gigabytes: g << 30)
+        fit = groups_that_fit(shape, 8, 4)
+        assert 8 % fit == 0 and network_bytes(shape, 8, 4, fit, False) <= 0.8 * (gigabytes << 30)
+    monkeypatch.setattr(runtime, "memory_bytes", lambda: 16 << 30)
+    with pytest.raises(SlmError, match=r"1,422,237,696 parameters\) needs about .* projection\.clusters_per_step"):
+        groups_that_fit(shape, 8, 4)
