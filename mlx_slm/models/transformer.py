@@ -62,9 +62,22 @@ class Shape:
         return self.num_layers * layer + heads + d
 
     @property
+    def product_parameters(self) -> int:
+        """N: weights that a token is multiplied with. The input embedding and positions are looked up, not multiplied;
+        biases and norms do not count."""
+        d, kv = self.dims, self.dims // self.num_heads * self.num_kv_heads
+        mlp = (2 if self.family == "gpt2" else 3) * d * self.hidden_dims
+        return self.num_layers * (2 * d * d + 2 * d * kv + mlp) + self.vocab_size * d
+
+    @property
+    def forward_flops_per_token(self) -> int:
+        """2 N for the products with weights and 4 L T d for attention over a full context."""
+        return 2 * self.product_parameters + 4 * self.num_layers * self.context_length * self.dims
+
+    @property
     def flops_per_token(self) -> int:
-        """Training FLOPs of a token: 6 N for the products with weights and 12 L T d for attention."""
-        return 6 * self.num_parameters + 12 * self.num_layers * self.context_length * self.dims
+        """Training FLOPs of a token, 6 N + 12 L T d: forward, and twice that backward."""
+        return 3 * self.forward_flops_per_token
 
     def to_dict(self) -> dict:
         return asdict(self)

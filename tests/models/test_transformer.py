@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_slm.config import ModelConfig
+from mlx_slm.config import Config, ModelConfig
 from mlx_slm.export import export_model, load_exported
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.workspace import Damaged
@@ -140,6 +140,12 @@ def test_no_token_sees_its_future(family):
     assert np.abs(a[:, :40] - b[:, :40]).max() < 1e-6 < np.abs(a[:, 40:] - b[:, 40:]).max()
 
 
-def test_flops_by_hand():
-    shape = Shape.of(ModelConfig(), 32_000, 1024)
-    assert shape.flops_per_token == 6 * 121_992_192 + 12 * 7 * 1024 * 1024
+def test_flops_by_hand_for_the_papers_models():
+    """Per layer 12 d^2 weights (query, key, value, output, and an MLP of 4 d), the head V d; 12 L T d for attention."""
+    small, large = (Shape.of(section, 32_000, 1024) for section in (Config().model, Config().large))
+    assert small.flops_per_token == 6 * (7 * 12 * 1024**2 + 32_000 * 1024) + 12 * 7 * 1024 * 1024
+    assert large.flops_per_token == 6 * (7 * 12 * 2816**2 + 32_000 * 2816) + 12 * 7 * 1024 * 2816
+    assert round(large.flops_per_token / small.flops_per_token, 2) == 5.88
+    llama = Shape.of(ModelConfig(family="llama", num_layers=2, dims=96, num_heads=4, num_kv_heads=2), 500, 64)
+    layer = 2 * 96 * 96 + 2 * 96 * 48 + 3 * 96 * 256
+    assert llama.flops_per_token == 6 * (2 * layer + 500 * 96) + 12 * 2 * 64 * 96

@@ -1,0 +1,97 @@
+"""LoRA on the query and value projections (appendix F): W + scale * (A B)^T, W frozen, A and B trained.
+
+Rank 64 on two d x d matrices a layer gives the paper's 5.05M trainable parameters. Adapters are written as mlx-lm has
+them, so that `mlx_lm.generate --adapter-path` reads them: `adapters.safetensors` and `adapter_config.json`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_slm.models.transformer import Shape
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters of rank `rank` for a transformer of `shape`; what they add is multiplied by `scale`.
+
+    Their parameters are `{name: {"a": fp32 [in, rank], "b": fp32 [rank, out]}}`. In the gpt2 family query, key and
+    value are one matrix [3 d, d], of which the query's and the value's rows have an adapter each.
+    """
+
+    shape: Shape
+    rank: int
+    scale: float
+
+    def __post_init__(self):
+        if not 0 < self.rank <= self.shape.dims:
+            raise ValueError(f"a rank from 1 to {self.shape.dims}, not {self.rank}")
+
+    @property
+    def targets(self) -> list[tuple[str, str, int, int]]:
+        """(adapter, matrix, first row, rows) of everything that is adapted."""
+        d, kv = self.shape.dims, self.shape.dims // self.shape.num_heads * self.shape.num_kv_heads
+        found = []
+        for layer in range(self.shape.num_layers):
+            if self.shape.family == "gpt2":
+                matrix = f"model.h.{layer}.attn.c_attn"
+                found += [(f"{matrix}.q", f"{matrix}.weight", 0, d), (f"{matrix}.v", f"{matrix}.weight", 2 * d, d)]
+            else:
+                names = [(f"model.layers.{layer}.self_attn.{x}_proj", rows) for x, rows in (("q", d), ("v", kv))]
+                found += [(name, f"{name}.weight", 0, rows) for name, rows in names]
+        return found
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers."""
+        return sum(self.rank * (self.shape.dims + rows) for *_, rows in self.targets)
+
+    def initialise(self, seed: int) -> dict:
+        """A uniform within 1 / sqrt(in) and B zero, as mlx-lm begins: at first nothing is added."""
+        d, found = self.shape.dims, {}
+        for (name, *_, rows), key in zip(
+            self.targets, mx.random.split(mx.random.key(seed), len(self.targets)), strict=True
+        ):
+            a = mx.random.uniform(-(d**-0.5), d**-0.5, (d, self.rank), key=key)
+            found[name] = {"a": a, "b": mx.zeros((self.rank, rows))}
+        return found
+
+    def applied(self, base: dict, adapters: dict) -> dict:
+        """Parameters of a plain transformer: those of `base` with what the adapters add."""
+        flat = dict(tree_flatten(base))
+        for name, matrix, first, rows in self.targets:
+            added = self.scale * (adapters[name]["b"].T @ adapters[name]["a"].T)
+            if rows < len(flat[matrix]):
+                below = len(flat[matrix]) - first - rows
+                added = mx.pad(added, [(first, below), (0, 0)])
+            flat[matrix] = flat[matrix] + added
+        return tree_unflatten(list(flat.items()))
+
+    def to_mlx_lm(self, adapters: dict) -> tuple[dict[str, mx.array], dict]:
+        """(arrays, configuration) in mlx-lm's adapter format.
+
+        mlx-lm adapts gpt2's joint matrix as a whole. The same sum has rank 2 `rank` there: A is [A_q, A_v], and B has
+        B_q and B_v in their blocks and zeros for the rest.
+        """
+        found, d = {}, self.shape.dims
+        if self.shape.family == "gpt2":
+            for layer in range(self.shape.num_layers):
+                matrix = f"model.h.{layer}.attn.c_attn"
+                q, v = adapters[f"{matrix}.q"], adapters[f"{matrix}.v"]
+                b = [mx.pad(q["b"], [(0, 0), (0, 2 * d)]), mx.pad(v["b"], [(0, 0), (2 * d, 0)])]
+                found[f"{matrix}.lora_a"] = mx.concatenate([q["a"], v["a"]], axis=1)
+                found[f"{matrix}.lora_b"] = mx.concatenate(b)
+            keys, rank = ["attn.c_attn"], 2 * self.rank
+        else:
+            for name, parts in adapters.items():
+                found |= {f"{name}.lora_a": parts["a"], f"{name}.lora_b": parts["b"]}
+            keys, rank = ["self_attn.q_proj", "self_attn.v_proj"], self.rank
+        parameters = {"rank": rank, "scale": self.scale, "dropout": 0.0, "keys": keys}
+        return found, {
+            "fine_tune_type": "lora",
+            "num_layers": self.shape.num_layers,
+            "lora_parameters": parameters,
+        }
