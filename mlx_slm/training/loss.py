@@ -9,6 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_slm.models.ops import exp_shifted
+from mlx_slm.models.transformer import Transformer
 
 CHUNK_LOGITS = 2 << 20
 """Logits that exist at a time: 8 MB in fp32; half of that is slower, twice is no faster (docs/decisions.md)."""
@@ -32,6 +33,13 @@ def linear_cross_entropy(
         hidden, head, targets, weights, rows or chunk_rows(len(targets), len(head))
     )
     return loss
+
+
+def next_token_loss(model: Transformer, tokens: mx.array, weights: mx.array) -> mx.array:
+    """Sum of the weighted losses of a model on tokens int [B, T+1] with target weights fp32 [B, T], fp32 scalar."""
+    hidden = model(tokens[:, :-1])
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return linear_cross_entropy(flat, model.head, tokens[:, 1:].reshape(-1), weights.reshape(-1))
 
 
 def _cross_entropy_with_gradients(hidden, head, targets, weights, rows: int):

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_slm import runtime
 from mlx_slm.models.projected import ProjectedShape, coefficients, combined, network_of
 from mlx_slm.models.transformer import Transformer
-from mlx_slm.training.loss import linear_cross_entropy
+from mlx_slm.training.loss import next_token_loss
 from mlx_slm.training.optimizer import AdamW, global_norm
 from mlx_slm.training.step import add_trees, compiled_lanes, largest_that_fits, shared_out, training_bytes
 
@@ -120,9 +120,7 @@ class ProjectedStep:
         def loss(shared, stacks):
             parameters = tree_unflatten(tree_flatten(shared) + list(stacks.items()))
             self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
-            hidden = self.model(tokens[:, :-1])
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            return linear_cross_entropy(flat, self.model.head, tokens[:, 1:].reshape(-1), weights.reshape(-1))
+            return next_token_loss(self.model, tokens, weights)
 
         stacks = {name: combined(T[name], c) for name, c in C.items()}
         value, (d_shared, d_stacks) = mx.value_and_grad(loss, argnums=(0, 1))(shared, stacks)

@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 from mlx_slm import runtime
 from mlx_slm.errors import SlmError
 from mlx_slm.models.transformer import Shape, Transformer, initialise
-from mlx_slm.training.loss import CHUNK_LOGITS, linear_cross_entropy
+from mlx_slm.training.loss import CHUNK_LOGITS, next_token_loss
 from mlx_slm.training.optimizer import AdamW
 
 Lane = tuple[mx.Stream, Callable]
@@ -78,9 +78,7 @@ class TrainingStep:
     def _loss_and_gradients(self, parameters: dict, tokens: mx.array, weights: mx.array) -> tuple[mx.array, dict]:
         def loss(parameters):
             self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
-            hidden = self.model(tokens[:, :-1])
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            return linear_cross_entropy(flat, self.model.head, tokens[:, 1:].reshape(-1), weights.reshape(-1))
+            return next_token_loss(self.model, tokens, weights)
 
         return mx.value_and_grad(loss)(parameters)
 
