@@ -20,7 +20,7 @@ from mlx_slm.experts import Experts, has_experts
 from mlx_slm.report import Report
 from mlx_slm.text.tokenizer import KIND as TOKENIZER
 from mlx_slm.training.checkpoint import KIND as CHECKPOINT
-from mlx_slm.training.checkpoint import WEIGHTS, checkpoint_path, save_arrays
+from mlx_slm.training.checkpoint import STATE, WEIGHTS, checkpoint_path, save_arrays
 from mlx_slm.training.runs import Run, expert_path, find_run, open_expert
 from mlx_slm.workspace import (
     MANIFEST,
@@ -28,6 +28,7 @@ from mlx_slm.workspace import (
     load_manifest,
     new_artifact,
     read_json,
+    replace_directory,
     verify,
     write_json,
     write_text,
@@ -43,11 +44,13 @@ def export_bundle(workspace: Workspace, run: Run, directory: Path) -> dict:
     """
     if not has_experts(run):
         raise SlmError(f"run {run.name} has no experts to hand over: its model is {workspace.model(run.name)}")
-    if not run.finished:
+    if not run.finished and run.milestone is None:
         raise SlmError(f"run {run.name} is not finished: run its command again, it goes on")
-    if directory.exists() and not is_bundle(directory) and any(directory.iterdir()):
-        raise SlmError(f"--bundle {directory}: there is something else; name a new directory")
+    _require_ours(directory)
     experts, inputs = Experts(workspace, run), {"run": run.name, "is": run.identity}
+    missing = sorted({i for i, tokens in enumerate(experts.generic) if tokens} - set(experts.trained))
+    if missing:
+        raise SlmError(f"expert {missing[0]} of run {run.name} is not trained: run its command again, it goes on")
     encoder = recorded_encoder(workspace, experts.clusters.encoder, "")
     with new_artifact(directory.absolute(), KIND, inputs) as (path, info):
         _write_weights(run, path)
@@ -61,7 +64,8 @@ def export_bundle(workspace: Workspace, run: Run, directory: Path) -> dict:
         fitted = workspace.root / "encoder" / encoder.key
         if (fitted / MANIFEST).exists():
             copy_artifact(fitted, path / "encoder" / encoder.key, ENCODER)
-        info.update(method=run.record["method"], k=experts.k, tokens=run.record["tokens"], encoder=encoder.facts)
+        tokens = read_json(path / "run.json")["tokens"]
+        info.update(method=run.record["method"], k=experts.k, tokens=tokens, encoder=encoder.facts)
         info["parameters_of_an_expert"] = run.shape.num_parameters
         (path / "README.md").write_text(_card(run, info), encoding="utf-8")
     return load_manifest(directory, KIND)["info"]
@@ -70,7 +74,21 @@ def export_bundle(workspace: Workspace, run: Run, directory: Path) -> dict:
 def is_bundle(path: str | os.PathLike) -> bool:
     """Whether a directory is a bundle."""
     manifest = Path(path) / MANIFEST
-    return manifest.exists() and read_json(manifest).get("kind") == KIND
+    found = read_json(manifest) if manifest.exists() else None
+    return isinstance(found, dict) and found.get("kind") == KIND
+
+
+def bundle_at(workspace: Workspace, name: str) -> Path | None:
+    """The bundle that a name means: a directory that is one, unless a run of the workspace has that name."""
+    return Path(name) if name not in workspace.runs() and is_bundle(name) else None
+
+
+def _require_ours(directory: Path) -> None:
+    """Raise SlmError for a directory that holds more than a bundle."""
+    there = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
+    ours = {MANIFEST, *load_manifest(directory, KIND)["files"]} if is_bundle(directory) else set()
+    if there - ours:
+        raise SlmError(f"--bundle {directory}: there is something else ({min(there - ours)}); name a new directory")
 
 
 def install_bundle(workspace: Workspace, directory: Path, report: Report) -> None:
@@ -97,8 +115,8 @@ def install_bundle(workspace: Workspace, directory: Path, report: Report) -> Non
 
 def find_source(workspace: Workspace, name: str) -> Run:
     """The run of a name in the workspace, or that of a bundle's directory; raises SlmError for neither."""
-    if is_bundle(name):
-        return Run(Path(name).absolute(), read_json(Path(name) / "run.json"))
+    if bundle := bundle_at(workspace, name):
+        return Run(bundle.absolute(), read_json(bundle / "run.json"))
     if os.sep in name and "@" not in name:
         raise SlmError(f"{name}: no bundle is there (`mlx-slm export RUN --bundle DIR` writes one)")
     return find_run(workspace, name)
@@ -113,14 +131,18 @@ def copy_artifact(source: Path, path: Path, kind: str) -> None:
     for name in (*manifest["files"], MANIFEST):
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, temporary / name)
-    os.rename(temporary, path)
+    replace_directory(temporary, path)
 
 
 def _write_weights(run: Run, path: Path) -> None:
-    """The run as it is after its last step, without the moments that only more pretraining would need."""
-    step = run.weights_step()
+    """The run as it is after its last step, or at its milestone, without the moments that only more pretraining would
+    need."""
+    step, record = run.weights_step(), run.record | {"name": run.name}
+    if run.milestone is not None:
+        state = read_json(checkpoint_path(run.path, step) / STATE)
+        record |= {"status": "finished", "step": step, "tokens": state["tokens"], "seconds": state["seconds"]}
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path / "run.json", run.record | {"name": run.name})
+    write_json(path / "run.json", record)
     if step is not None:
         with new_artifact(checkpoint_path(path, step), CHECKPOINT, {"step": step}) as (directory, _):
             save_arrays(directory / WEIGHTS, run.weights())

@@ -172,6 +172,12 @@ class ProjectionConfig(Section):
     move as fast as a plain matrix. Not specified by the paper."""
 
     @model_validator(mode="after")
+    def check_layers(self) -> ProjectionConfig:
+        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise ValueError(f"layers {self.layers}: name at least one layer, and each once")
+        return self
+
+    @model_validator(mode="after")
     def check_anchor(self) -> ProjectionConfig:
         if self.init == "anchored" and self.m not in (None, self.h):
             raise ValueError(f"init anchored needs m = h, and m is {self.m}, h is {self.h}")

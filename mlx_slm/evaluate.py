@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from mlx_slm.bundle import find_source, is_bundle
+from mlx_slm.bundle import bundle_at, find_source, install_bundle
 from mlx_slm.config import Config
 from mlx_slm.errors import SlmError
 from mlx_slm.experts import FREQUENT, HISTOGRAM, Experts, has_experts
@@ -16,7 +16,7 @@ from mlx_slm.export import check_model, find_model, load_any
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.report import Report
 from mlx_slm.scoring import Score, Scorer, routed_nll, score_of
-from mlx_slm.text.store import Store
+from mlx_slm.text.store import Store, first_windows
 from mlx_slm.workspace import Workspace
 
 
@@ -33,18 +33,19 @@ def evaluate_models(
     split: str,
     report: Report,
     expert: str | None = None,
+    tokens: int | None = None,
 ) -> dict:
     """Score models (default: all that are exported) on sets (default: all domains); keeps a record in results/.
 
     A run with experts reads each window through the expert of its cluster, or all through `expert`: its number,
-    `frequent` or `histogram` (by the set's train split). Returns `{"results": [...], "macro": [...]}` (DESIGN, "The
-    commands").
+    `frequent` or `histogram`, by the first `tokens` tokens of the set's train split (None: all), as `specialize` does.
+    Returns `{"results": [...], "macro": [...]}` (DESIGN, "The commands").
     """
     models = models or workspace.models()
     sets = domains or [name for name in workspace.sets() if name != config.data.generic]
     if not models:
         raise SlmError(f"no model in {workspace.root} yet: `mlx-slm pretrain` or `mlx-slm specialize` makes one")
-    found = {name: find_evaluated(workspace, name) for name in models}
+    found = {name: find_evaluated(workspace, name, report) for name in models}
     if expert is not None and (single := next((name for name, one in found.items() if one is None), None)):
         raise SlmError(f"--expert {expert}: {single} is a single model; it is for runs of the methods pn and mix")
     if not sets:
@@ -71,7 +72,7 @@ def evaluate_models(
                 score = score_of(store, windows, nll)
             else:
                 if experts:
-                    which, how = _one_expert(experts, config, set_name, expert, report)
+                    which, how = _one_expert(experts, config, set_name, expert, tokens, report)
                     model.update(experts.parameters(which))
                 score = scorer(store, windows, report=report)
             scores.append(score)
@@ -83,9 +84,14 @@ def evaluate_models(
     return {"results": results, "macro": macro}
 
 
-def find_evaluated(workspace: Workspace, name: str) -> Experts | None:
-    """The experts of a run or a bundle that has some; None for a single model. Raises SlmError for an unknown name."""
-    if not is_bundle(name):
+def find_evaluated(workspace: Workspace, name: str, report: Report) -> Experts | None:
+    """The experts of a run, or of a bundle whose parts are taken into the workspace; None for a single model.
+
+    Raises SlmError for an unknown name.
+    """
+    if bundle := bundle_at(workspace, name):
+        install_bundle(workspace, bundle, report)
+    else:
         check_model(workspace, name)
         if find_model(workspace, name):
             return None
@@ -94,15 +100,15 @@ def find_evaluated(workspace: Workspace, name: str) -> Experts | None:
 
 
 def _one_expert(
-    experts: Experts, config: Config, set_name: str, expert: str, report: Report
+    experts: Experts, config: Config, set_name: str, expert: str, tokens: int | None, report: Report
 ) -> tuple[int | np.ndarray, dict]:
     """(the expert that scores all of a set, how it is named in the results)."""
-    if expert.isdigit():
+    if expert.isascii() and expert.isdecimal():
         return int(expert), {"routing": "expert", "expert": int(expert)}
     if expert not in (FREQUENT, HISTOGRAM):
         raise SlmError(f"--expert {expert}: give the number of an expert, {FREQUENT} or {HISTOGRAM}")
     train = Store(experts.workspace.require_set(set_name, "train"))
-    shares = experts.histogram(config, set_name, np.arange(train.num_windows), report)
+    shares = experts.histogram(config, set_name, first_windows(train, tokens, config.data.seed), report)
     if expert == HISTOGRAM:
         return shares, {"routing": HISTOGRAM}
     return int(shares.argmax()), {"routing": FREQUENT, "expert": int(shares.argmax())}

@@ -42,6 +42,16 @@ class Experts:
             return np.flatnonzero(self.generic).tolist()
         return [i for i in range(self.k) if (found := open_expert(self.run, i)) and found.finished]
 
+    def require_trained(self) -> list[int]:
+        """`trained`, of which there must be one; raises SlmError."""
+        found = self.trained
+        if not found:
+            name = self.run.name
+            raise SlmError(
+                f"run {name} has no trained expert yet: run `mlx-slm pretrain --method mix --name {name}`, it goes on"
+            )
+        return found
+
     def parameters(self, which: int | np.ndarray) -> dict:
         """Parameters of a plain transformer of shape `run.shape`: expert i, or the one of a histogram (SLM-pn only).
 

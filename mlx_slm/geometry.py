@@ -14,6 +14,9 @@ from mlx_slm.experts import Experts
 from mlx_slm.figures import new_figure, save_figure
 from mlx_slm.models.projected import coefficients
 
+ALIKE = 1e-4
+"""Experts whose coefficients differ by less than this part do not differ: what is left is rounding."""
+
 
 def geometry(experts: Experts) -> dict:
     """Cosines [k, k] per layer and of the centroids, and for each layer how the two go together.
@@ -22,7 +25,8 @@ def geometry(experts: Experts) -> dict:
     [[...]]}]}`. `cosines` are of a layer's coefficients, joined over its matrices, as differences from the mean expert,
     and `centroids` those of centroids as differences from the mean centroid: what all share would hide the rest.
     `cosine` is the mean over pairs of the coefficients themselves, `spread` the norm of a difference over that of the
-    mean, `correlation` Pearson's over the pairs. Raises SlmError for a mixture or less than three experts.
+    mean, `correlation` Pearson's over the pairs (None for experts that are all alike). Raises SlmError for a mixture or
+    less than three experts.
     """
     if not experts.is_network:
         raise SlmError(f"run {experts.run.name} is a mixture: its experts share nothing that could be compared")
@@ -38,17 +42,19 @@ def geometry(experts: Experts) -> dict:
     for layer, parts in sorted(by_layer.items()):
         found = np.concatenate(parts, axis=1)
         apart = cosines(centred(found))
+        spread = float(np.linalg.norm(centred(found), axis=1).mean() / np.linalg.norm(found.mean(axis=0)))
+        correlation = float(np.corrcoef(apart[pairs], centroids[pairs])[0, 1])
         layers.append(
             {
                 "layer": layer,
                 "cosine": float(cosines(found)[pairs].mean()),
-                "spread": float(np.linalg.norm(centred(found), axis=1).mean() / np.linalg.norm(found.mean(axis=0))),
-                "correlation": float(np.corrcoef(apart[pairs], centroids[pairs])[0, 1]),
+                "spread": spread,
+                "correlation": correlation if spread > ALIKE else None,
                 "cosines": apart.tolist(),
             }
         )
     return {
-        "run": experts.run.name,
+        "run": experts.run.label,
         "k": experts.k,
         "order": neighbours_together(centroids).tolist(),
         "centroids": centroids.tolist(),
@@ -82,7 +88,9 @@ def draw(facts: dict, results: Path) -> Path:
     """The cosine matrices of centroids and of each layer, experts in the same order; returns the PNG in `results`."""
     order = np.array(facts["order"])
     panels = [("centroids of the clusters", facts["centroids"])]
-    panels += [(f"layer {one['layer']}: r = {one['correlation']:.2f}", one["cosines"]) for one in facts["layers"]]
+    for one in facts["layers"]:
+        found = "all alike" if one["correlation"] is None else f"r = {one['correlation']:.2f}"
+        panels.append((f"layer {one['layer']}: {found}", one["cosines"]))
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure = new_figure(3.1 * columns + 0.8, 3.2 * rows + 0.5)

@@ -72,7 +72,7 @@ class Ground:
     def steps(self, rows: int, tokens: int | None) -> int:
         """Steps of a training on so many rows a pass."""
         training = self.config.training
-        if tokens:
+        if tokens is not None:
             return math.ceil(tokens / (training.batch_rows * self.shape.context_length))
         return math.ceil(training.passes * rows / training.batch_rows)
 
@@ -95,6 +95,32 @@ class Job:
     """What the user should read before it starts."""
     files: dict = field(default_factory=dict)
     """JSON to lie in the run, by name."""
+
+
+def check_method(config: Config, method: str, init_from: Path | None, experts: list[int] | None) -> None:
+    """Raise SlmError, before any long work, for settings that do not fit together."""
+    training, projection = config.training, config.projection
+    beyond = [number for number in experts or [] if number >= config.mixture.k]
+    if beyond:
+        raise SlmError(
+            f"--experts {beyond[0]}: the mixture has the experts 0 to {config.mixture.k - 1} (mixture.k = "
+            f"{config.mixture.k})"
+        )
+    if method != "pn":
+        return
+    groups = projection.clusters_per_step
+    if training.batch_rows % groups:
+        raise SlmError(
+            f"training.batch_rows {training.batch_rows} is not a multiple of projection.clusters_per_step {groups}: "
+            "the groups of a step have equally many rows"
+        )
+    if training.micro_rows and training.micro_rows % (training.batch_rows // groups):
+        raise SlmError(
+            f"training.micro_rows {training.micro_rows} is not a multiple of the {training.batch_rows // groups} rows "
+            "of a group (training.batch_rows / projection.clusters_per_step)"
+        )
+    if init_from and projection.init != "anchored":
+        raise SlmError("--init-from starts all experts of a network as that model: it needs projection.init=anchored")
 
 
 def plain_job(
@@ -152,13 +178,6 @@ def experts_inputs(ground: Ground, method: str, clusters: Clusters) -> dict:
 def network_job(ground: Ground, path: Path, report: Report) -> Job:
     """SLM-pn: clusters drawn by P(c | generic), several a step."""
     training, projection, generic = ground.config.training, ground.config.projection, ground.config.data.generic
-    if training.batch_rows % projection.clusters_per_step:
-        raise SlmError(
-            f"training.batch_rows {training.batch_rows} is not a multiple of projection.clusters_per_step "
-            f"{projection.clusters_per_step}: the groups of a step have equally many rows"
-        )
-    if ground.origin and projection.init != "anchored":
-        raise SlmError("--init-from starts all experts of a network as that model: it needs projection.init=anchored")
     rows = training.batch_rows // projection.clusters_per_step
     shape = ProjectedShape.of(projection, ground.shape)
     clusters = generic_clusters(ground, projection.k, report)
@@ -171,7 +190,8 @@ def network_job(ground: Ground, path: Path, report: Report) -> Job:
 
     model = Transformer(ground.shape, training.checkpoint_layers)
     rate = projection.tensor_rate or tensor_rate(parameters())
-    micro = _micro_groups(shape, training, projection.clusters_per_step, rows)
+    given = training.micro_rows and training.micro_rows // rows
+    micro = given or groups_that_fit(shape, projection.clusters_per_step, rows, training.checkpoint_layers)
     step = partial(ProjectedStep, model, AdamW.of(training), micro, tensor_rate=rate)
     place = clusters.assigned(generic, "valid").clusters[:][ground.windows]
     return Job(
@@ -189,24 +209,14 @@ def network_job(ground: Ground, path: Path, report: Report) -> Job:
     )
 
 
-def _micro_groups(shape: ProjectedShape, training, groups: int, rows: int) -> int:
-    if not training.micro_rows:
-        return groups_that_fit(shape, groups, rows, training.checkpoint_layers)
-    if training.micro_rows % rows:
-        raise SlmError(
-            f"training.micro_rows {training.micro_rows} is not a multiple of the {rows} rows of a group "
-            "(training.batch_rows / projection.clusters_per_step)"
-        )
-    return training.micro_rows // rows
-
-
 def expert_job(ground: Ground, run: Path, clusters: Clusters, inputs: dict, expert: int) -> Job:
     """An expert of SLM-mix: all mass on one cluster, validated on the held-out windows of that cluster."""
     config, generic = ground.config, ground.config.data.generic
     stream = clusters.assigned(generic, "train").streams(ground.store)[expert]
     own = ground.windows[clusters.assigned(generic, "valid").clusters[:][ground.windows] == expert]
     windows = own if len(own) else ground.windows
-    tokens = config.mixture.tokens or (ground.tokens // clusters.k if ground.tokens else None)
+    share = max(1, ground.tokens // clusters.k) if ground.tokens else None
+    tokens = config.mixture.tokens or share
     return plain_job(
         ground,
         expert_path(run, expert),

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mlx_slm import runtime
 from mlx_slm.clustering.target import Target, check_target
-from mlx_slm.config import Config, TokenizerConfig, TrainingConfig
+from mlx_slm.config import Config, TokenizerConfig, TrainingConfig, format_size
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.export import export_run
 from mlx_slm.init_from import Pretrained
 from mlx_slm.methods import (
     Ground,
     Job,
+    check_method,
     expert_job,
     experts_inputs,
     generic_clusters,
@@ -58,6 +60,7 @@ def pretrain(
     path = workspace.run(name or (f"is-{target.label}" if target else method))
     if target:
         check_target(workspace, config, target)
+    check_method(config, method, init_from, experts)
     ground = _ground(workspace, config, method, path, fresh, init_from, POOL if target else 1, report)
     if method == "mix":
         return _pretrain_mixture(ground, path, fresh, experts, report)
@@ -74,52 +77,74 @@ def pretrain(
 def _pretrain_mixture(ground: Ground, path: Path, fresh: bool, experts: list[int] | None, report: Report) -> Run:
     """SLM-mix: expert by expert; the run itself holds what they have in common and is finished when all are."""
     k = ground.config.mixture.k
-    beyond = [i for i in experts or [] if i >= k]
-    if beyond:
-        raise SlmError(f"--experts {beyond[0]}: the mixture has the experts 0 to {k - 1} (mixture.k)")
     clusters = generic_clusters(ground, k, report)
     inputs = experts_inputs(ground, "mix", clusters) | {"mixture": ground.config.mixture.model_dump(mode="json")}
-    trained = [i for i in range(k) if inputs["generic"][i]]
+    possible = [i for i in range(k) if inputs["generic"][i]]
+    wanted = possible if experts is None else experts
+    empty = [number for number in wanted if number not in possible]
+    if empty:
+        raise SlmError(f"--experts {empty[0]}: cluster {empty[0]} of the generic set is empty; it has no expert")
+    jobs = {number: expert_job(ground, path, clusters, inputs, number) for number in wanted}
+    again = fresh and experts is None
+    remedy = "start the whole mixture anew with --fresh and without --experts" if fresh else "start anew with --fresh"
     with alone_in(path):
-        run = open_run(ground.workspace, path, "mix", inputs, ground.config, fresh and experts is None)
-    for number in trained if experts is None else experts:
-        if number not in trained:
-            raise SlmError(f"--experts {number}: cluster {number} of the generic set is empty; it has no expert")
-        report.line(f"expert {number} of 0 to {k - 1}: cluster {number}, {inputs['generic'][number]:,} tokens")
-        _work(ground, expert_job(ground, path, clusters, inputs, number), fresh, report)
-        done = {i: found.record for i in trained if (found := open_expert(run, i)) and found.finished}
-        run.record.update(
-            status="finished" if len(done) == len(trained) else "running",
-            experts={i: record["valid_nll"] for i, record in done.items()},
-            step=sum(record["step"] for record in done.values()),
-            tokens=sum(record["tokens"] for record in done.values()),
-            seconds=round(sum(record["seconds"] for record in done.values()), 2),
-            device=runtime.device_name(),
-        )
+        known = path / "run.json"
+        old = Run(path, read_json(known)) if known.exists() and not fresh else None
+        left = [job for number, job in jobs.items() if number not in (_finished_experts(old, possible) if old else {})]
+        announce = lambda: _announce(left, ground.config.training, report)  # noqa: E731
+        run = open_run(ground.workspace, path, "mix", inputs, ground.config, again, announce=announce, remedy=remedy)
         if fresh:
             run.record["started"] = time.time()
-        run.save()
+        try:
+            for number, job in jobs.items():
+                report.line(f"expert {number} of 0 to {k - 1}: cluster {number}, {inputs['generic'][number]:,} tokens")
+                _work(ground, job, fresh, report, lambda: None)
+        finally:
+            _record_experts(run, possible)
     return run
 
 
-def _work(ground: Ground, job: Job, fresh: bool, report: Report) -> Run:
-    """Do a job, or go on with it; returns the finished run."""
+def _finished_experts(run: Run, possible: list[int]) -> dict[int, dict]:
+    """Records of the experts of a mixture that are finished."""
+    found = {number: open_expert(run, number) for number in possible}
+    return {number: one.record for number, one in found.items() if one and one.finished}
+
+
+def _record_experts(run: Run, possible: list[int]) -> None:
+    done = _finished_experts(run, possible)
+    run.record.update(
+        status="finished" if len(done) == len(possible) else "running",
+        experts={number: record["valid_nll"] for number, record in done.items()},
+        **{key: sum(record[key] for record in done.values()) for key in ("step", "tokens", "skipped_steps")},
+        seconds=round(sum(record["seconds"] for record in done.values()), 2),
+        device=runtime.device_name(),
+    )
+    run.save()
+
+
+def _work(ground: Ground, job: Job, fresh: bool, report: Report, announce: Callable[[], None] | None = None) -> Run:
+    """Do a job, or go on with it; returns the finished run. `announce`: what to say before it begins."""
     training = ground.config.training
 
-    def announce() -> None:
+    def say() -> None:
         if job.lines:
             report.line(job.lines)
-        _announce(job, training, report)
+        _announce([job], training, report)
 
     with alone_in(job.path):
-        run = open_run(
-            ground.workspace, job.path, job.inputs["method"], job.inputs, ground.config, fresh, announce=announce
-        )
+        method = job.inputs["method"]
+        run = open_run(ground.workspace, job.path, method, job.inputs, ground.config, fresh, announce=announce or say)
         for file, value in job.files.items():
             write_json(job.path / file, value)
         if run.finished:
             report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
             return run
+        milestones = tuple(
+            milestone_step(tokens, training.batch_rows, ground.shape.context_length) for tokens in training.milestones
+        )
+        beyond = [tokens for tokens, step in zip(training.milestones, milestones, strict=True) if step > job.steps]
+        if beyond:
+            report.warn(f"training.milestones: {format_size(beyond[0])} tokens are beyond the horizon of this training")
         plan = Plan(
             steps=job.steps,
             learning_rate=training.learning_rate,
@@ -129,10 +154,7 @@ def _work(ground: Ground, job: Job, fresh: bool, report: Report) -> Run:
             eval_every=training.eval_every,
             report_every=training.report_every,
             checkpoint_every=training.checkpoint_every,
-            milestones=tuple(
-                milestone_step(tokens, training.batch_rows, ground.shape.context_length)
-                for tokens in training.milestones
-            ),
+            milestones=milestones,
         )
         trainer = Trainer(
             job.step, job.parameters(), job.sampler, plan, job.path, job.evaluate, report, job.flops_per_token
@@ -248,15 +270,19 @@ def _likely_flops() -> float:
     return 0.3e9 * runtime.matmul_gflops()
 
 
-def _announce(job: Job, training: TrainingConfig, report: Report) -> None:
+def _announce(jobs: list[Job], training: TrainingConfig, report: Report) -> None:
     """Say what is about to happen; ask where it takes over ten minutes."""
-    tokens = job.steps * training.batch_rows * job.sampler.row_length
-    seconds = tokens * job.flops_per_token / _likely_flops()
-    passes = job.steps * training.batch_rows / job.sampler.num_rows
-    disk = 3 * 3 * 4 * job.num_parameters
+    if not jobs:
+        return
+    rows = [job.steps * training.batch_rows for job in jobs]
+    tokens = sum(rows) * jobs[0].sampler.row_length
+    seconds = tokens * jobs[0].flops_per_token / _likely_flops()
+    passes = sum(rows) / sum(job.sampler.num_rows for job in jobs)
+    disk = len(jobs) * 3 * 3 * 4 * jobs[0].num_parameters
+    several = f"{len(jobs)} experts, each of " if len(jobs) > 1 else ""
     report.line(
-        f"{job.num_parameters:,} parameters ({job.inputs['shape']['family']}), {tokens:,} tokens, {passes:.2g} passes; "
-        f"about {duration(seconds)} on this machine, {disk / 1e9:.1f} GB of checkpoints"
+        f"{several}{jobs[0].num_parameters:,} parameters ({jobs[0].inputs['shape']['family']}), {tokens:,} tokens, "
+        f"{passes:.2g} passes; about {duration(seconds)} on this machine, {disk / 1e9:.1f} GB of checkpoints"
     )
     if seconds > 600 and not report.confirm("start?"):
         raise Interrupted("not started; nothing was lost")

@@ -68,7 +68,8 @@ def run_quickstart(workspace: Workspace, config: Config, report: Report, fresh: 
     results = []
     for method, stage, select, name, tokens, seconds in stages:
         expert = select if name == network.name else None
-        row = evaluate_models(workspace, config, [name], [domain], "test", report, expert)["results"][0]
+        found = evaluate_models(workspace, config, [name], [domain], "test", report, expert, DOMAIN_TOKENS)
+        row = found["results"][0]
         facts = {"perplexity": row["perplexity"], "tokens": tokens, "seconds": seconds}
         results.append({"method": method, "stage": stage, **({"select": select} if select else {}), **facts})
     report.line("7. the best specialised model, through mlx-lm")

@@ -7,7 +7,6 @@ import time
 import numpy as np
 
 from mlx_slm.config import Config
-from mlx_slm.errors import SlmError
 from mlx_slm.experts import FREQUENT, HISTOGRAM, Experts
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.report import Report
@@ -23,8 +22,8 @@ def select_expert(
     `{"select", "expert": int | None, "histogram": [k] | None, "share", "scores": {expert: nats per token} | None,
     "cost": {"tokens", "seconds"}}`, where the cost is that of the scoring. Raises SlmError if there is no such expert.
     """
-    begun = time.perf_counter()
     shares = experts.histogram(config, domain, windows, report)
+    begun = time.perf_counter()
     found = {"select": select, "expert": None, "histogram": None, "scores": None}
     tokens = 0
     if select == HISTOGRAM:
@@ -32,7 +31,8 @@ def select_expert(
     elif select == FREQUENT:
         found["expert"] = int(shares.argmax())
     else:
-        sample = windows[np.isin(windows, first_windows(store, config.finetuning.select_tokens, config.data.seed))]
+        size = min(config.finetuning.select_tokens, store.num_tokens)
+        sample = windows[np.isin(windows, first_windows(store, size, config.data.seed))]
         scores = score_experts(experts, store, sample, report)
         found |= {"scores": scores, "expert": int(min(scores, key=scores.get))}
         tokens = int(store.windows[:]["length"][sample].astype(np.int64).sum()) * len(scores)
@@ -47,16 +47,14 @@ def chosen(experts: Experts, selection: dict) -> dict:
 
 
 def score_experts(experts: Experts, store: Store, windows: np.ndarray, report: Report) -> dict[int, float]:
-    """Nats per token of every trained expert on the same windows."""
+    """Nats per token of every trained expert on the same windows; raises SlmError if there is none."""
     model = Transformer(experts.run.shape)
     scorer, scores = Scorer(model), {}
     with report.progress("scoring the experts", len(experts.trained), " experts") as advance:
-        for number in experts.trained:
+        for number in experts.require_trained():
             model.update(experts.parameters(number))
             scores[number] = score_of(store, windows, scorer.window_nll(store, windows)).nll
             advance(1)
-    if not scores:
-        raise SlmError(f"run {experts.run.name} has no trained expert: run `mlx-slm pretrain --method mix`")
     return scores
 
 

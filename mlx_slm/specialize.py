@@ -28,7 +28,7 @@ from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, prepare, sources_of, text_needed
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.optimizer import OPTIMIZER_FIELDS, AdamW
-from mlx_slm.training.runs import Run, alone_in, default_run, expert_path, open_run
+from mlx_slm.training.runs import EXPERT, Run, alone_in, default_run, expert_path, open_run
 from mlx_slm.training.step import TrainingStep, rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer
 from mlx_slm.workspace import Workspace, fingerprint
@@ -63,7 +63,8 @@ def specialize(
         tokens = _sampled_tokens(source, domain, tokens, report)
     if sources:
         prepare(workspace, domain, named, config, report)
-    ensure_set(workspace, domain, config, report, limit=text_needed(tokens or STREAMED_TOKENS))
+    else:
+        ensure_set(workspace, domain, config, report, limit=text_needed(tokens or STREAMED_TOKENS))
     tokenizer = open_tokenizer(workspace.tokenizer)
     store, valid = (Store(workspace.require_set(domain, split)) for split in ("train", "valid"))
     store.require_tokenizer(tokenizer)
@@ -98,6 +99,8 @@ def specialize(
         inputs |= {"select": select, "clusters": experts.clusters.fingerprint}
     if select == PRETRAINED:
         inputs["select_tokens"] = finetuning.select_tokens
+    if select in (PRETRAINED, FINETUNED):
+        inputs["experts"] = experts.require_trained()
     label = f"{method}-{select}" if select else method
     path = workspace.run(name or f"{domain}-{label}-{format_size(tokens) if tokens else 'all'}")
     plan = _plan(config, recipe, rate, sampler.num_rows / finetuning.batch_rows)
@@ -128,6 +131,8 @@ def specialize(
             else:
                 parameters = source.weights() if source else initialise(shape, finetuning.seed)
             job.work(run, parameters)
+        for candidate in run.path.glob(f"{EXPERT}*"):
+            shutil.rmtree(candidate)
         export_run(workspace, run)
     return run
 
@@ -159,7 +164,10 @@ class _Job:
 
 
 def _finetune_all(workspace: Workspace, run: Run, experts: Experts, job: _Job, config: Config) -> None:
-    """Fine-tune every expert in a folder of its own, and let the best become the run; goes on where it stopped."""
+    """Fine-tune every expert in a folder of its own, and let the best become the run; goes on where it stopped.
+
+    Of the others only the records stay until the end, so that disk is needed for two.
+    """
     tuned: dict[int, Run] = {}
     for number in experts.trained:
         job.report.line(f"fine-tuning expert {number} of 0 to {experts.k - 1}")
@@ -168,8 +176,10 @@ def _finetune_all(workspace: Workspace, run: Run, experts: Experts, job: _Job, c
         tuned[number] = open_run(workspace, path, run.record["method"], inputs, config, False, select="best")
         if not tuned[number].finished:
             job.work(tuned[number], experts.parameters(number))
-    scores = {number: one.record["valid_nll"] for number, one in tuned.items()}
-    best = min(scores, key=scores.get)
+        scores = {done: one.record["valid_nll"] for done, one in tuned.items()}
+        best = min(scores, key=scores.get)
+        for beaten in set(tuned) - {best}:
+            shutil.rmtree(tuned[beaten].path / "checkpoints", ignore_errors=True)
     records = [one.record for one in tuned.values()]
     cost = {key: round(sum(record[key] for record in records), 2) for key in ("tokens", "seconds")}
     for part in ("checkpoints", "metrics.jsonl"):
@@ -179,8 +189,6 @@ def _finetune_all(workspace: Workspace, run: Run, experts: Experts, job: _Job, c
     selection = {"select": FINETUNED, "expert": best, "histogram": None, "share": None, "scores": scores, "cost": cost}
     run.record |= outcome | {"selection": selection}
     run.save()
-    for one in tuned.values():
-        shutil.rmtree(one.path)
     job.report.line(f"the best is expert {best}: validation perplexity {math.exp(scores[best]):.2f}")
 
 

@@ -164,13 +164,14 @@ def new_artifact(path: Path, kind: str, inputs: dict, mapped: tuple[str, ...] = 
         manifest["checksum"] = fingerprint(manifest)
         write_json(temporary / MANIFEST, manifest)
         _sync(temporary)
-        _replace_directory(temporary, path)
+        replace_directory(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _replace_directory(new: Path, path: Path) -> None:
+def replace_directory(new: Path, path: Path) -> None:
+    """Put a whole directory in the place of another, which stays until then."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():

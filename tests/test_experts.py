@@ -15,12 +15,13 @@ from conftest import small_config
 from mlx.utils import tree_flatten
 from training.test_trainer import assert_same, everything
 
+from mlx_slm.bundle import export_bundle, find_source
 from mlx_slm.cli import run
 from mlx_slm.clustering.encoder import window_texts
 from mlx_slm.clustering.importance import histogram
 from mlx_slm.config import MixtureConfig, ProjectionConfig
 from mlx_slm.config_files import dump_config, load_config
-from mlx_slm.errors import SlmError
+from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.evaluate import evaluate_models
 from mlx_slm.experts import Experts
 from mlx_slm.export import load_exported
@@ -33,7 +34,8 @@ from mlx_slm.selection import score_experts, select_expert
 from mlx_slm.specialize import specialize
 from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.store import Store, first_windows
-from mlx_slm.training.runs import find_run, open_expert
+from mlx_slm.training.checkpoint import checkpoint_steps
+from mlx_slm.training.runs import alone_in, find_run, open_expert
 from mlx_slm.workspace import Workspace, fingerprint, load_manifest
 
 EXPERTS = {
@@ -281,13 +283,20 @@ def test_a_bundle_specialises_private_text_on_a_machine_with_nothing_else(name, 
         (notes / f"{i}.md").write_text(text)
     empty = Workspace(tmp_path / "elsewhere")
     files = [str(path) for path in sorted(notes.glob("*.md"))]
-    arguments = ("specialize", "--domain", "private", "--from", str(bundle), *files, "--json")
+    arguments = ("specialize", "--domain", "private", "--from", str(bundle), "--select", "pretrained", *files, "--json")
     code, out, err = call(capsys, empty, *arguments)
     assert code == 0, err
     result = json.loads(out)
-    assert result["selection"]["select"] == "frequent"
+    at_home = Workspace(tmp_path / "home")
+    shutil.copytree(trained.root, at_home.root)
+    code, out, err = call(capsys, at_home, *arguments[:4], name, *arguments[5:])
+    assert code == 0, err
+    other = json.loads(out)
+    assert result["valid_nll"] == other["valid_nll"], "the same as at home"
+    for key in ("expert", "scores", "share"):
+        assert result["selection"][key] == other["selection"][key]
     shutil.rmtree(bundle)
-    model, _ = load_exported(empty.model("private-" + name + "-frequent-all"))
+    model, _ = load_exported(empty.model(f"private-{name}-pretrained-all"))
     assert math.isfinite(model.logits(mx.array([[1, 2, 3]])).sum().item())
     code, _, err = call(capsys, empty, *arguments[:4], str(bundle), "--name", "x")
     assert code == 1 and "no bundle is there" in err
@@ -323,6 +332,121 @@ def test_a_damaged_bundle_is_not_taken(own, tmp_path, capsys):
         capsys, Workspace(tmp_path / "new"), "specialize", "--domain", "notes", "--from", str(bundle), "x.md"
     )
     assert code == 1 and "is damaged" in err and not (tmp_path / "new" / "tokenizer").exists()
+
+
+def test_a_bundle_is_read_only_and_a_run_of_its_name_comes_first(own, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, own, "export", "pn", "--bundle", "pn")[0] == 0
+    assert find_source(own, "pn").path == own.run("pn"), "a bare name is a run where there is one"
+    assert find_source(own, "./pn").path == tmp_path / "pn"
+    weights = next((tmp_path / "pn").rglob("model.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    before = (tmp_path / "pn" / "run.json").read_bytes()
+    code, _, err = call(capsys, own, "specialize", "--domain", "notes", "--from", "./pn")
+    assert code == 1 and "get the bundle again" in err
+    assert (tmp_path / "pn" / "run.json").read_bytes() == before
+    (tmp_path / "pn" / "mine.md").write_text("keep me")
+    code, _, err = call(capsys, own, "export", "pn", "--bundle", "pn")
+    assert code == 1 and "there is something else (mine.md)" in err and (tmp_path / "pn" / "mine.md").exists()
+
+
+def test_milestones_are_kept_and_stand_for_the_run(own, expert_config, tmp_path, report):
+    milestones = {"milestones": [512, 2048], "checkpoint_every": 2}
+    training = expert_config.training.model_copy(update=milestones)
+    config = expert_config.model_copy(update={"training": training})
+    pretrain(own, config, "pn", report, name="kept")
+    whole = find_run(own, "kept")
+    assert checkpoint_steps(whole.path) == [2, 8, 10, 12], "512 and 2,048 tokens, and the last two"
+    early = find_run(own, "kept@512")
+    assert early.weights_step() == 2 and whole.weights_step() == 12
+    tuned = specialize(own, config, "notes", report, "kept@512", 4000)
+    assert tuned.record["inputs"]["from"]["step"] == 2
+    with pytest.raises(
+        SlmError, match=r"keeps no checkpoint after 1k tokens \(step 4; it has the steps 2, 8, 10, 12\)"
+    ):
+        find_run(own, "kept@1k")
+    with pytest.raises(SlmError, match="a mixture has no milestones"):
+        find_run(own, "mix@512")
+    export_bundle(own, early, tmp_path / "bundle")
+    handed = find_source(own, str(tmp_path / "bundle"))
+    assert handed.record["tokens"] < 520 and handed.finished
+    for name, value in tree_flatten(Experts(own, handed).parameters(1)):
+        assert mx.array_equal(value, dict(tree_flatten(Experts(own, early).parameters(1)))[name])
+
+
+class Declines(Report):
+    def confirm(self, question):
+        return False
+
+
+def test_a_mixture_is_announced_as_a_whole_and_a_no_keeps_it(own, expert_config, monkeypatch):
+    before = everything(own.run("mix") / "expert-2")
+    monkeypatch.setattr("mlx_slm.pretrain._likely_flops", lambda: 1.0)
+    with pytest.raises(Interrupted, match="nothing was lost"):
+        pretrain(own, expert_config, "mix", Declines(), fresh=True)
+    assert_same(own.run("mix") / "expert-2", before)
+    assert find_run(own, "mix").finished
+
+
+def test_an_expert_that_is_trained_anew_is_missing_until_it_is_done(own, expert_config, tmp_path, report):
+    arguments = ["pretrain", "--method", "mix", "--fresh", "--experts", "2", "--workspace", str(own.root)]
+    started = find_run(own, "mix").identity
+    interrupt = KILLED.format(calls=2).replace("SIGKILL", "SIGINT")
+    assert (
+        subprocess.run([sys.executable, "-c", interrupt, *arguments], capture_output=True, check=False).returncode
+        == 130
+    )
+    run_ = find_run(own, "mix")
+    assert not run_.finished and set(run_.record["experts"]) == {"0", "1", "3"} and run_.identity != started
+    with pytest.raises(SlmError, match="run mix is not finished"):
+        export_bundle(own, run_, tmp_path / "b")
+    pretrain(own, expert_config, "mix", report)
+    assert find_run(own, "mix").finished
+    other = expert_config.model_copy(update={"training": expert_config.training.model_copy(update={"seed": 3})})
+    with pytest.raises(SlmError, match="start the whole mixture anew with --fresh and without --experts"):
+        pretrain(own, other, "mix", report, fresh=True, experts=[1])
+
+
+def test_two_processes_do_not_train_one_mixture(own, expert_config, report):
+    with alone_in(own.run("mix")), pytest.raises(SlmError, match="run mix is being trained by another process"):
+        pretrain(own, expert_config, "mix", report, fresh=True)
+    assert find_run(own, "mix").finished
+
+
+def test_a_choice_from_more_experts_is_another_run(own, expert_config, report):
+    shutil.rmtree(own.run("mix"))
+    pretrain(own, expert_config, "mix", report, experts=[1])
+    first = specialize(own, expert_config, "notes", report, "mix", 4000, select="pretrained")
+    assert set(first.record["selection"]["scores"]) == {1}
+    pretrain(own, expert_config, "mix", report)
+    with pytest.raises(SlmError, match="another configuration"):
+        specialize(own, expert_config, "notes", report, "mix", 4000, select="pretrained")
+    shutil.rmtree(own.run("mix"))
+    (own.run("mix")).mkdir()
+    shutil.copyfile(own.run("pn") / "config.yaml", own.run("mix") / "config.yaml")
+    record = json.loads((own.run("notes-mix-pretrained-4k") / "run.json").read_text())
+    inputs = find_run(own, "pn").record["inputs"]
+    (own.run("mix") / "run.json").write_text(
+        json.dumps(record | {"method": "mix", "status": "running", "inputs": inputs | {"method": "mix"}})
+    )
+    with pytest.raises(SlmError, match="run mix has no trained expert yet"):
+        specialize(own, expert_config, "notes", report, "mix", 4000, select="finetuned", name="y")
+
+
+def test_a_domain_of_few_tokens_is_scored_whole(own, expert_config, report):
+    store = Store(own.data("notes", "train"))
+    finetuning = expert_config.finetuning.model_copy(update={"select_tokens": store.num_tokens + 1, "max_steps": 2})
+    few = expert_config.model_copy(update={"finetuning": finetuning})
+    tuned = specialize(own, few, "notes", report, "pn", select="pretrained")
+    assert tuned.record["selection"]["cost"]["tokens"] == 4 * store.num_tokens
+
+
+def test_one_expert_for_all_is_chosen_as_specialising_chooses_it(own, expert_config, report):
+    tuned = specialize(own, expert_config, "notes", report, "pn", 4000)
+    row = evaluate_models(own, expert_config, ["pn"], ["notes"], "test", report, "frequent", 4000)["results"][0]
+    assert row["expert"] == tuned.record["selection"]["expert"]
 
 
 def test_experts_geometry_against_plain_numpy(trained, capsys):
@@ -365,10 +489,13 @@ def test_clusters_that_were_made_anew_are_refused(own, expert_config, capsys):
         (("specialize", "--domain", "nothing", "--from", "pn"), "unknown set 'nothing'"),
         (("evaluate", "slm", "--expert", "1"), "slm is a single model"),
         (("evaluate", "pn", "--expert", "4"), "run pn has the experts 0 to 3, not 4"),
+        (("evaluate", "pn", "--expert", "²"), "give the number of an expert, frequent or histogram"),
         (("evaluate", "pn", "--expert", "best"), "give the number of an expert, frequent or histogram"),
         (("evaluate", "mix", "--expert", "histogram"), "experts of a mixture share nothing to combine"),
         (("info", "slm"), "run slm has no experts to compare"),
         (("pretrain", "--method", "pn", "--name", "x", "--set", "training.batch_rows=9"), "is not a multiple of"),
+        (("pretrain", "--method", "pn", "--set", "projection.layers=[]"), "name at least one layer, and each once"),
+        (("pretrain", "--method", "pn", "--set", "projection.layers=[1,1]"), "name at least one layer, and each once"),
         (("pretrain", "--method", "pn", "--name", "x", "--set", "projection.k=9999"), "more than the"),
         (("pretrain", "--method", "pn", "--name", "x", "--set", "training.micro_rows=2"), "of the 4 rows of a group"),
     ],

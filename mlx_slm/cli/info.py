@@ -68,16 +68,18 @@ def _show_experts(session: Session, name: str) -> None:
     from mlx_slm.errors import SlmError
     from mlx_slm.experts import Experts, has_experts
     from mlx_slm.geometry import draw, geometry
+    from mlx_slm.workspace import Workspace
 
     run = find_source(session.workspace, name)
     if not has_experts(run):
         raise SlmError(f"run {run.name} has no experts to compare; name a run of method pn")
-    facts = geometry(Experts(session.workspace, run))
+    facts = geometry(Experts(Workspace(run.path) if run.is_handed_over else session.workspace, run))
     facts["figure"] = str(draw(facts, session.workspace.results))
 
     def text() -> None:
+        keys = ("cosine", "spread", "correlation")
         rows = [
-            [f"layer {one['layer']}", *(f"{one[key]:.3f}" for key in ("cosine", "spread", "correlation"))]
+            [f"layer {one['layer']}", *("-" if one[key] is None else f"{one[key]:.3f}" for key in keys)]
             for one in facts["layers"]
         ]
         columns = ["coefficients c = E M", "mean cosine", "spread", "correlation with the clusters"]

@@ -108,6 +108,8 @@ def pretrain(
     if domain_tokens and not domain:
         raise click.UsageError("--domain-tokens needs --domain")
     changes = {"training.tokens": tokens, "training.hours": hours, f"{SECTION_OF_K.get(method)}.k": k}
+    if method == "mix" and tokens:
+        changes["mixture.tokens"] = "null"
     session.overrides = (*session.overrides, *(f"{key}={value}" for key, value in changes.items() if value))
     config = session.config
     session.start_computing()
@@ -142,11 +144,11 @@ def specialize(session: Session, domain, sources, from_run, select, tokens, name
 
     A SOURCE is the domain's text, as for prepare, where the set is not prepared yet.
     """
-    from mlx_slm.bundle import install_bundle, is_bundle
+    from mlx_slm.bundle import bundle_at, install_bundle
     from mlx_slm.specialize import specialize as work
 
-    if from_run and is_bundle(from_run):
-        install_bundle(session.workspace, Path(from_run), session.report)
+    if from_run and (bundle := bundle_at(session.workspace, from_run)):
+        install_bundle(session.workspace, bundle, session.report)
     config = session.config
     session.start_computing()
     run = work(session.workspace, config, domain, session.report, from_run, tokens, name, fresh, select, list(sources))

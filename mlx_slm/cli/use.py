@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mlx_slm.cli.common import Session, common
+from mlx_slm.cli.common import SIZE, Session, common
 
 ROUTED = {
     "cluster": ", routed by cluster",
@@ -25,8 +25,11 @@ ROUTED = {
     metavar="NUMBER|frequent|histogram",
     help="For projected networks and mixtures: one expert reads all. [default: each window that of its cluster]",
 )
+@click.option(
+    "--domain-tokens", type=SIZE, help="--expert frequent and histogram look at so many tokens of a set. [default: all]"
+)
 @common
-def evaluate(session: Session, models, domains, split, expert) -> None:
+def evaluate(session: Session, models, domains, split, expert, domain_tokens) -> None:
     """Perplexity of models on held-out text of the domains, and the macro average over them.
 
     Without a name, every model of the workspace is evaluated. Results are added to results/evaluations.jsonl.
@@ -35,7 +38,7 @@ def evaluate(session: Session, models, domains, split, expert) -> None:
 
     session.start_computing()
     workspace, config, report = session.workspace, session.config, session.report
-    result = evaluate_models(workspace, config, list(models), list(domains), split, report, expert)
+    result = evaluate_models(workspace, config, list(models), list(domains), split, report, expert, domain_tokens)
 
     def text() -> None:
         rows = [

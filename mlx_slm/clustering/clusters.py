@@ -138,9 +138,10 @@ def assign_set(
 
     `encoder`: where the encoder is to be found (`recorded_encoder`).
     """
-    choice = recorded_encoder(workspace, clusters.encoder, encoder)
-    with _alone(workspace):
-        _ensure_assigned(workspace, [clusters], choice, name, split, report)
+    if not _is_assigned(clusters, name, split, Store(workspace.require_set(name, split))):
+        choice = recorded_encoder(workspace, clusters.encoder, encoder)
+        with _alone(workspace):
+            _ensure_assigned(workspace, [clusters], choice, name, split, report)
     return clusters.assigned(name, split)
 
 

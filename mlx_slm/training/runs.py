@@ -38,7 +38,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        if "name" in self.record:  # in a bundle, whose directory may have any name
+        if self.is_handed_over:
             return self.record["name"]
         is_expert = self.path.name.startswith(EXPERT) and (self.path.parent / "run.json").exists()
         return f"{self.path.parent.name}/{self.path.name}" if is_expert else self.path.name
@@ -80,6 +80,16 @@ class Run:
         return read_json(self.path / IMPORTANCE)
 
     @property
+    def label(self) -> str:
+        """The name, with the step of a milestone."""
+        return self.name if self.milestone is None else f"{self.name}-step-{self.milestone}"
+
+    @property
+    def is_handed_over(self) -> bool:
+        """Whether this run lies in a bundle: it is read only, and its directory may have any name."""
+        return "name" in self.record
+
+    @property
     def is_mixture(self) -> bool:
         """Whether this is a hard mixture: a run of several models, each of which is a run."""
         return self.record["method"] == "mix" and not {"expert", "from"} & set(self.record["inputs"])
@@ -104,12 +114,18 @@ class Run:
         try:
             return checkpoint.load_weights(self.path, step)
         except SlmError as error:
+            what = f"run {self.name}: {error.args[0].split('; ')[0]}; "
+            if self.is_handed_over:
+                raise SlmError(f"{what}get the bundle again") from error
+            if self.milestone is not None:
+                raise SlmError(
+                    f"{what}only pretraining it anew (--fresh, with training.milestones) brings this milestone back"
+                ) from error
             if self.finished:
                 self.record["status"] = "running"
                 self.save()
             raise SlmError(
-                f"run {self.name}: {error.args[0].split('; ')[0]}; run the command that made it again: "
-                "it goes back to the checkpoint before"
+                f"{what}run the command that made it again: it goes back to the checkpoint before"
             ) from error
 
     def model(self) -> Transformer:
@@ -134,8 +150,10 @@ def open_run(
     fresh: bool,
     select: str = "last",
     announce: Callable[[], None] = lambda: None,
+    remedy: str = "start anew with --fresh",
 ) -> Run:
-    """Open the run of these inputs, new or not; raises SlmError where the name belongs to another configuration.
+    """Open the run of these inputs, new or not; raises SlmError where the name belongs to another configuration, which
+    says what to do with `remedy`.
 
     `announce` is called before anything is begun or, with `fresh`, removed; it may raise. Call this in `alone_in`.
     """
@@ -145,7 +163,7 @@ def open_run(
         what = ", ".join(_difference(k, record["inputs"].get(k), inputs.get(k)) for k in changed)
         raise SlmError(
             f"run {path.name} was started with another configuration ({what}): put it back, "
-            "give another --name, or start anew with --fresh"
+            f"give another --name, or {remedy}"
         )
     if not record and not fresh and checkpoint.checkpoint_steps(path):
         raise SlmError(f"run {path.name} has checkpoints but no run.json that says of what: start anew with --fresh")
@@ -195,6 +213,8 @@ def find_run(workspace: Workspace, name: str) -> Run:
 
 def _at(run: Run, tokens: str) -> Run:
     inputs, kept = run.record["inputs"], checkpoint.checkpoint_steps(run.path)
+    if run.is_mixture:
+        raise SlmError(f"{run.name}@{tokens}: a mixture has no milestones; give the run as {run.name}")
     try:
         step = milestone_step(parse_size(tokens), inputs["training"]["batch_rows"], run.shape.context_length)
     except (ValueError, KeyError) as error:

@@ -1,5 +1,7 @@
 """The factored step of the projected network against plain autodiff through T, and against independent models."""
 
+import gc
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -103,6 +105,7 @@ def test_memory_is_that_of_the_network_and_of_a_plain_step(h, micro_groups, rows
     shape = ProjectedShape.of(config, base)
     step = ProjectedStep(Transformer(base), AdamW(), micro_groups, initialise_network(shape, config, 0))
     mx.eval(step.parameters, step.moments)
+    gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory() - 12 * shape.num_parameters
     rng = np.random.default_rng(0)

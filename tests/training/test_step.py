@@ -1,3 +1,5 @@
+import gc
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ def test_the_estimate_of_memory_is_near_the_measured_peak(family, layers, dims, 
     shape = Shape.of(ModelConfig(family=family, num_layers=layers, dims=dims, num_heads=4), vocab_size, context)
     step = TrainingStep(Transformer(shape), AdamW(), rows, initialise(shape, 0))
     mx.eval(step.parameters, step.moments)
+    gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory() - 12 * shape.num_parameters
     tokens = np.random.default_rng(0).integers(0, vocab_size, (rows, context + 1)).astype(np.int32)
