@@ -291,6 +291,24 @@ class FinetuningConfig(Section):
         return _check_rows(self)
 
 
+class LoraConfig(Section):
+    """LoRA (appendix F): `specialize --lora RANK` trains adapters of the query and value projections alone."""
+
+    scale: float = Field(2.0, gt=0)
+    """What the adapters add is multiplied by it. Not specified by the paper."""
+    rate: float = Field(10.0, gt=0)
+    """The learning rate as a multiple of fine-tuning's. Not specified by the paper."""
+
+
+class DistillationConfig(Section):
+    """Distillation (SLM-d): `specialize --teacher RUN` minimises a * cross-entropy + (1 - a) * tau^2 * KL."""
+
+    a: float = Field(0.5, ge=0, le=1)
+    """Weight of the next token against the teacher's distribution. Not specified by the paper."""
+    tau: float = Field(1.0, gt=0)
+    """Temperature of both distributions. Not specified by the paper."""
+
+
 class Config(Section):
     """A whole workspace."""
 
@@ -307,3 +325,5 @@ class Config(Section):
     """The hard mixture (SLM-mix) of small models."""
     training: TrainingConfig = TrainingConfig(hours=8)
     finetuning: FinetuningConfig = FinetuningConfig()
+    lora: LoraConfig = LoraConfig()
+    distillation: DistillationConfig = DistillationConfig()

@@ -41,7 +41,7 @@ def evaluate_models(
     `frequent` or `histogram`, by the first `tokens` tokens of the set's train split (None: all), as `specialize` does.
     Returns `{"results": [...], "macro": [...]}` (DESIGN, "The commands").
     """
-    models = models or workspace.models()
+    models = models or list(dict.fromkeys([*workspace.models(), *workspace.adapters()]))
     sets = domains or [name for name in workspace.sets() if name != config.data.generic]
     if not models:
         raise SlmError(f"no model in {workspace.root} yet: `mlx-slm pretrain` or `mlx-slm specialize` makes one")

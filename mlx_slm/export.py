@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,31 +11,61 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slm.errors import SlmError, nearest
+from mlx_slm.models.lora import Lora
 from mlx_slm.models.transformer import Shape, Transformer
 from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.checkpoint import save_arrays
 from mlx_slm.training.runs import Run, find_run
-from mlx_slm.workspace import MANIFEST, Workspace, load_manifest, new_artifact, verify
+from mlx_slm.workspace import MANIFEST, Workspace, load_manifest, new_artifact, verify, write_json
 
-KIND = "model"
+KIND, ADAPTER = "model", "adapter"
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 """GPT-2's Conv1D matrices: (in, out) on the Hub, (out, in) in memory; mlx-lm's `sanitize` turns them."""
 
 
-def export_run(workspace: Workspace, run: Run) -> Path:
-    """Write the run's weights to `models/<run>`, unless they are there; returns the directory."""
-    step, path = run.weights_step(), workspace.model(run.name)
-    if (path / MANIFEST).exists() and load_manifest(path, KIND)["info"].get("started") == run.record["started"]:
-        return path
-    return export_model(
-        path,
-        run.shape,
-        run.weights(),
-        open_tokenizer(workspace.tokenizer),
-        {"run": run.name, "step": step, "method": run.record["method"], "tokenizer": run.record["inputs"]["tokenizer"]},
-        {key: run.record.get(key) for key in ("tokens", "seconds", "device", "valid_nll", "started", "selection")},
-    )
+def export_run(workspace: Workspace, run: Run, fuse: bool = False) -> None:
+    """Write the run's weights to `models/<run>`, unless they are there.
+
+    Those of LoRA go to `adapters/<run>` in mlx-lm's format, and, with `fuse`, as a plain model to `models/<run>` too.
+    """
+    step, inputs = run.weights_step(), run.record["inputs"]
+    made_from = {"run": run.name, "step": step, "method": run.record["method"], "tokenizer": inputs["tokenizer"]}
+    info = {key: run.record.get(key) for key in ("tokens", "seconds", "device", "valid_nll", "started", "selection")}
+    lora = lora_of(run)
+    if lora and not _is_written(workspace.adapter(run.name), ADAPTER, run):
+        arrays, config = lora.to_mlx_lm(run.weights())
+        with new_artifact(workspace.adapter(run.name), ADAPTER, made_from | {"base": inputs["from"]}) as (path, facts):
+            facts.update(info, parameters=lora.num_parameters)
+            save_arrays(path / "adapters.safetensors", arrays)
+            write_json(path / "adapter_config.json", config)
+    if (fuse or not lora) and not _is_written(workspace.model(run.name), KIND, run):
+        parameters, tokenizer = weights_of(workspace, run), open_tokenizer(workspace.tokenizer)
+        export_model(workspace.model(run.name), run.shape, parameters, tokenizer, made_from, info)
+
+
+def _is_written(path: Path, kind: str, run: Run) -> bool:
+    return (path / MANIFEST).exists() and load_manifest(path, kind)["info"].get("started") == run.record["started"]
+
+
+def lora_of(run: Run) -> Lora | None:
+    """The adapters of a run that trained some."""
+    settings = run.record["inputs"].get("lora")
+    return Lora(run.shape, **settings) if settings else None
+
+
+def weights_of(workspace: Workspace, run: Run) -> dict:
+    """Parameters of the run's model: its weights, or those of the run it started from with its adapters applied."""
+    lora = lora_of(run)
+    if lora is None:
+        return run.weights()
+    origin = run.record["inputs"]["from"]
+    base = find_run(workspace, origin["run"])
+    if base.identity != origin["is"]:
+        raise SlmError(
+            f"run {base.name} was trained anew since {run.name} adapted it: specialise it again with --lora and --fresh"
+        )
+    return lora.applied(dataclasses.replace(base, milestone=origin["step"]).weights(), run.weights())
 
 
 def export_model(path: Path, shape: Shape, parameters: dict, tokenizer: Tokenizer, inputs: dict, info: dict) -> Path:
@@ -126,7 +157,9 @@ def load_any(workspace: Workspace, name: str) -> tuple[Transformer, str]:
         return model, manifest["inputs"]["tokenizer"]
     check_model(workspace, name)
     run = find_run(workspace, name)
-    return run.model(), run.record["inputs"]["tokenizer"]
+    model = Transformer(run.shape)
+    model.update(weights_of(workspace, run))
+    return model, run.record["inputs"]["tokenizer"]
 
 
 def find_model(workspace: Workspace, name: str) -> Path | None:

@@ -115,7 +115,7 @@ def _record_experts(run: Run, possible: list[int]) -> None:
     run.record.update(
         status="finished" if len(done) == len(possible) else "running",
         experts={number: record["valid_nll"] for number, record in done.items()},
-        **{key: sum(record[key] for record in done.values()) for key in ("step", "tokens", "skipped_steps")},
+        **{key: sum(record[key] for record in done.values()) for key in ("step", "tokens", "skipped_steps", "flops")},
         seconds=round(sum(record["seconds"] for record in done.values()), 2),
         device=runtime.device_name(),
     )
@@ -159,7 +159,7 @@ def _work(ground: Ground, job: Job, fresh: bool, report: Report, announce: Calla
         trainer = Trainer(
             job.step, job.parameters(), job.sampler, plan, job.path, job.evaluate, report, job.flops_per_token
         )
-        run.finish(trainer.run())
+        run.finish(trainer.run(), trainer.flops)
     return run
 
 

@@ -1,39 +1,66 @@
-"""Specialisation: fine-tune a pretrained small model on a domain, or train one on the domain alone (SLM-nopt).
+"""Specialisation: fine-tune a pretrained model on a domain, or train one on the domain alone (SLM-nopt).
 
 The first `tokens` tokens of the domain's documents in a seeded order are the domain set; evaluation on the domain's
-validation set decides when to stop, and the best checkpoint is exported.
+validation set decides when to stop, and the best checkpoint is exported. What is trained: all weights, those of a
+chosen expert, LoRA adapters alone, or a student that also learns from a fine-tuned teacher (SLM-d).
 """
 
 from __future__ import annotations
 
-import math
-import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from mlx_slm.bundle import find_source
 from mlx_slm.clustering.sampler import Sampler, Stream
-from mlx_slm.config import Config, FinetuningConfig, Recipe, format_size
+from mlx_slm.config import Config, format_size
 from mlx_slm.errors import SlmError
 from mlx_slm.experts import FINETUNED, FREQUENT, HISTOGRAM, PRETRAINED, Experts, has_experts
 from mlx_slm.export import export_run
-from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.finetune import Finetuning, choose_recipe, finetune_all, plan_of
+from mlx_slm.models.lora import Lora
+from mlx_slm.models.transformer import Shape, initialise
 from mlx_slm.report import Report
-from mlx_slm.scoring import validation_loss, validation_windows
+from mlx_slm.scoring import validation_windows
 from mlx_slm.selection import chosen, describe, select_expert
 from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, prepare, sources_of, text_needed
 from mlx_slm.text.store import Store, first_windows
-from mlx_slm.training.optimizer import OPTIMIZER_FIELDS, AdamW
-from mlx_slm.training.runs import EXPERT, Run, alone_in, default_run, expert_path, open_run
-from mlx_slm.training.step import TrainingStep, rows_that_fit
-from mlx_slm.training.trainer import Plan, Trainer
+from mlx_slm.training.distillation import Distillation
+from mlx_slm.training.optimizer import OPTIMIZER_FIELDS
+from mlx_slm.training.runs import EXPERT, Run, alone_in, default_run, open_run
 from mlx_slm.workspace import Workspace, fingerprint
 
 FROM_NONE = "none"
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A domain set, and what decides when to stop."""
+
+    name: str
+    tokens: int | None
+    store: Store
+    windows: np.ndarray
+    valid: Store
+    valid_windows: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """Stored tokens of the domain set."""
+        return int(self.store.windows[:]["length"][self.windows].astype(np.int64).sum())
+
+    def inputs(self) -> dict:
+        """What tells it from another, for a record."""
+        return {
+            "domain": self.name,
+            "tokens": self.tokens,
+            "windows": fingerprint([self.windows.tolist(), self.valid_windows.tolist()]),
+            "data": self.store.fingerprint,
+            "valid": self.valid.fingerprint,
+        }
 
 
 def specialize(
@@ -47,17 +74,23 @@ def specialize(
     fresh: bool = False,
     select: str | None = None,
     sources: list[str] | None = None,
+    lora: int | None = None,
+    teacher: str | None = None,
+    fuse: bool = False,
 ) -> Run:
     """Train on `tokens` tokens of `domain` (None: all of its train split) and export the best to `models/<name>`.
 
     `from_run`: the pretrained run (default: that of method slm), a bundle's directory, or 'none' for SLM-nopt;
     `select`: how an expert of a projected network or a mixture is chosen (default: frequent); `sources`: the domain's
-    text, if it is not prepared or known. Returns the finished run.
+    text, if it is not prepared or known; `lora`: train adapters of this rank instead, written to `adapters/<name>`, and
+    with `fuse` also as a model; `teacher`: a pretrained run that is fine-tuned on the domain first, and that the model
+    then learns from too. Returns the finished run.
     """
     if domain == config.data.generic:
         raise SlmError(f"--domain {domain}: that is the generic set; specialise to another one")
     source = None if from_run == FROM_NONE else find_source(workspace, from_run or default_run(workspace))
     experts, select = _experts(workspace, source, select)
+    _check_kind(source, experts, lora, teacher)
     named = sources_of(domain, sources or [], workspace, config)
     if source:
         tokens = _sampled_tokens(source, domain, tokens, report)
@@ -65,35 +98,29 @@ def specialize(
         prepare(workspace, domain, named, config, report)
     else:
         ensure_set(workspace, domain, config, report, limit=text_needed(tokens or STREAMED_TOKENS))
+    of_domain = _domain(workspace, config, domain, tokens)
     tokenizer = open_tokenizer(workspace.tokenizer)
-    store, valid = (Store(workspace.require_set(domain, split)) for split in ("train", "valid"))
-    store.require_tokenizer(tokenizer)
-    windows = first_windows(store, tokens, config.data.seed)
-    finetuning = config.finetuning
-    valid_windows = validation_windows(valid, finetuning.eval_tokens, config.data.seed)
+    for pretrained in filter(None, (source, find_source(workspace, teacher) if teacher else None)):
+        _require_fit(pretrained, domain, of_domain.store, tokenizer, report)
+    tutor = specialize(workspace, config, domain, report, teacher, tokens) if teacher else None
     if source:
-        _require_fit(source, domain, store, tokenizer, report)
         shape, origin = source.shape, {"run": source.name, "step": source.weights_step(), "is": source.identity}
     else:
-        shape, origin = Shape.of(config.model, tokenizer.vocab_size, store.context_length), FROM_NONE
-    method = source.record["method"] if source else "nopt"
-    count = int(store.windows[:]["length"][windows].astype(np.int64).sum())
+        shape, origin = Shape.of(config.model, tokenizer.vocab_size, of_domain.store.context_length), FROM_NONE
+    method = "lora" if lora else "d" if teacher else source.record["method"] if source else "nopt"
+    finetuning, count = config.finetuning, of_domain.num_tokens
     recipe = choose_recipe(finetuning, tokens or count, source is None)
     rate = finetuning.learning_rate or config.training.learning_rate * recipe.rate
-    sampler = Sampler([Stream.of(store, windows)], np.ones(1), finetuning.batch_rows, finetuning.seed)
+    rate *= config.lora.rate if lora else 1.0
     inputs = {
         "method": method,
         "from": origin,
-        "domain": domain,
-        "tokens": tokens,
-        "windows": fingerprint([windows.tolist(), valid_windows.tolist()]),
         "optimizer": config.training.model_dump(mode="json", include=set(OPTIMIZER_FIELDS)),
         "shape": shape.to_dict(),
         "finetuning": finetuning.model_dump(mode="json", exclude={"recipes", "select_tokens"}),
         "recipe": recipe.model_dump(mode="json") | {"learning_rate": rate},
         "tokenizer": tokenizer.fingerprint,
-        "data": store.fingerprint,
-        "valid": valid.fingerprint,
+        **of_domain.inputs(),
     }
     if experts:
         inputs |= {"select": select, "clusters": experts.clusters.fingerprint}
@@ -101,16 +128,25 @@ def specialize(
         inputs["select_tokens"] = finetuning.select_tokens
     if select in (PRETRAINED, FINETUNED):
         inputs["experts"] = experts.require_trained()
+    if lora:
+        inputs["lora"] = {"rank": lora, "scale": config.lora.scale}
+    if tutor:
+        inputs["teacher"] = {"run": tutor.name, "step": tutor.weights_step(), "is": tutor.identity}
+        inputs["distillation"] = config.distillation.model_dump(mode="json")
     label = f"{method}-{select}" if select else method
     path = workspace.run(name or f"{domain}-{label}-{format_size(tokens) if tokens else 'all'}")
-    plan = _plan(config, recipe, rate, sampler.num_rows / finetuning.batch_rows)
-    what = f"fine-tuning {source.name}" if source else "training from scratch"
-    job = _Job(config, shape, sampler, plan, valid, valid_windows, report)
+    stream = Stream.of(of_domain.store, of_domain.windows)
+    sampler = Sampler([stream], np.ones(1), finetuning.batch_rows, finetuning.seed)
+    per_pass = sampler.num_rows / finetuning.batch_rows
+    plan = plan_of(config, recipe, rate, per_pass)
+    flops, valid = shape.flops_per_token, (of_domain.valid, of_domain.valid_windows)
+    job = Finetuning(config, shape, sampler, plan, *valid, report, flops)
 
     def announce() -> None:
-        per_pass = sampler.num_rows / finetuning.batch_rows
+        what = f"fine-tuning {source.name}" if source else "training from scratch"
+        how = f" with LoRA of rank {lora}" if lora else f" with the teacher {tutor.name}" if tutor else ""
         report.line(
-            f"{what} on {count:,} tokens of {domain} ({per_pass:.0f} steps a pass), rate {rate:.1e}, "
+            f"{what}{how} on {count:,} tokens of {domain} ({per_pass:.0f} steps a pass), rate {rate:.1e}, "
             f"at most {plan.steps:,} steps"
         )
 
@@ -119,77 +155,59 @@ def specialize(
         if run.finished:
             report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
         elif select == FINETUNED:
-            _finetune_all(workspace, run, experts, job, config)
-        else:
-            if experts and "selection" not in run.record:
-                run.record["selection"] = select_expert(experts, select, config, domain, store, windows, report)
+            finetune_all(workspace, run, experts, job)
+        elif experts:
+            if "selection" not in run.record:
+                chosen_by = (config, domain, of_domain.store, of_domain.windows, report)
+                run.record["selection"] = select_expert(experts, select, *chosen_by)
                 run.save()
-            if experts:
-                selection = run.record["selection"]
-                report.line(f"starting from {describe(selection)}")
-                parameters = chosen(experts, selection)
-            else:
-                parameters = source.weights() if source else initialise(shape, finetuning.seed)
-            job.work(run, parameters)
+            report.line(f"starting from {describe(run.record['selection'])}")
+            job.work(run, chosen(experts, run.record["selection"]))
+        elif lora:
+            adapters = Lora(shape, lora, config.lora.scale)
+            plain = partial(adapters.applied, source.weights())
+            job = replace(job, plain=plain, flops_per_token=adapters.flops_per_token)
+            job.work(run, adapters.initialise(finetuning.seed))
+        else:
+            if tutor and config.distillation.a < 1:
+                job = _with_teacher(job, tutor)
+            job.work(run, source.weights() if source else initialise(shape, finetuning.seed))
         for candidate in run.path.glob(f"{EXPERT}*"):
             shutil.rmtree(candidate)
-        export_run(workspace, run)
+        export_run(workspace, run, fuse)
     return run
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A fine-tuning, whatever it starts from."""
-
-    config: Config
-    shape: Shape
-    sampler: Sampler
-    plan: Plan
-    valid: Store
-    valid_windows: np.ndarray
-    report: Report
-
-    def work(self, run: Run, parameters: dict) -> None:
-        """Fine-tune in the directory of `run`, and record the outcome."""
-        finetuning = self.config.finetuning
-        model = Transformer(self.shape)
-        micro_rows = finetuning.micro_rows or rows_that_fit(self.shape, finetuning.batch_rows)
-        start = partial(TrainingStep, model, AdamW.of(self.config.training), micro_rows)
-        evaluate = validation_loss(model, self.valid, self.valid_windows)
-        flops = self.shape.flops_per_token
-        state = Trainer(start, parameters, self.sampler, self.plan, run.path, evaluate, self.report, flops).run()
-        run.finish(state)
-        best = math.exp(state.best_nll)
-        self.report.line(f"best at step {state.best_step:,}: validation perplexity {best:.2f}")
+def _domain(workspace: Workspace, config: Config, name: str, tokens: int | None) -> Domain:
+    store, valid = (Store(workspace.require_set(name, split)) for split in ("train", "valid"))
+    store.require_tokenizer(open_tokenizer(workspace.tokenizer))
+    windows = first_windows(store, tokens, config.data.seed)
+    valid_windows = validation_windows(valid, config.finetuning.eval_tokens, config.data.seed)
+    return Domain(name, tokens, store, windows, valid, valid_windows)
 
 
-def _finetune_all(workspace: Workspace, run: Run, experts: Experts, job: _Job, config: Config) -> None:
-    """Fine-tune every expert in a folder of its own, and let the best become the run; goes on where it stopped.
+def _with_teacher(job: Finetuning, tutor: Run) -> Finetuning:
+    """The same fine-tuning, learning from the teacher's distributions as well (SLM-d)."""
+    settings, shape = job.config.distillation, tutor.shape
+    return replace(
+        job,
+        loss=Distillation(tutor.model(), settings.a, settings.tau),
+        flops_per_token=job.flops_per_token + shape.forward_flops_per_token,
+        extra_bytes=4 * shape.num_parameters,
+    )
 
-    Of the others only the records stay until the end, so that disk is needed for two.
-    """
-    tuned: dict[int, Run] = {}
-    for number in experts.trained:
-        job.report.line(f"fine-tuning expert {number} of 0 to {experts.k - 1}")
-        inputs = run.record["inputs"] | {"expert": number}
-        path = expert_path(run.path, number)
-        tuned[number] = open_run(workspace, path, run.record["method"], inputs, config, False, select="best")
-        if not tuned[number].finished:
-            job.work(tuned[number], experts.parameters(number))
-        scores = {done: one.record["valid_nll"] for done, one in tuned.items()}
-        best = min(scores, key=scores.get)
-        for beaten in set(tuned) - {best}:
-            shutil.rmtree(tuned[beaten].path / "checkpoints", ignore_errors=True)
-    records = [one.record for one in tuned.values()]
-    cost = {key: round(sum(record[key] for record in records), 2) for key in ("tokens", "seconds")}
-    for part in ("checkpoints", "metrics.jsonl"):
-        if (tuned[best].path / part).exists():
-            os.replace(tuned[best].path / part, run.path / part)
-    outcome = {key: value for key, value in tuned[best].record.items() if key not in ("inputs", "started")}
-    selection = {"select": FINETUNED, "expert": best, "histogram": None, "share": None, "scores": scores, "cost": cost}
-    run.record |= outcome | {"selection": selection}
-    run.save()
-    job.report.line(f"the best is expert {best}: validation perplexity {math.exp(scores[best]):.2f}")
+
+def _check_kind(source: Run | None, experts: Experts | None, lora: int | None, teacher: str | None) -> None:
+    """Raise SlmError for ways of training that do not go together."""
+    if lora and teacher:
+        raise SlmError("--lora and --teacher: a student is fine-tuned as a whole; give one of the two")
+    if lora and (source is None or experts):
+        what = f"run {source.name} has experts" if source else "there is none"
+        raise SlmError(f"--lora adapts one pretrained model, and {what}: name another run with --from")
+    if lora and lora > source.shape.dims:
+        raise SlmError(f"--lora {lora}: the matrices of run {source.name} have rank {source.shape.dims} at the most")
+    if teacher and experts:
+        raise SlmError("--teacher and an expert of a network do not go together: give --from a run of a single model")
 
 
 def _experts(workspace: Workspace, source: Run | None, select: str | None) -> tuple[Experts | None, str | None]:
@@ -237,25 +255,3 @@ def _require_fit(source: Run, domain: str, store: Store, tokenizer, report: Repo
             f"run {source.name} is not finished; specialising "
             + ("the experts it has" if step is None else f"its step {step:,}")
         )
-
-
-def _plan(config: Config, recipe: Recipe, rate: float, per_pass: float) -> Plan:
-    finetuning = config.finetuning
-    cadence = max(1, round(per_pass / finetuning.evaluations_per_pass))
-    return Plan(
-        steps=finetuning.max_steps or recipe.steps,
-        learning_rate=rate,
-        warmup_steps=finetuning.warmup_steps,
-        batch_rows=finetuning.batch_rows,
-        eval_every=cadence,
-        report_every=cadence,
-        checkpoint_every=4 * cadence,
-        patience=finetuning.patience,
-    )
-
-
-def choose_recipe(finetuning: FinetuningConfig, tokens: int, scratch: bool) -> Recipe:
-    """The paper's recipe for a domain set of so many tokens; from scratch the rate is the pretraining rate."""
-    recipes = sorted(finetuning.recipes, key=lambda recipe: recipe.tokens)
-    recipe = next((r for r in recipes if tokens <= r.tokens), recipes[-1])
-    return recipe.model_copy(update={"rate": 1.0}) if scratch else recipe

@@ -54,6 +54,9 @@ class Workspace:
     def model(self, name: str) -> Path:
         return self.root / "models" / plain_name(name)
 
+    def adapter(self, name: str) -> Path:
+        return self.root / "adapters" / plain_name(name)
+
     def sets(self) -> list[str]:
         """Names of the prepared sets."""
         return sorted(p.parent.parent.name for p in self.root.glob(f"data/*/train/{MANIFEST}"))
@@ -63,6 +66,9 @@ class Workspace:
 
     def models(self) -> list[str]:
         return sorted(p.parent.name for p in self.root.glob(f"models/*/{MANIFEST}"))
+
+    def adapters(self) -> list[str]:
+        return sorted(p.parent.name for p in self.root.glob(f"adapters/*/{MANIFEST}"))
 
     def artifacts(self) -> Iterator[Path]:
         """Every directory here that has a manifest."""

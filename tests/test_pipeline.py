@@ -16,10 +16,11 @@ from mlx_slm.config import ModelConfig, Recipe
 from mlx_slm.config_files import dump_config, load_config
 from mlx_slm.errors import SlmError
 from mlx_slm.export import export_model
+from mlx_slm.finetune import choose_recipe
 from mlx_slm.models.transformer import Shape, initialise
 from mlx_slm.pretrain import pretrain
 from mlx_slm.report import Report
-from mlx_slm.specialize import choose_recipe, specialize
+from mlx_slm.specialize import specialize
 from mlx_slm.training.runs import alone_in, find_run
 from mlx_slm.workspace import Workspace
 

@@ -135,23 +135,40 @@ def pretrain(
     help="How the expert of a projected network or a mixture is chosen: that of the domain's most frequent cluster, "
     "the best before or after fine-tuning, or all combined by the domain's histogram. [default: frequent]",
 )
+@click.option(
+    "--lora",
+    metavar="RANK",
+    type=click.IntRange(1),
+    help="Train LoRA adapters of the query and value projections alone; paper: 64. Written to adapters/ as mlx-lm's.",
+)
+@click.option("--fuse", is_flag=True, help="With --lora: write the model with its adapters applied to models/ as well.")
+@click.option(
+    "--teacher",
+    metavar="RUN",
+    help="Distil (SLM-d): fine-tune this pretrained run on the domain first, then learn from it too.",
+)
 @click.option("--tokens", type=SIZE, help="Use so many tokens of the domain, such as 1M. [default: all]")
 @click.option("--name", help="Name of the run and the model. [default: <domain>-<method>[-<select>]-<tokens>]")
 @click.option("--fresh", is_flag=True, help="Start anew, throwing an earlier run of this name away.")
 @common
-def specialize(session: Session, domain, sources, from_run, select, tokens, name, fresh) -> None:
-    """Fine-tune a pretrained model on a domain and write it as an mlx-lm model directory.
+def specialize(session: Session, domain, sources, from_run, select, lora, fuse, teacher, tokens, name, fresh) -> None:
+    """Fine-tune a pretrained model on a domain and write it as an mlx-lm model directory (or adapter, with --lora).
 
     A SOURCE is the domain's text, as for prepare, where the set is not prepared yet.
     """
     from mlx_slm.bundle import bundle_at, install_bundle
     from mlx_slm.specialize import specialize as work
 
+    if fuse and not lora:
+        raise click.UsageError("--fuse is for --lora")
     if from_run and (bundle := bundle_at(session.workspace, from_run)):
         install_bundle(session.workspace, bundle, session.report)
     config = session.config
     session.start_computing()
-    run = work(session.workspace, config, domain, session.report, from_run, tokens, name, fresh, select, list(sources))
+    ways = {"lora": lora, "teacher": teacher, "fuse": fuse}
+    run = work(
+        session.workspace, config, domain, session.report, from_run, tokens, name, fresh, select, list(sources), **ways
+    )
     _show_run(session, run)
 
 
@@ -159,10 +176,13 @@ def _show_run(session: Session, run) -> None:
     from mlx_slm.experts import has_experts
 
     record = run.record
-    model = None if has_experts(run) else str(session.workspace.model(run.name))
+    path, adapter = session.workspace.model(run.name), session.workspace.adapter(run.name)
+    model = str(path) if path.exists() and not has_experts(run) else None
     result = {"run": run.name, "method": record["method"], "model": model}
+    if record["method"] == "lora":
+        result["adapter"] = str(adapter)
     result |= {key: record[key] for key in ("step", "tokens", "seconds")}
-    if model:
+    if not has_experts(run):
         result["step"] = run.weights_step()
     if "valid_nll" in record:
         result |= {"valid_nll": record["valid_nll"], "valid_perplexity": math.exp(record["valid_nll"])}
@@ -173,6 +193,9 @@ def _show_run(session: Session, run) -> None:
             result[key] = record[key]
     if model:
         text = f"model: {model}\nnext: mlx-slm evaluate {run.name}"
+    elif "adapter" in result:
+        base = session.workspace.model(record["inputs"]["from"]["run"])
+        text = f"adapter: {adapter}\nnext: mlx_lm.generate --model {base} --adapter-path {adapter} --prompt TEXT"
     elif run.finished:
         text = f"run {run.name} has its experts\nnext: mlx-slm specialize --domain NAME --from {run.name}"
     else:

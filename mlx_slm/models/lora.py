@@ -18,8 +18,8 @@ from mlx_slm.models.transformer import Shape
 class Lora:
     """Adapters of rank `rank` for a transformer of `shape`; what they add is multiplied by `scale`.
 
-    Their parameters are `{name: {"a": fp32 [in, rank], "b": fp32 [rank, out]}}`. In the gpt2 family query, key and
-    value are one matrix [3 d, d], of which the query's and the value's rows have an adapter each.
+    Their parameters are `{"<name>.a": fp32 [in, rank], "<name>.b": fp32 [rank, out]}`, flat or as a tree. In the gpt2
+    family query, key and value are one matrix [3 d, d], of which the query's and the value's rows have an adapter each.
     """
 
     shape: Shape
@@ -49,6 +49,12 @@ class Lora:
         """Trained numbers."""
         return sum(self.rank * (self.shape.dims + rows) for *_, rows in self.targets)
 
+    @property
+    def flops_per_token(self) -> int:
+        """Training FLOPs of a token: forward and back through everything, weight gradients of what is adapted alone."""
+        adapted = sum(self.shape.dims * rows for *_, rows in self.targets)
+        return self.shape.flops_per_token - 2 * (self.shape.product_parameters - adapted)
+
     def initialise(self, seed: int) -> dict:
         """A uniform within 1 / sqrt(in) and B zero, as mlx-lm begins: at first nothing is added."""
         d, found = self.shape.dims, {}
@@ -56,14 +62,14 @@ class Lora:
             self.targets, mx.random.split(mx.random.key(seed), len(self.targets)), strict=True
         ):
             a = mx.random.uniform(-(d**-0.5), d**-0.5, (d, self.rank), key=key)
-            found[name] = {"a": a, "b": mx.zeros((self.rank, rows))}
+            found |= {f"{name}.a": a, f"{name}.b": mx.zeros((self.rank, rows))}
         return found
 
     def applied(self, base: dict, adapters: dict) -> dict:
         """Parameters of a plain transformer: those of `base` with what the adapters add."""
-        flat = dict(tree_flatten(base))
+        flat, adapters = dict(tree_flatten(base)), dict(tree_flatten(adapters))
         for name, matrix, first, rows in self.targets:
-            added = self.scale * (adapters[name]["b"].T @ adapters[name]["a"].T)
+            added = self.scale * (adapters[f"{name}.b"].T @ adapters[f"{name}.a"].T)
             if rows < len(flat[matrix]):
                 below = len(flat[matrix]) - first - rows
                 added = mx.pad(added, [(first, below), (0, 0)])
@@ -76,18 +82,20 @@ class Lora:
         mlx-lm adapts gpt2's joint matrix as a whole. The same sum has rank 2 `rank` there: A is [A_q, A_v], and B has
         B_q and B_v in their blocks and zeros for the rest.
         """
-        found, d = {}, self.shape.dims
+        found, d, adapters = {}, self.shape.dims, dict(tree_flatten(adapters))
         if self.shape.family == "gpt2":
             for layer in range(self.shape.num_layers):
                 matrix = f"model.h.{layer}.attn.c_attn"
-                q, v = adapters[f"{matrix}.q"], adapters[f"{matrix}.v"]
-                b = [mx.pad(q["b"], [(0, 0), (0, 2 * d)]), mx.pad(v["b"], [(0, 0), (2 * d, 0)])]
-                found[f"{matrix}.lora_a"] = mx.concatenate([q["a"], v["a"]], axis=1)
-                found[f"{matrix}.lora_b"] = mx.concatenate(b)
+                b = [
+                    mx.pad(adapters[f"{matrix}.q.b"], [(0, 0), (0, 2 * d)]),
+                    mx.pad(adapters[f"{matrix}.v.b"], [(0, 0), (2 * d, 0)]),
+                ]
+                a = [adapters[f"{matrix}.q.a"], adapters[f"{matrix}.v.a"]]
+                found |= {f"{matrix}.lora_a": mx.concatenate(a, axis=1), f"{matrix}.lora_b": mx.concatenate(b)}
             keys, rank = ["attn.c_attn"], 2 * self.rank
         else:
-            for name, parts in adapters.items():
-                found |= {f"{name}.lora_a": parts["a"], f"{name}.lora_b": parts["b"]}
+            for name, *_ in self.targets:
+                found |= {f"{name}.lora_{part}": adapters[f"{name}.{part}"] for part in "ab"}
             keys, rank = ["self_attn.q_proj", "self_attn.v_proj"], self.rank
         parameters = {"rank": rank, "scale": self.scale, "dropout": 0.0, "keys": keys}
         return found, {

@@ -11,7 +11,30 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_slm.models.ops import exp_nonpositive
+from mlx_slm.models.transformer import Transformer
 from mlx_slm.training.loss import chunk_rows
+
+
+class Distillation:
+    """The loss of a model that learns from `teacher`: a callable (model, tokens, weights), as a training step takes."""
+
+    def __init__(self, teacher: Transformer, a: float, tau: float):
+        self.teacher, self.a, self.tau = teacher, a, tau
+        mx.eval(teacher.parameters())
+
+    def __call__(self, model: Transformer, tokens: mx.array, weights: mx.array) -> mx.array:
+        """tokens int [B, T+1], weights fp32 [B, T] of the targets; fp32 scalar, the weighted sum."""
+        hidden, theirs = (one(tokens[:, :-1]) for one in (model, self.teacher))
+        return linear_distillation(
+            hidden.reshape(-1, hidden.shape[-1]),
+            model.head,
+            mx.stop_gradient(theirs.reshape(-1, theirs.shape[-1])),
+            self.teacher.head,
+            tokens[:, 1:].reshape(-1),
+            weights.reshape(-1),
+            self.a,
+            self.tau,
+        )
 
 
 def linear_distillation(

@@ -56,8 +56,8 @@ class Run:
         """Tells this run from one of the same name that was trained anew or differently."""
         return fingerprint([self.record["inputs"], self.record["started"]])
 
-    def finish(self, state: State) -> None:
-        """Record the outcome."""
+    def finish(self, state: State, flops: float) -> None:
+        """Record the outcome and what it cost."""
         last = checkpoint.checkpoint_steps(self.path)[-1]
         self.record.update(
             status="finished",
@@ -67,6 +67,7 @@ class Run:
             tokens=state.tokens,
             skipped_steps=state.skipped,
             seconds=round(state.seconds, 2),
+            flops=flops,
             device=runtime.device_name(),
         )
         self.save()
@@ -174,7 +175,8 @@ def open_run(
     if fresh:
         shutil.rmtree(path, ignore_errors=True)
         if path == workspace.run(path.name):
-            shutil.rmtree(workspace.model(path.name), ignore_errors=True)
+            for made in (workspace.model(path.name), workspace.adapter(path.name)):
+                shutil.rmtree(made, ignore_errors=True)
     path.mkdir(parents=True, exist_ok=True)
     write_text(path / "config.yaml", dump_config(config))
     record = {"method": method, "inputs": inputs, "status": "running", "select": select, "started": time.time()}

@@ -33,17 +33,29 @@ def shared_out(items: np.ndarray, lanes: list[Lane]) -> Iterator[tuple[np.ndarra
         yield part, *lane
 
 
+def as_it_is(parameters: dict) -> dict:
+    """What is trained is the model."""
+    return parameters
+
+
 class TrainingStep:
     """Moves `parameters` (fp32 masters) and `moments` by one batch at a time.
 
-    The loss is the mean over the target tokens of all micro-batches of `micro_rows` rows; compute is in
-    `runtime.compute_dtype()`.
+    `plain(parameters)` are those of `model`; `loss(model, tokens, weights)` is the sum that is minimised, as a mean
+    over the target tokens of all micro-batches of `micro_rows` rows. Compute is in `runtime.compute_dtype()`.
     """
 
     def __init__(
-        self, model: Transformer, optimizer: AdamW, micro_rows: int, parameters: dict, moments: dict | None = None
+        self,
+        model: Transformer,
+        optimizer: AdamW,
+        micro_rows: int,
+        parameters: dict,
+        moments: dict | None = None,
+        loss: Callable[[Transformer, mx.array, mx.array], mx.array] = next_token_loss,
+        plain: Callable[[dict], dict] = as_it_is,
     ):
-        self.model, self.micro_rows = model, micro_rows
+        self.model, self.micro_rows, self.loss, self.plain = model, micro_rows, loss, plain
         self.parameters, self.moments = parameters, moments or optimizer.init(parameters)
         self.dtype = runtime.compute_dtype()
         self._lanes = compiled_lanes(self._loss_and_gradients, micro_rows)
@@ -77,8 +89,8 @@ class TrainingStep:
 
     def _loss_and_gradients(self, parameters: dict, tokens: mx.array, weights: mx.array) -> tuple[mx.array, dict]:
         def loss(parameters):
-            self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
-            return next_token_loss(self.model, tokens, weights)
+            self.model.update(tree_map(lambda p: p.astype(self.dtype), self.plain(parameters)))
+            return self.loss(self.model, tokens, weights)
 
         return mx.value_and_grad(loss)(parameters)
 
@@ -96,12 +108,11 @@ def training_bytes(shape: Shape, rows: int, checkpoint_layers: bool = False) -> 
     return 4 * (7 * shape.num_parameters + tokens * layers + head)
 
 
-def rows_that_fit(shape: Shape, batch_rows: int, checkpoint_layers: bool = False) -> int:
+def rows_that_fit(shape: Shape, batch_rows: int, checkpoint_layers: bool = False, extra_bytes: int = 0) -> int:
     """The largest divisor of `batch_rows` whose step takes at most 0.8 of the memory; raises SlmError if none does."""
     advice = "" if checkpoint_layers else ", or set training.checkpoint_layers=true"
-    return largest_that_fits(
-        batch_rows, lambda rows: training_bytes(shape, rows, checkpoint_layers), shape.num_parameters, advice
-    )
+    bytes_of = lambda rows: training_bytes(shape, rows, checkpoint_layers) + extra_bytes  # noqa: E731
+    return largest_that_fits(batch_rows, bytes_of, shape.num_parameters, advice)
 
 
 def largest_that_fits(whole: int, bytes_of: Callable[[int], int], parameters: int, advice: str = "") -> int:

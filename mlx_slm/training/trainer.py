@@ -83,7 +83,7 @@ class Trainer:
     """Trains on the rows of `sampler`, in the directory `run`, from `parameters` or from its last checkpoint.
 
     `start(parameters, moments)` gives the step that moves them (moments None: new ones). `evaluate(parameters)` gives
-    the validation loss in nats per token. `flops` are those of a token.
+    the validation loss in nats per token. `flops_per_token` are those of a step, per position.
     """
 
     def __init__(
@@ -95,9 +95,9 @@ class Trainer:
         run: Path,
         evaluate: Callable[[dict], float],
         report: Report,
-        flops: float,
+        flops_per_token: float,
     ):
-        self.sampler, self.plan, self.run_directory, self.flops = sampler, plan, run, flops
+        self.sampler, self.plan, self.run_directory, self.flops_per_token = sampler, plan, run, flops_per_token
         self.evaluate, self.report = evaluate, report
         self.state, moments = State(), None
         found = checkpoint.load_newest(run, report)
@@ -159,6 +159,11 @@ class Trainer:
             rows.cancel()
         return state
 
+    @property
+    def flops(self) -> float:
+        """FLOPs of all steps so far."""
+        return self.state.step * self.plan.batch_rows * self.sampler.row_length * self.flops_per_token
+
     def _check_best(self) -> None:
         """Forget a best checkpoint that cannot be read any more: the best from here on counts."""
         best = self.state.best_step
@@ -199,7 +204,7 @@ class Trainer:
             return
         positions = plan.batch_rows * self.sampler.row_length * window["steps"]
         speed = positions / window["seconds"]
-        achieved = speed * self.flops
+        achieved = speed * self.flops_per_token
         loss, rate = window["loss"] / window["tokens"], plan.rate(state.step - 1)
         left = (plan.steps - state.step) * window["seconds"] / window["steps"]
         memory = mx.get_peak_memory() / 2**30

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_slm.config import ModelConfig
 from mlx_slm.export import export_model
@@ -41,6 +41,19 @@ def test_new_adapters_add_nothing_and_count_what_is_trained(family, num_kv_heads
     tokens = mx.array(np.arange(64).reshape(2, 32))
     assert mx.array_equal(logits(shape, lora.applied(base, lora.initialise(7)), tokens), logits(shape, base, tokens))
     assert lora.num_parameters == sum(value.size for _, value in tree_flatten(adapters))
+
+
+@pytest.mark.parametrize(("family", "num_kv_heads"), FAMILIES)
+def test_adapters_are_the_same_flat_and_as_a_file_gives_them(family, num_kv_heads):
+    _, lora, base, adapters = make(family, num_kv_heads)
+    tree = tree_unflatten(list(adapters.items()))
+    for (name, one), (_, other) in zip(
+        tree_flatten(lora.applied(base, adapters)), tree_flatten(lora.applied(base, tree)), strict=True
+    ):
+        assert mx.array_equal(one, other), name
+    assert {n: v.shape for n, v in lora.to_mlx_lm(tree)[0].items()} == {
+        n: v.shape for n, v in lora.to_mlx_lm(adapters)[0].items()
+    }
 
 
 @pytest.mark.parametrize(("family", "num_kv_heads"), FAMILIES)
@@ -80,7 +93,7 @@ def test_gradients_are_those_of_mlx_lms_low_rank_layers(family, num_kv_heads, to
         joint, part = name.rpartition(".")[::2] if family == "gpt2" else (name, "")
         block = slice(lora.rank, None) if part == "v" else slice(0, lora.rank)
         a, b = found[f"{joint}.lora_a"][:, block], found[f"{joint}.lora_b"][block, first : first + rows]
-        for mine, reference in ((ours[name]["a"], a), (ours[name]["b"], b)):
+        for mine, reference in ((ours[f"{name}.a"], a), (ours[f"{name}.b"], b)):
             assert mx.abs(mine - reference).max() < 1e-4 * mx.abs(reference).max(), name
 
 
