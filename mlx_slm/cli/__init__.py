@@ -14,7 +14,7 @@ import sys
 import click
 
 from mlx_slm import __version__
-from mlx_slm.cli import data, info, train, use
+from mlx_slm.cli import data, info, plan, train, use
 from mlx_slm.errors import Interrupted, SlmError
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -30,7 +30,7 @@ def cli() -> None:
     """
 
 
-for module in (train, data, use, info):
+for module in (train, data, use, plan, info):
     for command in module.COMMANDS:
         cli.add_command(command)
 

@@ -1,0 +1,79 @@
+"""`plan`."""
+
+from __future__ import annotations
+
+import click
+
+from mlx_slm.cli.common import SIZE, Session, common
+
+HOURS = click.FloatRange(0, min_open=True)
+
+
+@click.command()
+@click.option("--generic-hours", type=HOURS, help="Hours of this machine for pretraining, shared by all domains.")
+@click.option("--specialization-hours", type=HOURS, help="At most so many hours per domain. [default: no limit]")
+@click.option("--sampling-hours", type=HOURS, help="Of them for an SLM-is. [default: a fifth of --generic-hours]")
+@click.option("--domains", type=click.IntRange(1), default=1, show_default=True, help="How many domains there will be.")
+@click.option("--domain-tokens", type=SIZE, default="1M", show_default=True, help="Text that a domain has.")
+@click.option("--inference-parameters", type=SIZE, help="The largest model that may be run. [default: the small one]")
+@click.option("--inference-speed", type=HOURS, help="Tokens per second that it must write on this machine.")
+@click.option("--domain", help="Show the perplexities that were recorded on this set's test text.")
+@common
+def plan(
+    session: Session,
+    generic_hours,
+    specialization_hours,
+    sampling_hours,
+    domains,
+    domain_tokens,
+    inference_parameters,
+    inference_speed,
+    domain,
+) -> None:
+    """Which method to use, and what each costs on this machine, before anything is trained.
+
+    Hours come from recorded runs of the same models on this machine, or from a short measurement.
+    """
+    from mlx_slm.plan import Budgets, make_plan
+
+    if inference_parameters and inference_speed:
+        raise click.UsageError("give --inference-parameters or --inference-speed, not both")
+    config = session.config
+    generic_hours = generic_hours or config.training.hours
+    if not generic_hours:
+        raise click.UsageError("give --generic-hours: the configuration's horizon is not in hours")
+    session.start_computing()
+    budgets = Budgets(
+        generic_hours,
+        domains,
+        domain_tokens,
+        specialization_hours,
+        sampling_hours,
+        inference_parameters,
+        inference_speed,
+    )
+    result = make_plan(session.workspace, config, budgets, session.report, domain)
+
+    def text() -> None:
+        rows = [
+            [
+                ("→ " if row["method"] == result["recommended"] else "  ") + row["method"],
+                *(f"{row[key]:,.3g}" for key in ("generic_hours", "specialization_hours", "total_hours")),
+                f"{row['inference_parameters']:,}",
+                f"{row['memory_gb']:.1f}",
+                "yes" if row["fits"] else "no",
+                "-" if row["perplexity"] is None else f"{row['perplexity']:.1f} ({row['source']})",
+            ]
+            for row in result["methods"]
+        ]
+        columns = ["method", "generic h", "h a domain", "total h", "parameters run", "GB", "fits", "perplexity"]
+        title = f"Hours on {result['device']}, {domains} domain{'s' if domains > 1 else ''} of {domain_tokens:,} tokens"
+        session.report.table(title, columns, rows)
+        rates = "; ".join(f"{name}: {source}" for name, source in result["rates_from"].items())
+        session.report.line(f"rates: {rates}")
+        session.report.line(f"\nrecommended: {result['recommended']}: {result['reason']}")
+
+    session.show(result, text)
+
+
+COMMANDS = (plan,)

@@ -1,0 +1,106 @@
+"""`plan`: useful before anything was trained, and from recorded runs after."""
+
+import json
+import shutil
+
+import pytest
+from conftest import small_config
+
+from mlx_slm import plan as module
+from mlx_slm import runtime
+from mlx_slm.cli import run
+from mlx_slm.config import ModelConfig, ProjectionConfig
+from mlx_slm.config_files import dump_config
+from mlx_slm.costs import METHODS
+from mlx_slm.models.transformer import Shape
+from mlx_slm.plan import Budgets, decoding_speed, make_plan
+from mlx_slm.pretrain import pretrain
+from mlx_slm.report import Report
+from mlx_slm.training.runs import find_run
+from mlx_slm.workspace import Workspace
+
+
+@pytest.fixture
+def plan_config():
+    return small_config(large=ModelConfig(family="gpt2", num_layers=2, dims=96, num_heads=4))
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """1,000 tokens a second, whatever the machine."""
+    monkeypatch.setattr(module, "measure_speed", lambda *_: 1000.0)
+
+
+TWO = ProjectionConfig(k=2, h=2, clusters_per_step=2)
+
+
+def rows_of(result) -> dict:
+    return {row["method"]: row for row in result["methods"]}
+
+
+def test_before_anything_was_trained(plan_config, measured, tmp_path, capsys):
+    workspace = Workspace(tmp_path / "w")
+    workspace.root.mkdir()
+    workspace.config_file.write_text(dump_config(plan_config))
+    arguments = ["plan", "--workspace", str(workspace.root), "--generic-hours", "10", "--domain-tokens", "1M", "--json"]
+    assert run(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = rows_of(found)
+    assert list(rows) == list(METHODS) and found["recommended"] == "is" and found["reason"]
+    keys = {"method", "generic_hours", "specialization_hours", "total_hours", "inference_parameters", "memory_gb"}
+    assert all(set(row) >= keys | {"fits", "perplexity", "source"} for row in rows.values())
+    small, large = (Shape.of(section, 400, 32) for section in (plan_config.model, plan_config.large))
+    assert rows["slm"]["specialization_hours"] == pytest.approx(9e6 / 1000 / 3600)
+    assert rows["llm"]["specialization_hours"] == pytest.approx(
+        9e6 / 1000 / 3600 * large.flops_per_token / small.flops_per_token
+    )
+    assert rows["is"]["total_hours"] == pytest.approx(2 + 2.5) and rows["pn"]["total_hours"] == pytest.approx(12.5)
+    assert rows["llm"]["inference_parameters"] == large.num_parameters and not rows["llm"]["fits"]
+    assert rows["slm"]["source"] == "paper" and rows["slm"]["perplexity"] == 18.2 and rows["is"]["perplexity"] is None
+    assert rows["lora"]["memory_gb"] < rows["llm"]["memory_gb"]
+
+
+def test_budgets_decide(plan_config, measured, tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path / "w")
+
+    def recommended(**budgets):
+        return make_plan(workspace, plan_config, Budgets(10, domain_tokens=100_000, **budgets), Report())["recommended"]
+
+    assert recommended(domains=4) == "is" and recommended(domains=6) == "pn"
+    assert recommended(domains=1, specialization_hours=1) == "pn"
+    assert recommended(domains=1, inference_parameters=10**9) == "llm"
+    monkeypatch.setattr(runtime, "memory_bytes", lambda: 10 << 20)
+    assert recommended(domains=6) == "mix", "the network does not fit 10 MB"
+
+
+def test_rates_come_from_recorded_runs_of_the_same_shape(plan_config, prepared, tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path / "w")
+    shutil.copytree(prepared.root, workspace.root)
+    for method in ("slm", "pn"):
+        one = pretrain(workspace, plan_config.model_copy(update={"projection": TWO}), method, Report())
+        one.record["seconds"] = 100.0 if method == "slm" else 150.0
+        one.save()
+    monkeypatch.setattr(module, "measure_speed", lambda *_: pytest.fail("measured although there are runs"))
+    found = make_plan(workspace, plan_config, Budgets(1), Report())
+    positions = find_run(workspace, "slm").record["step"] * 8 * 32
+    assert found["rates"]["slm"] == pytest.approx(1e9 * 100 / positions / 3600)
+    assert found["rates"]["pn"] == pytest.approx(1.5 * found["rates"]["slm"])
+    assert found["rates_from"]["slm"] == "run slm" and found["rates_from"]["llm"] == "by FLOPs from slm"
+
+
+def test_the_speed_of_writing_is_measured(plan_config):
+    assert 1 < decoding_speed(Shape.of(plan_config.model, 400, 32)) < 10**6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--inference-parameters", "1M", "--inference-speed", "3"), 2, "not both"),
+        ((), 2, "give --generic-hours"),
+        (("--generic-hours", "1", "--inference-parameters", "100"), 1, "the inference budget admits 100"),
+    ],
+)
+def test_wrong_budgets(arguments, code, message, plan_config, measured, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(dump_config(plan_config))
+    found = run(["plan", "--workspace", str(tmp_path / "w"), "--config", str(tmp_path / "c.yaml"), *arguments])
+    assert found == code and message in capsys.readouterr().err
