@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import mlx_slm  # noqa: F401  (before mlx: the BLAS)
+from mlx_slm.cli import run
 from mlx_slm.config import (
     ClustersConfig,
     Config,
@@ -42,6 +43,12 @@ class Recorder(Report):
 
     def warn(self, text):
         self.warnings.append(text)
+
+
+def call(capsys, workspace: Workspace, *arguments: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command in a workspace."""
+    code = run([arguments[0], "--workspace", str(workspace.root), *arguments[1:]])
+    return code, *capsys.readouterr()
 
 
 @pytest.fixture

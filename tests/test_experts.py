@@ -11,7 +11,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import call, small_config
 from mlx.utils import tree_flatten
 from training.test_trainer import assert_same, everything
 
@@ -70,11 +70,6 @@ def own(trained, tmp_path) -> Workspace:
 
 def experts_of(workspace, name) -> Experts:
     return Experts(workspace, find_run(workspace, name))
-
-
-def call(capsys, workspace, *arguments) -> tuple[int, str, str]:
-    code = run([arguments[0], "--workspace", str(workspace.root), *arguments[1:]])
-    return code, *capsys.readouterr()
 
 
 KILLED = """

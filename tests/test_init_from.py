@@ -6,10 +6,9 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import small_config, write_jsonl
+from conftest import call, small_config, write_jsonl
 from mlx.utils import tree_flatten
 
-from mlx_slm.cli import run
 from mlx_slm.config import DataConfig, ModelConfig
 from mlx_slm.config_files import dump_config
 from mlx_slm.errors import SlmError
@@ -19,11 +18,6 @@ from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.text.huggingface import HuggingFaceTokenizer, open_tokenizer
 from mlx_slm.text.store import Store
 from mlx_slm.workspace import Workspace
-
-
-def call(capsys, workspace, *arguments):
-    code = run([arguments[0], "--workspace", str(workspace.root), *arguments[1:]])
-    return code, *capsys.readouterr()
 
 
 def byte_level_tokenizer(texts, folder):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import write_jsonl
+from conftest import call, write_jsonl
 
 from mlx_slm.cli import run
 from mlx_slm.config import ModelConfig, Recipe
@@ -41,11 +41,6 @@ def own(trained, tmp_path) -> Workspace:
     """A copy to write into."""
     shutil.copytree(trained.root, tmp_path / "w")
     return Workspace(tmp_path / "w")
-
-
-def call(capsys, workspace, *arguments) -> tuple[int, str, str]:
-    code = run([arguments[0], "--workspace", str(workspace.root), *arguments[1:]])
-    return code, *capsys.readouterr()
 
 
 def test_specialising_helps_and_leaves_a_plain_model_directory(trained, capsys):

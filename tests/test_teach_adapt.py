@@ -6,11 +6,10 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import call, small_config
 from mlx.utils import tree_flatten
 from training.test_trainer import everything
 
-from mlx_slm.cli import run
 from mlx_slm.config import DistillationConfig, ModelConfig
 from mlx_slm.config_files import dump_config
 from mlx_slm.errors import SlmError
@@ -49,11 +48,6 @@ def own(trained, tmp_path) -> Workspace:
     """A copy to write into."""
     shutil.copytree(trained.root, tmp_path / "w")
     return Workspace(tmp_path / "w")
-
-
-def call(capsys, workspace, *arguments) -> tuple[int, str, str]:
-    code = run([arguments[0], "--workspace", str(workspace.root), *arguments[1:]])
-    return code, *capsys.readouterr()
 
 
 @pytest.mark.parametrize("source", ["slm", "llm"])

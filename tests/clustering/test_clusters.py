@@ -6,9 +6,8 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import call, write_jsonl
 
-from mlx_slm.cli import run
 from mlx_slm.clustering import clusters as module
 from mlx_slm.clustering import embed as embedding
 from mlx_slm.clustering.clusters import Clusters, ensure_clusters
@@ -46,11 +45,6 @@ def with_clusters(config, **changes):
 def embeddings_of(workspace, name, split) -> Embeddings:
     (folder,) = (workspace.root / "embeddings").iterdir()
     return Embeddings(workspace.embeddings(folder.name, name, split))
-
-
-def call(capsys, workspace, *arguments):
-    code = run([arguments[0], "--workspace", str(workspace.root), *arguments[1:]])
-    return code, *capsys.readouterr()
 
 
 @pytest.mark.parametrize("k", [5, 12])
