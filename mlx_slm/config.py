@@ -309,6 +309,24 @@ class DistillationConfig(Section):
     """Temperature of both distributions. Not specified by the paper."""
 
 
+class StudyConfig(Section):
+    """A grid of runs: `mlx-slm study`. Each list is a dimension of it."""
+
+    methods: list[Literal["slm", "nopt", "is", "pn", "mix", "d", "llm", "lora"]] = ["slm", "is", "pn"]
+    budgets: list[PositiveSize] = [1_000_000]
+    """Pretraining tokens: milestones of one run, not many runs. Mixtures are trained for the largest alone."""
+    domains: list[str] = []
+    domain_tokens: list[PositiveSize] = [64_000]
+    seeds: list[int] = [0]
+    """Of initialisation and order of rows, in both stages."""
+    sampling_clusters: list[PositiveSize] = [64]
+    """Numbers of clusters that importance sampling is done with."""
+    selects: list[Literal["frequent", "pretrained", "finetuned", "histogram"]] = ["frequent"]
+    """How experts are chosen; `histogram` is left out for mixtures."""
+    lora_rank: PositiveSize = 64
+    """Paper: 64."""
+
+
 class Config(Section):
     """A whole workspace."""
 
@@ -327,3 +345,4 @@ class Config(Section):
     finetuning: FinetuningConfig = FinetuningConfig()
     lora: LoraConfig = LoraConfig()
     distillation: DistillationConfig = DistillationConfig()
+    study: StudyConfig = StudyConfig()

@@ -102,7 +102,10 @@ def specialize(
     tokenizer = open_tokenizer(workspace.tokenizer)
     for pretrained in filter(None, (source, find_source(workspace, teacher) if teacher else None)):
         _require_fit(pretrained, domain, of_domain.store, tokenizer, report)
-    tutor = specialize(workspace, config, domain, report, teacher, tokens) if teacher else None
+    tutor = None
+    if teacher:
+        tutor_name = name_of_teacher(find_source(workspace, teacher), domain, tokens)
+        tutor = specialize(workspace, config, domain, report, teacher, tokens, tutor_name)
     if source:
         shape, origin = source.shape, {"run": source.name, "step": source.weights_step(), "is": source.identity}
     else:
@@ -134,7 +137,7 @@ def specialize(
         inputs["teacher"] = {"run": tutor.name, "step": tutor.weights_step(), "is": tutor.identity}
         inputs["distillation"] = config.distillation.model_dump(mode="json")
     label = f"{method}-{select}" if select else method
-    path = workspace.run(name or f"{domain}-{label}-{format_size(tokens) if tokens else 'all'}")
+    path = workspace.run(name or f"{domain}-{label}-{_size(tokens)}")
     stream = Stream.of(of_domain.store, of_domain.windows)
     sampler = Sampler([stream], np.ones(1), finetuning.batch_rows, finetuning.seed)
     per_pass = sampler.num_rows / finetuning.batch_rows
@@ -176,6 +179,15 @@ def specialize(
             shutil.rmtree(candidate)
         export_run(workspace, run, fuse)
     return run
+
+
+def name_of_teacher(run: Run, domain: str, tokens: int | None) -> str:
+    """The name of a pretrained run that is fine-tuned to teach: what is there under it is reused."""
+    return f"{domain}-{run.label}-{_size(tokens)}"
+
+
+def _size(tokens: int | None) -> str:
+    return format_size(tokens) if tokens else "all"
 
 
 def _domain(workspace: Workspace, config: Config, name: str, tokens: int | None) -> Domain:

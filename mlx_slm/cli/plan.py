@@ -1,4 +1,4 @@
-"""`plan`."""
+"""`plan` and `study`."""
 
 from __future__ import annotations
 
@@ -76,4 +76,35 @@ def plan(
     session.show(result, text)
 
 
-COMMANDS = (plan,)
+@click.command()
+@click.argument("configuration", metavar="CONFIG")
+@common
+def study(session: Session, configuration) -> None:
+    """Compare methods: a grid over budgets, domains, sizes of the domain set and seeds.
+
+    CONFIG is a YAML file or a shipped name with a section `study`. A killed study goes on with the next cell. Writes
+    results/NAME.jsonl, NAME.md and figures.
+    """
+    from pathlib import Path
+
+    from mlx_slm.study import run_study
+    from mlx_slm.study_report import draw, markdown
+    from mlx_slm.workspace import write_text
+
+    session.config_name = configuration
+    config, name, results = session.config, Path(configuration).stem, session.workspace.results
+    session.start_computing()
+    rows = run_study(session.workspace, config, name, session.report)
+    tables = markdown(rows, name)
+    write_text(results / f"{name}.md", tables)
+    figures = [str(path) for path in draw(rows, name, results)]
+    result = {"study": name, "rows": rows, "tables": str(results / f"{name}.md"), "figures": figures}
+
+    def text() -> None:
+        session.report.line(tables)
+        session.report.line("\n".join(["figures:", *figures]))
+
+    session.show(result, text)
+
+
+COMMANDS = (plan, study)
