@@ -128,6 +128,12 @@ def _panels(rows: list[dict]):
     return figure, dict(zip(sizes, axes, strict=True))
 
 
+def _legend(figure, axes: dict) -> None:
+    """One legend beside all panels."""
+    handles, labels = next(iter(axes.values())).get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside right upper")
+
+
 def _curves(rows: list[dict], name: str, what: str, x_label: str, x_of: Callable) -> object:
     figure, axes = _panels(rows)
     for size, axis in axes.items():
@@ -142,7 +148,7 @@ def _curves(rows: list[dict], name: str, what: str, x_label: str, x_of: Callable
             axis.errorbar(xs, [f[0] for f in found], [f[1] for f in found], marker="o", capsize=2, label=method)
         axis.set_xscale("log")
         axis.set_xlabel(x_label)
-    next(iter(axes.values())).legend(fontsize=8)
+    _legend(figure, axes)
     figure.suptitle(f"{name}: {what}")
     return figure
 
@@ -185,6 +191,6 @@ def _by_clusters(rows: list[dict], name: str, results: Path) -> Path:
             ys, ranges = [f[0] for f in found], [f[1] for f in found]
             axis.errorbar(sorted(points), ys, ranges, marker="o", capsize=2, label=f"{format_size(budget)} tokens")
         axis.set(xscale="log", xlabel="clusters")
-    next(iter(axes.values())).legend(fontsize=8)
+    _legend(figure, axes)
     figure.suptitle(f"{name}: SLM-is and the number of clusters")
     return save_figure(figure, results / f"{name}-clusters.png")
