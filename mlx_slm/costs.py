@@ -5,7 +5,12 @@ C_total(N) = C_generic + N * C_specialization                                   
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_slm.errors import SlmError
 
 METHODS = ("slm", "nopt", "is", "mix", "pn", "d", "llm", "lora")
 
@@ -41,8 +46,16 @@ class Rates:
 
 PAPER_RATES = Rates(slm=2.2e-9, pn=3.6e-9, llm=7.7e-9, lora=7.7e-9, llm_forward=2.54e-9)
 """Table 2: GPU hours (A100) per token. The paper has no rate of LoRA; it is taken as the LLM's."""
-PAPER_PASSES = {1_000_000: 9.0, 8_000_000: 4.0, 64_000_000: 3.5}
-"""Passes over a domain set of so many tokens that fine-tuning makes at the most (inferred from Table 8)."""
+SIZES = (1_000_000, 8_000_000, 64_000_000)
+"""The paper's domain sets, tokens."""
+PAPER_PASSES = {
+    "slm": (9.0, 4.0, 3.5),
+    "llm": (15.6, 8.1, 7.1),
+    "lora": (19.5, 16.2, 21.3),
+    "d": (122.0, 60.7, 57.7),
+}
+"""Passes over a domain set that fine-tuning makes at the most, inferred: the small model's from Table 8, the large
+one's and the student's from Tables 2 and 3, LoRA's from appendix F (+25 % steps at 1M, three times at 64M)."""
 PAPER_COSTS = {
     "slm": Cost(530, 0.02),
     "is": Cost(0, 130),
@@ -62,62 +75,58 @@ PAPER_PERPLEXITY = {
 """Tables 4 and 8: the average of nine domains after fine-tuning on 1M, 8M and 64M tokens."""
 
 
-def finetuning_tokens(domain_tokens: int) -> float:
-    """Tokens that fine-tuning on a domain set processes at the most, as in the paper."""
-    size = next((size for size in sorted(PAPER_PASSES) if domain_tokens <= size), max(PAPER_PASSES))
-    return PAPER_PASSES[size] * domain_tokens
+def finetuning_tokens(kind: str, domain_tokens: int, limit: float = math.inf) -> float:
+    """Tokens that fine-tuning (`slm`, `llm`, `lora`, or a student `d`) processes at the most, and no more than `limit`.
+
+    Passes between the paper's sizes are interpolated by the logarithm of the size.
+    """
+    passes = np.interp(math.log(domain_tokens), np.log(SIZES), PAPER_PASSES[kind])
+    return min(limit, float(passes) * domain_tokens)
 
 
-def costs_of_budgets(rates: Rates, generic_hours: float, sampling_hours: float, domain_tokens: int) -> dict[str, Cost]:
+def costs_of_budgets(
+    rates: Rates, generic_hours: float, sampling_hours: float, domain_tokens: int, limit: float = math.inf
+) -> dict[str, Cost]:
     """Cost of each method, where a generic pretraining gets `generic_hours` and SLM-is `sampling_hours` per domain.
 
     SLM-d shares its generic hours between student and teacher; per domain the teacher is fine-tuned, and the student
-    then reads every token with it.
+    then reads every token with it. `limit`: tokens that one fine-tuning processes at the most.
     """
-    tokens = finetuning_tokens(domain_tokens)
-    small, large = tokens * rates.slm, tokens * rates.llm
+    tokens = {kind: finetuning_tokens(kind, domain_tokens, limit) for kind in PAPER_PASSES}
+    small, large = tokens["slm"] * rates.slm, tokens["llm"] * rates.llm
     return {
         "slm": Cost(generic_hours, small),
         "nopt": Cost(0.0, small),
         "is": Cost(0.0, sampling_hours + small),
         "mix": Cost(generic_hours, small),
         "pn": Cost(generic_hours, small),
-        "d": Cost(generic_hours, large + small + tokens * rates.llm_forward),
+        "d": Cost(generic_hours, large + tokens["d"] * (rates.slm + rates.llm_forward)),
         "llm": Cost(generic_hours, large),
-        "lora": Cost(generic_hours, tokens * rates.lora),
+        "lora": Cost(generic_hours, tokens["lora"] * rates.lora),
     }
 
 
-def recommend(
-    costs: dict[str, Cost],
-    domains: int,
-    large_is_allowed: bool,
-    specialization_hours: float | None = None,
-    network_fits: bool = True,
-) -> tuple[str, str]:
+NAMES = {"is": "importance sampling", "pn": "a projected network", "mix": "a hard mixture", "slm": "the small model"}
+
+
+def recommend(costs: dict[str, Cost], domains: int, against: dict[str, str]) -> tuple[str, str]:
     """(method, reason) by Fig. 1 and Eq. 1, for so many domains.
 
-    `large_is_allowed`: the inference budget admits the large model; `specialization_hours`: at most so many per domain
-    (None: no limit); `network_fits`: a projected network can be trained in the memory at hand.
+    `against`: why a method cannot be taken (budget, memory), for each that cannot. Raises SlmError if none can.
     """
-    if large_is_allowed:
+    if "llm" not in against:
         return "llm", "the inference budget admits the large model, which is the best after fine-tuning (Fig. 1)"
-    many = "pn" if network_fits else "mix"
-    what = "a projected network" if network_fits else "a hard mixture (a projected network does not fit the memory)"
-    sampling = costs["is"].specialization
-    if specialization_hours is not None and sampling > specialization_hours:
-        return many, (
-            f"small inference and small specialization budget (Fig. 1): importance sampling takes {sampling:.3g} hours "
-            f"a domain, {specialization_hours:.3g} are given; {what} takes {costs[many].specialization:.2g}"
-        )
-    each, shared = costs["is"].total(domains), costs[many].total(domains)
-    if each <= shared:
-        return "is", (
-            f"small inference and large specialization budget (Fig. 1): importance sampling takes {each:.3g} hours in "
-            f"all for {domains} domains, {what} {shared:.3g} (Eq. 1)"
-        )
-    break_even = costs[many].generic / (sampling - costs[many].specialization)
-    return many, (
-        f"for {domains} domains {what} takes {shared:.3g} hours in all, importance sampling {each:.3g} (Eq. 1); they "
-        f"are equal at {break_even:.1f} domains"
-    )
+    shared = next((method for method in ("pn", "mix") if method not in against), None)
+    if "is" in against and shared is None:
+        if "slm" in against:
+            raise SlmError(f"no method fits: {against['slm']}; give more, or choose a smaller model")
+        return "slm", f"{NAMES['is']}: {against['is']}; {NAMES['pn']}: {against['pn']}"
+    if "is" in against:
+        return shared, f"{NAMES['is']}: {against['is']}; {NAMES[shared]} serves every domain (Fig. 1)"
+    if shared is None:
+        return "is", f"{NAMES['pn']}: {against['pn']}; {NAMES['is']} needs the small model alone (Fig. 1)"
+    each, once = costs["is"].total(domains), costs[shared].total(domains)
+    many = f"{domains} domains" if domains > 1 else "one domain"
+    compared = f"for {many} {NAMES['is']} takes {each:.3g} hours in all, {NAMES[shared]} {once:.3g} (Eq. 1)"
+    break_even = costs[shared].generic / (costs["is"].specialization - costs[shared].specialization)
+    return ("is" if each <= once else shared), f"{compared}; they are equal at {break_even:.1f} domains"

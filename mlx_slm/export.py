@@ -65,7 +65,8 @@ def weights_of(workspace: Workspace, run: Run) -> dict:
         raise SlmError(
             f"run {base.name} was trained anew since {run.name} adapted it: specialise it again with --lora and --fresh"
         )
-    return lora.applied(dataclasses.replace(base, milestone=origin["step"]).weights(), run.weights())
+    start = weights_of(workspace, dataclasses.replace(base, milestone=origin["step"]))
+    return lora.applied(start, run.weights())
 
 
 def export_model(path: Path, shape: Shape, parameters: dict, tokenizer: Tokenizer, inputs: dict, info: dict) -> Path:

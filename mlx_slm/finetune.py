@@ -43,14 +43,14 @@ class Finetuning:
     plain: Callable[[dict], dict] = as_it_is
     """What is trained -> parameters of the model."""
     extra_bytes: int = 0
-    """Memory that a step needs beside the model's."""
+    """Memory that a step needs beside that of a plain one; negative for what it does not need."""
 
     def work(self, run: Run, parameters: dict) -> None:
         """Fine-tune in the directory of `run`, and record the outcome."""
-        rows = self.config.finetuning.batch_rows
-        model, optimizer = Transformer(self.shape), AdamW.of(self.config.training)
-        micro_rows = self.config.finetuning.micro_rows or rows_that_fit(self.shape, rows, extra_bytes=self.extra_bytes)
-        start = partial(TrainingStep, model, optimizer, micro_rows, loss=self.loss, plain=self.plain)
+        rows, recompute = self.config.finetuning.batch_rows, self.config.training.checkpoint_layers
+        model, optimizer = Transformer(self.shape, recompute), AdamW.of(self.config.training)
+        fit = self.config.finetuning.micro_rows or rows_that_fit(self.shape, rows, recompute, self.extra_bytes)
+        start = partial(TrainingStep, model, optimizer, fit, loss=self.loss, plain=self.plain)
         score = validation_loss(model, self.valid, self.valid_windows)
         trainer = Trainer(
             lambda p, m: start(parameters=p, moments=m),

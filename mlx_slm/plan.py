@@ -10,16 +10,18 @@ import mlx.core as mx
 
 from mlx_slm import runtime
 from mlx_slm.config import Config
-from mlx_slm.costs import METHODS, PAPER_PASSES, PAPER_PERPLEXITY, Cost, Rates, costs_of_budgets, recommend
-from mlx_slm.errors import SlmError
+from mlx_slm.costs import METHODS, PAPER_PERPLEXITY, SIZES, Cost, Rates, costs_of_budgets, recommend
+from mlx_slm.errors import SlmError, nearest
+from mlx_slm.finetune import choose_recipe
 from mlx_slm.models.lora import Lora
 from mlx_slm.models.projected import ProjectedShape
 from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.pretrain import calibrated_speed
 from mlx_slm.report import Report
 from mlx_slm.training.projected_step import network_bytes
 from mlx_slm.training.runs import find_run
-from mlx_slm.training.step import measure_speed, training_bytes
-from mlx_slm.workspace import MANIFEST, Workspace, read_json
+from mlx_slm.training.step import training_bytes
+from mlx_slm.workspace import Workspace
 
 SAMPLING_SHARE = 130 / 650
 """What a domain's SLM-is gets of the hours of a generic pretraining, where it is not said: as in Table 3."""
@@ -49,37 +51,38 @@ def make_plan(
 ) -> dict:
     """The recommendation and a row per method: `{"recommended", "reason", "methods": [...]}` (DESIGN, "The commands").
 
-    `domain`: the set whose recorded perplexities are shown. Raises SlmError if not even the small model fits.
+    `domain`: the set whose recorded perplexities are shown. Raises SlmError if no method fits.
     """
+    vocab, context = config.tokenizer.vocab_size, config.data.context_length
+    if domain and domain not in workspace.sets():
+        raise SlmError(f"--domain {domain}: no such set is prepared{nearest(domain, workspace.sets())}")
     vocab, context = config.tokenizer.vocab_size, config.data.context_length
     small, large = (Shape.of(section, vocab, context) for section in (config.model, config.large))
     network = ProjectedShape.of(config.projection, small)
     rates, sources = _rates(workspace, config, small, large, network, report)
     sampling = budgets.sampling_hours or SAMPLING_SHARE * budgets.generic_hours
-    costs = costs_of_budgets(rates, budgets.generic_hours, sampling, budgets.domain_tokens)
+    limit = _most_tokens(config, budgets.domain_tokens)
+    costs = costs_of_budgets(rates, budgets.generic_hours, sampling, budgets.domain_tokens, limit)
     memory = _memory(config, small, large, network)
-    have = 0.8 * runtime.memory_bytes()
     allowed = _largest_allowed(budgets, small, large, report)
-    if small.num_parameters > allowed:
-        raise SlmError(
-            f"the small model has {small.num_parameters:,} parameters, the inference budget admits {allowed:,.0f}: "
-            "choose a smaller one in the section model"
-        )
-    method, reason = recommend(
-        costs,
-        budgets.domains,
-        large.num_parameters <= allowed and memory["llm"] <= have,
-        budgets.specialization_hours,
-        memory["pn"] <= have,
-    )
-    limit = budgets.specialization_hours or float("inf")
-    rows = []
-    for name in METHODS:
-        shape = large if name in ("llm", "lora") else small
-        fits = memory[name] <= have and shape.num_parameters <= allowed and costs[name].specialization <= limit
-        rows.append(
-            _row(name, costs[name], budgets, shape, memory[name], fits, _perplexity(workspace, name, domain, budgets))
-        )
+    shapes = {name: large if name in ("llm", "lora") else small for name in METHODS}
+    against = {name: _against(shapes[name], costs[name], memory[name], allowed, budgets) for name in METHODS}
+    against = {name: reason for name, reason in against.items() if reason}
+    method, reason = recommend(costs, budgets.domains, against)
+    rows = [
+        {
+            "method": name,
+            "generic_hours": costs[name].generic,
+            "specialization_hours": costs[name].specialization,
+            "total_hours": costs[name].total(budgets.domains),
+            "inference_parameters": shapes[name].num_parameters,
+            "memory_gb": memory[name] / 2**30,
+            "fits": name not in against,
+            "against": against.get(name),
+            **_perplexity(workspace, name, domain, budgets),
+        }
+        for name in METHODS
+    ]
     return {
         "recommended": method,
         "reason": reason,
@@ -91,18 +94,23 @@ def make_plan(
     }
 
 
-def _row(name: str, cost: Cost, budgets: Budgets, shape: Shape, memory: float, fits: bool, perplexity: tuple) -> dict:
-    return {
-        "method": name,
-        "generic_hours": cost.generic,
-        "specialization_hours": cost.specialization,
-        "total_hours": cost.total(budgets.domains),
-        "inference_parameters": shape.num_parameters,
-        "memory_gb": memory / 2**30,
-        "fits": fits,
-        "perplexity": perplexity[0],
-        "source": perplexity[1],
-    }
+def _against(shape: Shape, cost: Cost, memory: float, allowed: float, budgets: Budgets) -> str | None:
+    """Why a method cannot be taken; None if it can."""
+    if shape.num_parameters > allowed:
+        return f"it has {shape.num_parameters:,} parameters, the inference budget admits {allowed:,.0f}"
+    have = 0.8 * runtime.memory_bytes()
+    if memory > have:
+        return f"training it needs {memory / 2**30:.1f} GB, {have / 2**30:.1f} can be used"
+    limit = budgets.specialization_hours
+    if limit is not None and cost.specialization > limit:
+        return f"it takes {cost.specialization:.3g} hours a domain, {limit:.3g} are given"
+    return None
+
+
+def _most_tokens(config: Config, domain_tokens: int) -> float:
+    """Tokens that one fine-tuning processes at the most: the steps of its recipe."""
+    steps = config.finetuning.max_steps or choose_recipe(config.finetuning, domain_tokens, False).steps
+    return steps * config.finetuning.batch_rows * config.data.context_length
 
 
 def _memory(config: Config, small: Shape, large: Shape, network: ProjectedShape) -> dict[str, float]:
@@ -110,13 +118,13 @@ def _memory(config: Config, small: Shape, large: Shape, network: ProjectedShape)
     training, groups = config.training, config.projection.clusters_per_step
     one, two = (training_bytes(shape, 1, training.checkpoint_layers) for shape in (small, large))
     rows = max(1, training.batch_rows // groups)
-    adapters = Lora(large, min(LORA_RANK, large.dims), 1.0).num_parameters
+    spared = Lora(large, min(LORA_RANK, large.dims), 1.0).bytes_spared
     return {
         **dict.fromkeys(("slm", "nopt", "is", "mix"), one),
         "pn": network_bytes(network, groups, rows, 1, training.checkpoint_layers),
         "d": max(two, one + 4 * large.num_parameters),
         "llm": two,
-        "lora": two - 4 * 6 * large.num_parameters + 4 * 6 * adapters,
+        "lora": two - spared,
     }
 
 
@@ -132,11 +140,11 @@ def _rates(
         "lora": Lora(large, min(LORA_RANK, large.dims), 1.0).flops_per_token,
         "llm_forward": large.forward_flops_per_token,
     }
-    recorded = _recorded_speeds(workspace, {"slm": small, "pn": small, "llm": large})
+    recorded = _recorded_speeds(workspace, {"slm": small, "pn": small, "llm": large}, config)
     sources = {name: f"run {run}" for name, (run, _) in recorded.items()}
     if "slm" not in recorded:
         report.line(f"measuring this machine's speed on the small model (about {CALIBRATION_SECONDS} s)")
-        speed = measure_speed(small, len(runtime.lanes()), CALIBRATION_SECONDS)
+        speed = calibrated_speed(small, config.training, CALIBRATION_SECONDS)
         recorded["slm"] = ("", speed)
         sources["slm"] = f"measured now, {speed:,.0f} tokens/s"
     found = Rates.from_flops(recorded["slm"][1], flops)
@@ -151,14 +159,16 @@ def _rates(
     return Rates(**hours), sources
 
 
-def _recorded_speeds(workspace: Workspace, shapes: dict[str, Shape]) -> dict[str, tuple[str, float]]:
+def _recorded_speeds(workspace: Workspace, shapes: dict[str, Shape], config: Config) -> dict[str, tuple[str, float]]:
     """(run, tokens per second) of the newest finished pretraining of each method with this shape on this device."""
+    projection = config.projection.model_dump(mode="json")
     found: dict[str, tuple[float, str, float]] = {}
     for name in workspace.runs():
         run = find_run(workspace, name)
         method, record = run.record["method"], run.record
         fits = method in shapes and run.finished and "from" not in record["inputs"] and record["seconds"] > 60
         same = fits and record["device"] == runtime.device_name()
+        same = same and record["inputs"].get("projection", projection) == projection
         if same and _body(run.shape) == _body(shapes[method]) and record["started"] > found.get(method, (0.0,))[0]:
             positions = record["step"] * record["inputs"]["training"]["batch_rows"] * run.shape.context_length
             found[method] = (record["started"], name, positions / record["seconds"])
@@ -198,22 +208,25 @@ def decoding_speed(shape: Shape, tokens: int = 8) -> float:
     return tokens / (time.perf_counter() - begun)
 
 
-def _perplexity(workspace: Workspace, method: str, domain: str | None, budgets: Budgets) -> tuple[float | None, str]:
-    """(perplexity, source): the best recorded on the domain's test set, else the paper's average of nine domains."""
-    recorded = _recorded_perplexities(workspace, method, domain) if domain else []
+def _perplexity(workspace: Workspace, method: str, domain: str | None, budgets: Budgets) -> dict:
+    """`{"perplexity", "source"}`: the best recorded on the domain's test set after specialising on so many of its
+    tokens, else the paper's average of nine domains at the nearest of its sizes."""
+    recorded = _recorded_perplexities(workspace, method, domain, budgets.domain_tokens) if domain else []
     if recorded:
-        return min(recorded), "run"
-    sizes = sorted(PAPER_PASSES)
-    column = next((i for i, size in enumerate(sizes) if budgets.domain_tokens <= size), len(sizes) - 1)
+        return {"perplexity": min(recorded), "source": "run"}
+    column = next((i for i, size in enumerate(SIZES) if budgets.domain_tokens <= size), len(SIZES) - 1)
     found = PAPER_PERPLEXITY.get(method)
-    return (found[column] if found else None), "paper"
+    return {"perplexity": found[column] if found else None, "source": "paper" if found else None}
 
 
-def _recorded_perplexities(workspace: Workspace, method: str, domain: str) -> list[float]:
-    file, found = workspace.results / "evaluations.jsonl", []
+def _recorded_perplexities(workspace: Workspace, method: str, domain: str, tokens: int) -> list[float]:
+    """The newest perplexity of each run of a method that was specialised to the domain on so many tokens."""
+    file, found = workspace.results / "evaluations.jsonl", {}
     for line in file.read_text().splitlines() if file.exists() else []:
         row = json.loads(line)
-        path = workspace.model(row["model"]) / MANIFEST if row["model"] in workspace.models() else None
-        if path and row["set"] == domain and row["split"] == "test" and read_json(path)["inputs"]["method"] == method:
-            found.append(row["perplexity"])
-    return found
+        if row["set"] == domain and row["split"] == "test" and row["model"] in workspace.runs():
+            record = find_run(workspace, row["model"]).record
+            inputs = record["inputs"]
+            if record["method"] == method and (inputs.get("domain"), inputs.get("tokens")) == (domain, tokens):
+                found[row["model"]] = row["perplexity"]
+    return list(found.values())

@@ -254,15 +254,20 @@ def _horizon_tokens(
     if key in known and not fresh:
         return known[key]
     report.line(f"measuring this machine's speed to turn {training.hours:g} hours into tokens (about a minute)")
-    fit = training.micro_rows or rows_that_fit(shape, training.batch_rows, training.checkpoint_layers)
-    in_ten_seconds = 10 * _likely_flops() / (shape.flops_per_token * shape.context_length)
-    rows = min(fit, max(len(runtime.lanes()), int(in_ten_seconds)))
-    speed = measure_speed(shape, rows, 60, training.checkpoint_layers)
+    speed = calibrated_speed(shape, training, 60)
     tokens = int(speed / slowdown * training.hours * 3600)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, known | {key: tokens})
     report.line(f"{speed:,.0f} tokens/s: {training.hours:g} hours are {tokens:,} tokens")
     return tokens
+
+
+def calibrated_speed(shape: Shape, training: TrainingConfig, seconds: float) -> float:
+    """Tokens per second of training, measured in about so many seconds on as many rows as memory and time allow."""
+    fit = training.micro_rows or rows_that_fit(shape, training.batch_rows, training.checkpoint_layers)
+    in_ten_seconds = 10 * _likely_flops() / (shape.flops_per_token * shape.context_length)
+    rows = min(fit, max(len(runtime.lanes()), int(in_ten_seconds)))
+    return measure_speed(shape, rows, seconds, training.checkpoint_layers)
 
 
 def _likely_flops() -> float:

@@ -18,10 +18,10 @@ from mlx_slm.clustering.sampler import Sampler, Stream
 from mlx_slm.config import Config, format_size
 from mlx_slm.errors import SlmError
 from mlx_slm.experts import FINETUNED, FREQUENT, HISTOGRAM, PRETRAINED, Experts, has_experts
-from mlx_slm.export import export_run
+from mlx_slm.export import export_run, weights_of
 from mlx_slm.finetune import Finetuning, choose_recipe, finetune_all, plan_of
 from mlx_slm.models.lora import Lora
-from mlx_slm.models.transformer import Shape, initialise
+from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
 from mlx_slm.scoring import validation_windows
 from mlx_slm.selection import chosen, describe, select_expert
@@ -102,10 +102,7 @@ def specialize(
     tokenizer = open_tokenizer(workspace.tokenizer)
     for pretrained in filter(None, (source, find_source(workspace, teacher) if teacher else None)):
         _require_fit(pretrained, domain, of_domain.store, tokenizer, report)
-    tutor = None
-    if teacher:
-        tutor_name = name_of_teacher(find_source(workspace, teacher), domain, tokens)
-        tutor = specialize(workspace, config, domain, report, teacher, tokens, tutor_name)
+    tutor = _tuned_teacher(workspace, config, domain, report, teacher, tokens, source) if teacher else None
     if source:
         shape, origin = source.shape, {"run": source.name, "step": source.weights_step(), "is": source.identity}
     else:
@@ -168,17 +165,47 @@ def specialize(
             job.work(run, chosen(experts, run.record["selection"]))
         elif lora:
             adapters = Lora(shape, lora, config.lora.scale)
-            plain = partial(adapters.applied, source.weights())
-            job = replace(job, plain=plain, flops_per_token=adapters.flops_per_token)
+            plain, spared = partial(adapters.applied, weights_of(workspace, source)), adapters.bytes_spared
+            job = replace(job, plain=plain, flops_per_token=adapters.flops_per_token, extra_bytes=-spared)
             job.work(run, adapters.initialise(finetuning.seed))
         else:
             if tutor and config.distillation.a < 1:
-                job = _with_teacher(job, tutor)
-            job.work(run, source.weights() if source else initialise(shape, finetuning.seed))
+                job = _with_teacher(workspace, job, tutor)
+            job.work(run, weights_of(workspace, source) if source else initialise(shape, finetuning.seed))
         for candidate in run.path.glob(f"{EXPERT}*"):
             shutil.rmtree(candidate)
         export_run(workspace, run, fuse)
     return run
+
+
+def _tuned_teacher(
+    workspace: Workspace,
+    config: Config,
+    domain: str,
+    report: Report,
+    teacher: str,
+    tokens: int | None,
+    student: Run | None,
+) -> Run:
+    """The teacher fine-tuned on the domain set, made where that was not done."""
+    run = find_source(workspace, teacher)
+    if student and run.shape.vocab_size != student.shape.vocab_size:
+        raise SlmError(
+            f"--teacher {teacher}: its embedding has {run.shape.vocab_size:,} rows, that of {student.name} "
+            f"{student.shape.vocab_size:,}: they must share a vocabulary"
+        )
+    name = name_of_teacher(run, domain, tokens)
+    known = workspace.run(name) / "run.json"
+    try:
+        return specialize(workspace, config, domain, report, teacher, tokens, name)
+    except SlmError as error:
+        if not known.exists():
+            raise
+        size = f" --tokens {format_size(tokens)}" if tokens else ""
+        raise SlmError(
+            f"the fine-tuned teacher: {error}; to make it anew: mlx-slm specialize --domain {domain} --from {teacher}"
+            f"{size} --name {name} --fresh"
+        ) from error
 
 
 def name_of_teacher(run: Run, domain: str, tokens: int | None) -> str:
@@ -198,12 +225,14 @@ def _domain(workspace: Workspace, config: Config, name: str, tokens: int | None)
     return Domain(name, tokens, store, windows, valid, valid_windows)
 
 
-def _with_teacher(job: Finetuning, tutor: Run) -> Finetuning:
+def _with_teacher(workspace: Workspace, job: Finetuning, tutor: Run) -> Finetuning:
     """The same fine-tuning, learning from the teacher's distributions as well (SLM-d)."""
     settings, shape = job.config.distillation, tutor.shape
+    model = Transformer(shape)
+    model.update(weights_of(workspace, tutor))
     return replace(
         job,
-        loss=Distillation(tutor.model(), settings.a, settings.tau),
+        loss=Distillation(model, settings.a, settings.tau),
         flops_per_token=job.flops_per_token + shape.forward_flops_per_token,
         extra_bytes=4 * shape.num_parameters,
     )
@@ -216,6 +245,10 @@ def _check_kind(source: Run | None, experts: Experts | None, lora: int | None, t
     if lora and (source is None or experts):
         what = f"run {source.name} has experts" if source else "there is none"
         raise SlmError(f"--lora adapts one pretrained model, and {what}: name another run with --from")
+    if lora and not source.finished and source.milestone is None:
+        raise SlmError(
+            f"--lora: run {source.name} is not finished, and an adapter needs a base that stays: train it on"
+        )
     if lora and lora > source.shape.dims:
         raise SlmError(f"--lora {lora}: the matrices of run {source.name} have rank {source.shape.dims} at the most")
     if teacher and experts:

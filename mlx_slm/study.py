@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from mlx_slm import runtime
 from mlx_slm.clustering.target import Target
 from mlx_slm.config import Config, format_size
 from mlx_slm.errors import SlmError
@@ -19,6 +20,9 @@ from mlx_slm.experts import HISTOGRAM
 from mlx_slm.pretrain import pretrain
 from mlx_slm.report import Report
 from mlx_slm.specialize import FROM_NONE, name_of_teacher, specialize
+from mlx_slm.text.prepare import ensure_set, text_needed
+from mlx_slm.text.sources import SPLITS
+from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.runs import Run, find_run
 from mlx_slm.workspace import Workspace, fingerprint, write_text
 
@@ -74,8 +78,8 @@ def cells(config: Config) -> Iterator[Cell]:
 def run_study(workspace: Workspace, config: Config, name: str, report: Report) -> list[dict]:
     """Do every cell that is not done; returns all rows, in the order of the grid."""
     file = workspace.results / f"{name}.jsonl"
-    settings = fingerprint(config.model_dump(mode="json", exclude={"study"}))
     kept, todo, rows = read_rows(file), list(cells(config)), []
+    settings = _settings_of_rows(workspace, config, report)
     workspace.results.mkdir(parents=True, exist_ok=True)
     write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
     known = {row["cell"]: row for row in kept if row["settings"] == settings}
@@ -83,11 +87,30 @@ def run_study(workspace: Workspace, config: Config, name: str, report: Report) -
         row = known.get(cell.name)
         if row is None:
             report.line(f"cell {number} of {len(todo)}: {cell.name}")
-            row = {"cell": cell.name, "settings": settings, **asdict(cell), **_work(workspace, config, cell, report)}
+            facts = {"cell": cell.name, "settings": settings, "device": runtime.device_name(), **asdict(cell)}
+            row = facts | _work(workspace, config, cell, report)
             with open(file, "a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
         rows.append(row)
     return rows
+
+
+def _settings_of_rows(workspace: Workspace, config: Config, report: Report) -> str:
+    """What tells the rows of one study from those of another: settings, horizon, rank, and the text.
+
+    Prepares sets that were not, and raises SlmError, before any training, for a grid that cannot be done.
+    """
+    study, generic = config.study, config.data.generic
+    needed = text_needed(max(study.budgets) * (4 if "is" in study.methods else 1))
+    ensure_set(workspace, generic, config, report, limit=needed)
+    for domain in study.domains:
+        ensure_set(workspace, domain, config, report, limit=text_needed(max(study.domain_tokens)))
+        first_windows(Store(workspace.require_set(domain)), max(study.domain_tokens), config.data.seed)
+    if "lora" in study.methods and study.lora_rank > config.large.dims:
+        raise SlmError(f"study.lora_rank {study.lora_rank} is more than large.dims {config.large.dims}")
+    stores = [Store(workspace.require_set(name, split)) for name in (generic, *study.domains) for split in SPLITS]
+    settings = config.model_dump(mode="json", exclude={"study"})
+    return fingerprint([settings, max(study.budgets), study.lora_rank, [store.fingerprint for store in stores]])
 
 
 def read_rows(file: Path) -> list[dict]:

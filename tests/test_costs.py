@@ -5,13 +5,16 @@ import pytest
 from mlx_slm.config import Config
 from mlx_slm.costs import (
     PAPER_COSTS,
+    PAPER_PASSES,
     PAPER_RATES,
+    SIZES,
     Cost,
     Rates,
     costs_of_budgets,
     finetuning_tokens,
     recommend,
 )
+from mlx_slm.errors import SlmError
 from mlx_slm.models.projected import ProjectedShape
 from mlx_slm.models.transformer import Shape
 
@@ -21,31 +24,49 @@ def test_equation_1():
     assert Cost(0, 130).total(7) == 910
 
 
-@pytest.mark.parametrize(("size", "hours"), [(1e6, 0.02), (8e6, 0.07), (64e6, 0.5)])
-def test_table_2_gives_the_specialization_costs_of_table_3(size, hours):
-    found = costs_of_budgets(PAPER_RATES, 650, 130, int(size))
-    for method in ("slm", "mix", "pn"):
-        assert found[method].specialization == pytest.approx(hours, rel=0.02, abs=0.001)
-    assert found["is"].specialization == pytest.approx(130 + hours, abs=0.01)
+@pytest.mark.parametrize(
+    ("size", "small", "large", "distilled"),
+    [(10**6, 0.02, 0.12, 0.7), (8 * 10**6, 0.07, 0.5, 2.8), (64 * 10**6, 0.5, 3.5, 21)],
+)
+def test_table_2_gives_the_specialization_costs_of_table_3(size, small, large, distilled):
+    found = costs_of_budgets(PAPER_RATES, 650, 130, size)
+    for method in ("slm", "mix", "pn", "nopt"):
+        assert found[method].specialization == pytest.approx(small, rel=0.02, abs=0.001)
+    assert found["llm"].specialization == pytest.approx(large, rel=0.02)
+    assert found["d"].specialization == pytest.approx(distilled, rel=0.02)
+    assert found["is"].specialization == pytest.approx(130 + small, abs=0.01)
     assert found["pn"].total(1) == pytest.approx(PAPER_COSTS["pn"].total(1), rel=1e-3)
 
 
-def test_tokens_of_fine_tuning():
-    assert [finetuning_tokens(n) / 1e6 for n in (10**6, 8 * 10**6, 64 * 10**6)] == [9, 32, 224]
+def test_tokens_of_fine_tuning_grow_with_the_domain_set_up_to_the_limit():
+    assert [finetuning_tokens("slm", n) / 1e6 for n in SIZES] == pytest.approx([9, 32, 224])
+    for kind in PAPER_PASSES:
+        found = [finetuning_tokens(kind, int(n)) for n in (1e4, 1e6, 1.1e6, 5e6, 8e6, 9e6, 6.4e7, 2e8)]
+        assert found == sorted(found) and len(set(found)) == len(found)
+    assert finetuning_tokens("d", 10**6, limit=5e6) == 5e6
+
+
+LARGE = {"llm": "it has 771M parameters, the inference budget admits 126M"}
 
 
 def test_table_3_gives_sampling_up_to_four_domains_and_a_network_from_six():
-    chosen = {n: recommend(PAPER_COSTS, n, large_is_allowed=False)[0] for n in (1, 2, 3, 4, 6, 7, 50)}
+    chosen = {n: recommend(PAPER_COSTS, n, LARGE)[0] for n in (1, 2, 3, 4, 6, 7, 50)}
     assert chosen == {1: "is", 2: "is", 3: "is", 4: "is", 6: "pn", 7: "pn", 50: "pn"}
-    assert "equal at 5.0 domains" in recommend(PAPER_COSTS, 6, large_is_allowed=False)[1]
+    assert "equal at 5.0 domains" in recommend(PAPER_COSTS, 6, LARGE)[1]
+    assert "for one domain" in recommend(PAPER_COSTS, 1, LARGE)[1]
 
 
 def test_the_three_corners_of_figure_1():
-    assert recommend(PAPER_COSTS, 1, large_is_allowed=True)[0] == "llm"
-    assert recommend(PAPER_COSTS, 1, large_is_allowed=False, specialization_hours=200)[0] == "is"
-    method, reason = recommend(PAPER_COSTS, 1, large_is_allowed=False, specialization_hours=1)
-    assert method == "pn" and "importance sampling takes 130 hours a domain, 1 are given" in reason
-    assert recommend(PAPER_COSTS, 1, False, 1, network_fits=False)[0] == "mix"
+    assert recommend(PAPER_COSTS, 1, {})[0] == "llm"
+    assert recommend(PAPER_COSTS, 1, LARGE)[0] == "is"
+    hours = LARGE | {"is": "it takes 130 hours a domain, 1 are given"}
+    method, reason = recommend(PAPER_COSTS, 1, hours)
+    assert method == "pn" and "importance sampling: it takes 130 hours a domain, 1 are given" in reason
+    assert recommend(PAPER_COSTS, 1, hours | {"pn": "memory"})[0] == "mix"
+    assert recommend(PAPER_COSTS, 50, LARGE | {"pn": "memory", "mix": "memory"})[0] == "is"
+    assert recommend(PAPER_COSTS, 50, hours | {"pn": "memory", "mix": "memory"})[0] == "slm"
+    with pytest.raises(SlmError, match="no method fits: too large"):
+        recommend(PAPER_COSTS, 1, hours | dict.fromkeys(("slm", "pn", "mix"), "too large"))
 
 
 def test_rates_from_one_measured_speed():

@@ -12,10 +12,13 @@ from mlx_slm.cli import run
 from mlx_slm.config import ModelConfig, ProjectionConfig
 from mlx_slm.config_files import dump_config
 from mlx_slm.costs import METHODS
+from mlx_slm.errors import SlmError
+from mlx_slm.evaluate import evaluate_models
 from mlx_slm.models.transformer import Shape
 from mlx_slm.plan import Budgets, decoding_speed, make_plan
 from mlx_slm.pretrain import pretrain
 from mlx_slm.report import Report
+from mlx_slm.specialize import specialize
 from mlx_slm.training.runs import find_run
 from mlx_slm.workspace import Workspace
 
@@ -28,7 +31,7 @@ def plan_config():
 @pytest.fixture
 def measured(monkeypatch):
     """1,000 tokens a second, whatever the machine."""
-    monkeypatch.setattr(module, "measure_speed", lambda *_: 1000.0)
+    monkeypatch.setattr(module, "calibrated_speed", lambda *_: 1000.0)
 
 
 TWO = ProjectionConfig(k=2, h=2, clusters_per_step=2)
@@ -50,11 +53,11 @@ def test_before_anything_was_trained(plan_config, measured, tmp_path, capsys):
     keys = {"method", "generic_hours", "specialization_hours", "total_hours", "inference_parameters", "memory_gb"}
     assert all(set(row) >= keys | {"fits", "perplexity", "source"} for row in rows.values())
     small, large = (Shape.of(section, 400, 32) for section in (plan_config.model, plan_config.large))
-    assert rows["slm"]["specialization_hours"] == pytest.approx(9e6 / 1000 / 3600)
-    assert rows["llm"]["specialization_hours"] == pytest.approx(
-        9e6 / 1000 / 3600 * large.flops_per_token / small.flops_per_token
-    )
-    assert rows["is"]["total_hours"] == pytest.approx(2 + 2.5) and rows["pn"]["total_hours"] == pytest.approx(12.5)
+    hours = 30 * 4 * 32 / 1000 / 3600
+    assert rows["slm"]["specialization_hours"] == pytest.approx(hours), "30 steps of 4 rows of 32 tokens"
+    assert rows["llm"]["specialization_hours"] == pytest.approx(hours * large.flops_per_token / small.flops_per_token)
+    assert rows["is"]["total_hours"] == pytest.approx(2 + hours)
+    assert rows["pn"]["total_hours"] == pytest.approx(10 + hours)
     assert rows["llm"]["inference_parameters"] == large.num_parameters and not rows["llm"]["fits"]
     assert rows["slm"]["source"] == "paper" and rows["slm"]["perplexity"] == 18.2 and rows["is"]["perplexity"] is None
     assert rows["lora"]["memory_gb"] < rows["llm"]["memory_gb"]
@@ -64,32 +67,58 @@ def test_budgets_decide(plan_config, measured, tmp_path, monkeypatch):
     workspace = Workspace(tmp_path / "w")
 
     def recommended(**budgets):
-        return make_plan(workspace, plan_config, Budgets(10, domain_tokens=100_000, **budgets), Report())["recommended"]
+        found = make_plan(workspace, plan_config, Budgets(10, domain_tokens=100_000, **budgets), Report())
+        row = rows_of(found)[found["recommended"]]
+        assert row["fits"] and row["against"] is None, "what is recommended can be done"
+        return found["recommended"]
 
     assert recommended(domains=4) == "is" and recommended(domains=6) == "pn"
     assert recommended(domains=1, specialization_hours=1) == "pn"
     assert recommended(domains=1, inference_parameters=10**9) == "llm"
     monkeypatch.setattr(runtime, "memory_bytes", lambda: 10 << 20)
     assert recommended(domains=6) == "mix", "the network does not fit 10 MB"
+    assert recommended(domains=6, specialization_hours=1) == "mix"
+    with pytest.raises(SlmError, match=r"no method fits: it takes .* hours a domain, 1e-09 are given"):
+        recommended(specialization_hours=1e-9)
+    with pytest.raises(SlmError, match="no such set is prepared"):
+        make_plan(workspace, plan_config, Budgets(10), Report(), domain="pubmedd")
 
 
 def test_rates_come_from_recorded_runs_of_the_same_shape(plan_config, prepared, tmp_path, monkeypatch):
     workspace = Workspace(tmp_path / "w")
     shutil.copytree(prepared.root, workspace.root)
+    other, plan_config = plan_config, plan_config.model_copy(update={"projection": TWO})
     for method in ("slm", "pn"):
-        one = pretrain(workspace, plan_config.model_copy(update={"projection": TWO}), method, Report())
+        one = pretrain(workspace, plan_config, method, Report())
         one.record["seconds"] = 100.0 if method == "slm" else 150.0
         one.save()
-    monkeypatch.setattr(module, "measure_speed", lambda *_: pytest.fail("measured although there are runs"))
+    monkeypatch.setattr(module, "calibrated_speed", lambda *_: pytest.fail("measured although there are runs"))
     found = make_plan(workspace, plan_config, Budgets(1), Report())
     positions = find_run(workspace, "slm").record["step"] * 8 * 32
     assert found["rates"]["slm"] == pytest.approx(1e9 * 100 / positions / 3600)
     assert found["rates"]["pn"] == pytest.approx(1.5 * found["rates"]["slm"])
     assert found["rates_from"]["slm"] == "run slm" and found["rates_from"]["llm"] == "by FLOPs from slm"
+    assert make_plan(workspace, other, Budgets(1), Report())["rates_from"]["pn"] == "by FLOPs from slm", "another h"
+
+
+def test_perplexities_are_those_of_the_domain_and_its_size(plan_config, prepared, measured, tmp_path):
+    workspace = Workspace(tmp_path / "w")
+    shutil.copytree(prepared.root, workspace.root)
+    pretrain(workspace, plan_config, "slm", Report())
+    for tokens, more in ((4000, {}), (2000, {}), (4000, {"lora": 2})):
+        tuned = specialize(workspace, plan_config, "notes", Report(), "slm", tokens, **more)
+        row = evaluate_models(workspace, plan_config, [tuned.name], ["notes"], "test", Report())["results"][0]
+        found = rows_of(make_plan(workspace, plan_config, Budgets(1, domain_tokens=tokens), Report(), "notes"))
+        method = "lora" if more else "slm"
+        assert (found[method]["perplexity"], found[method]["source"]) == (row["perplexity"], "run")
+    found = rows_of(make_plan(workspace, plan_config, Budgets(1, domain_tokens=3000), Report(), "notes"))
+    assert found["slm"]["source"] == "paper" and found["is"]["source"] is None
 
 
 def test_the_speed_of_writing_is_measured(plan_config):
-    assert 1 < decoding_speed(Shape.of(plan_config.model, 400, 32)) < 10**6
+    large = ModelConfig(family="gpt2", num_layers=8, dims=512, num_heads=4)
+    small, big = (decoding_speed(Shape.of(section, 400, 32)) for section in (plan_config.model, large))
+    assert 3 * big < small, "700 times the weights are to be read for a token"
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,26 @@ def test_a_study_that_was_cut_off_goes_on_and_gives_the_same_tables(done, study_
     assert run_study(workspace, study_config, "grid", Report()) == again and len(worked) == 12
 
 
+def test_what_changes_a_cell_does_it_again(done, study_config, tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path / "w")
+    shutil.copytree(done.root, workspace.root)
+    worked = []
+    monkeypatch.setattr(module, "_work", lambda *a: worked.append(a[2].name) or {"pretrained": None})
+    for change in ({"lora_rank": 3}, {"budgets": [1024]}):
+        worked.clear()
+        study = study_config.study.model_copy(update=change)
+        run_study(workspace, study_config.model_copy(update={"study": study}), "grid", Report())
+        assert worked, change
+    rows = read_rows(workspace.results / "grid.jsonl")
+    assert rows[:32] == read_rows(done.results / "grid.jsonl"), "what was there is kept"
+    with pytest.raises(SlmError, match=r"study\.lora_rank 49 is more than large\.dims 48"):
+        study = study_config.study.model_copy(update={"lora_rank": 49})
+        run_study(workspace, study_config.model_copy(update={"study": study}), "grid", Report())
+    with pytest.raises(SlmError, match="unknown set 'nots'"):
+        study = study_config.study.model_copy(update={"domains": ["nots"]})
+        run_study(workspace, study_config.model_copy(update={"study": study}), "grid", Report())
+
+
 def test_tables_by_hand(done):
     rows = read_rows(done.results / "grid.jsonl")
     nll = {"a": 1.0, "b": 3.0}

@@ -172,6 +172,17 @@ def specialize(session: Session, domain, sources, from_run, select, lora, fuse, 
     _show_run(session, run)
 
 
+def _how_to_use(session: Session, base: dict, adapter: Path) -> str:
+    """How to run an adapter: with its base where that is exported at the same step, else fused."""
+    from mlx_slm.workspace import MANIFEST, read_json
+
+    model = session.workspace.model(base["run"])
+    exported = read_json(model / MANIFEST)["inputs"] if (model / MANIFEST).exists() else {}
+    if exported.get("step") == base["step"]:
+        return f"mlx_lm.generate --model {model} --adapter-path {adapter} --prompt TEXT"
+    return f"the same command with --fuse (step {base['step']:,} of {base['run']} is not among the models)"
+
+
 def _show_run(session: Session, run) -> None:
     from mlx_slm.experts import has_experts
 
@@ -194,8 +205,7 @@ def _show_run(session: Session, run) -> None:
     if model:
         text = f"model: {model}\nnext: mlx-slm evaluate {run.name}"
     elif "adapter" in result:
-        base = session.workspace.model(record["inputs"]["from"]["run"])
-        text = f"adapter: {adapter}\nnext: mlx_lm.generate --model {base} --adapter-path {adapter} --prompt TEXT"
+        text = f"adapter: {adapter}\nnext: " + _how_to_use(session, record["inputs"]["from"], adapter)
     elif run.finished:
         text = f"run {run.name} has its experts\nnext: mlx-slm specialize --domain NAME --from {run.name}"
     else:

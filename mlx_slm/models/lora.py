@@ -51,9 +51,15 @@ class Lora:
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs of a token: forward and back through everything, weight gradients of what is adapted alone."""
-        adapted = sum(self.shape.dims * rows for *_, rows in self.targets)
-        return self.shape.flops_per_token - 2 * (self.shape.product_parameters - adapted)
+        """Training FLOPs of a token: forward and back through everything, weight gradients of what is adapted, and of
+        the head, which the cross-entropy makes in any case."""
+        made = sum(self.shape.dims * rows for *_, rows in self.targets) + self.shape.vocab_size * self.shape.dims
+        return self.shape.flops_per_token - 2 * (self.shape.product_parameters - made)
+
+    @property
+    def bytes_spared(self) -> int:
+        """Memory that a step spares against one of all weights: moments, successors and gradients of the frozen."""
+        return 4 * 6 * (self.shape.num_parameters - self.num_parameters)
 
     def initialise(self, seed: int) -> dict:
         """A uniform within 1 / sqrt(in) and B zero, as mlx-lm begins: at first nothing is added."""

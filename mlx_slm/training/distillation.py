@@ -9,7 +9,9 @@ states and head are made in the forward pass. The factor tau^2 keeps the gradien
 from __future__ import annotations
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
+from mlx_slm import runtime
 from mlx_slm.models.ops import exp_nonpositive
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.training.loss import chunk_rows
@@ -20,6 +22,8 @@ class Distillation:
 
     def __init__(self, teacher: Transformer, a: float, tau: float):
         self.teacher, self.a, self.tau = teacher, a, tau
+        dtype = runtime.compute_dtype()
+        teacher.update(tree_map(lambda p: p.astype(dtype), teacher.parameters()))
         mx.eval(teacher.parameters())
 
     def __call__(self, model: Transformer, tokens: mx.array, weights: mx.array) -> mx.array:
@@ -82,7 +86,7 @@ def linear_distillation(
             *map(mx.zeros_like, others),
         )
 
-    step = rows or chunk_rows(2 * len(targets), len(head))
+    step = rows or chunk_rows(len(targets), 2 * len(head))
     return run(hidden, head, teacher_hidden, teacher_head, targets, weights)[0]
 
 
