@@ -18,9 +18,8 @@ from mlx_slm.clustering.sampler import Sampler, Stream
 from mlx_slm.config import Config, format_size
 from mlx_slm.errors import SlmError
 from mlx_slm.experts import FINETUNED, FREQUENT, HISTOGRAM, PRETRAINED, Experts, has_experts
-from mlx_slm.export import export_run, weights_of
+from mlx_slm.export import export_run, lora_of, weights_of
 from mlx_slm.finetune import Finetuning, choose_recipe, finetune_all, plan_of
-from mlx_slm.models.lora import Lora
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
 from mlx_slm.scoring import validation_windows
@@ -94,11 +93,7 @@ def specialize(
     named = sources_of(domain, sources or [], workspace, config)
     if source:
         tokens = _sampled_tokens(source, domain, tokens, report)
-    if sources:
-        prepare(workspace, domain, named, config, report)
-    else:
-        ensure_set(workspace, domain, config, report, limit=text_needed(tokens or STREAMED_TOKENS))
-    of_domain = _domain(workspace, config, domain, tokens)
+    of_domain = _prepared(workspace, config, domain, tokens, named if sources else [], report)
     tokenizer = open_tokenizer(workspace.tokenizer)
     for pretrained in filter(None, (source, find_source(workspace, teacher) if teacher else None)):
         _require_fit(pretrained, domain, of_domain.store, tokenizer, report)
@@ -121,18 +116,8 @@ def specialize(
         "recipe": recipe.model_dump(mode="json") | {"learning_rate": rate},
         "tokenizer": tokenizer.fingerprint,
         **of_domain.inputs(),
+        **_inputs_of_way(config, experts, select, lora, tutor),
     }
-    if experts:
-        inputs |= {"select": select, "clusters": experts.clusters.fingerprint}
-    if select == PRETRAINED:
-        inputs["select_tokens"] = finetuning.select_tokens
-    if select in (PRETRAINED, FINETUNED):
-        inputs["experts"] = experts.require_trained()
-    if lora:
-        inputs["lora"] = {"rank": lora, "scale": config.lora.scale}
-    if tutor:
-        inputs["teacher"] = {"run": tutor.name, "step": tutor.weights_step(), "is": tutor.identity}
-        inputs["distillation"] = config.distillation.model_dump(mode="json")
     label = f"{method}-{select}" if select else method
     path = workspace.run(name or f"{domain}-{label}-{_size(tokens)}")
     stream = Stream.of(of_domain.store, of_domain.windows)
@@ -154,28 +139,61 @@ def specialize(
         run = open_run(workspace, path, method, inputs, config, fresh, select="best", announce=announce)
         if run.finished:
             report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
-        elif select == FINETUNED:
-            finetune_all(workspace, run, experts, job)
-        elif experts:
-            if "selection" not in run.record:
-                chosen_by = (config, domain, of_domain.store, of_domain.windows, report)
-                run.record["selection"] = select_expert(experts, select, *chosen_by)
-                run.save()
-            report.line(f"starting from {describe(run.record['selection'])}")
-            job.work(run, chosen(experts, run.record["selection"]))
-        elif lora:
-            adapters = Lora(shape, lora, config.lora.scale)
-            plain, spared = partial(adapters.applied, weights_of(workspace, source)), adapters.bytes_spared
-            job = replace(job, plain=plain, flops_per_token=adapters.flops_per_token, extra_bytes=-spared)
-            job.work(run, adapters.initialise(finetuning.seed))
         else:
-            if tutor and config.distillation.a < 1:
-                job = _with_teacher(workspace, job, tutor)
-            job.work(run, weights_of(workspace, source) if source else initialise(shape, finetuning.seed))
+            _train(workspace, run, job, source, experts, tutor, of_domain)
         for candidate in run.path.glob(f"{EXPERT}*"):
             shutil.rmtree(candidate)
         export_run(workspace, run, fuse)
     return run
+
+
+def _train(
+    workspace: Workspace,
+    run: Run,
+    job: Finetuning,
+    source: Run | None,
+    experts: Experts | None,
+    tutor: Run | None,
+    domain: Domain,
+) -> None:
+    """Fine-tune from where the run's inputs say, or go on with it."""
+    config, inputs = job.config, run.record["inputs"]
+    if experts and inputs["select"] == FINETUNED:
+        finetune_all(workspace, run, experts, job)
+    elif experts:
+        if "selection" not in run.record:
+            of_domain = (domain.name, domain.store, domain.windows)
+            run.record["selection"] = select_expert(experts, inputs["select"], config, *of_domain, job.report)
+            run.save()
+        job.report.line(f"starting from {describe(run.record['selection'])}")
+        job.work(run, chosen(experts, run.record["selection"]))
+    elif lora := lora_of(run):
+        plain = partial(lora.applied, weights_of(workspace, source))
+        changes = {"plain": plain, "flops_per_token": lora.flops_per_token, "extra_bytes": -lora.bytes_spared}
+        replace(job, **changes).work(run, lora.initialise(config.finetuning.seed))
+    else:
+        if tutor and config.distillation.a < 1:
+            job = _with_teacher(workspace, job, tutor)
+        job.work(run, weights_of(workspace, source) if source else initialise(job.shape, config.finetuning.seed))
+
+
+def _inputs_of_way(
+    config: Config, experts: Experts | None, select: str | None, lora: int | None, tutor: Run | None
+) -> dict:
+    """What tells one way of specialising from another, for a record."""
+    found = {}
+    if experts:
+        found = {"select": select, "clusters": experts.clusters.fingerprint}
+    if select == PRETRAINED:
+        found["select_tokens"] = config.finetuning.select_tokens
+    if select in (PRETRAINED, FINETUNED):
+        found["experts"] = experts.require_trained()
+    if lora:
+        found["lora"] = {"rank": lora, "scale": config.lora.scale}
+    if tutor:
+        found["teacher"] = {"run": tutor.name, "step": tutor.weights_step(), "is": tutor.identity}
+        found["distillation"] = config.distillation.model_dump(mode="json")
+    return found
 
 
 def _tuned_teacher(
@@ -217,7 +235,14 @@ def _size(tokens: int | None) -> str:
     return format_size(tokens) if tokens else "all"
 
 
-def _domain(workspace: Workspace, config: Config, name: str, tokens: int | None) -> Domain:
+def _prepared(
+    workspace: Workspace, config: Config, name: str, tokens: int | None, sources: list[str], report: Report
+) -> Domain:
+    """The domain set, prepared from `sources` where they are given, or where it was not."""
+    if sources:
+        prepare(workspace, name, sources, config, report)
+    else:
+        ensure_set(workspace, name, config, report, limit=text_needed(tokens or STREAMED_TOKENS))
     store, valid = (Store(workspace.require_set(name, split)) for split in ("train", "valid"))
     store.require_tokenizer(open_tokenizer(workspace.tokenizer))
     windows = first_windows(store, tokens, config.data.seed)

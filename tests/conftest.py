@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,22 @@ from mlx_slm.config import (
     Config,
     DataConfig,
     FinetuningConfig,
+    MixtureConfig,
     ModelConfig,
+    ProjectionConfig,
     TokenizerConfig,
     TrainingConfig,
 )
+from mlx_slm.config_files import dump_config
 from mlx_slm.errors import SlmError
+from mlx_slm.experts import Experts
+from mlx_slm.pretrain import pretrain
 from mlx_slm.report import Report
 from mlx_slm.text.docstrings import documents
 from mlx_slm.text.prepare import prepare
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
+from mlx_slm.training.runs import find_run
 from mlx_slm.workspace import Workspace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -125,6 +132,30 @@ def prepared(tmp_path_factory, texts, config) -> Workspace:
     prepare(workspace, "generic", [str(generic)], config, Report())
     prepare(workspace, "notes", [str(notes)], config, Report())
     return workspace
+
+
+@pytest.fixture(scope="session")
+def expert_config() -> Config:
+    return small_config(
+        projection=ProjectionConfig(k=4, h=3, clusters_per_step=2, spread=0.3), mixture=MixtureConfig(k=4)
+    )
+
+
+@pytest.fixture(scope="session")
+def with_experts(prepared, expert_config, tmp_path_factory) -> Workspace:
+    """A workspace with a network `pn`, a mixture `mix` and the single model `slm`. Do not write into it."""
+    workspace = Workspace(tmp_path_factory.mktemp("experts") / "w")
+    shutil.copytree(prepared.root, workspace.root)
+    workspace.config_file.write_text(dump_config(expert_config))
+    for method in ("pn", "mix", "slm"):
+        pretrain(workspace, expert_config, method, Report())
+    experts_of(workspace, "pn").assigned(expert_config, "notes", "train", Report())
+    return workspace
+
+
+def experts_of(workspace: Workspace, name: str) -> Experts:
+    """The experts of a run."""
+    return Experts(workspace, find_run(workspace, name))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Projected networks and mixtures as a user has them: pretraining, resuming, choosing, routing, handing over."""
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -11,16 +10,14 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import call, small_config
+from conftest import call, experts_of
 from mlx.utils import tree_flatten
 from training.test_trainer import assert_same, everything
 
 from mlx_slm.bundle import export_bundle, find_source
 from mlx_slm.cli import run
-from mlx_slm.clustering.encoder import window_texts
 from mlx_slm.clustering.importance import histogram
-from mlx_slm.config import MixtureConfig, ProjectionConfig
-from mlx_slm.config_files import dump_config, load_config
+from mlx_slm.config import MixtureConfig
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.evaluate import evaluate_models
 from mlx_slm.experts import Experts
@@ -32,44 +29,17 @@ from mlx_slm.report import Report
 from mlx_slm.scoring import Scorer, validation_windows
 from mlx_slm.selection import score_experts, select_expert
 from mlx_slm.specialize import specialize
-from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.checkpoint import checkpoint_steps
 from mlx_slm.training.runs import alone_in, find_run, open_expert
-from mlx_slm.workspace import Workspace, fingerprint, load_manifest
-
-EXPERTS = {
-    "projection": ProjectionConfig(k=4, h=3, clusters_per_step=2, spread=0.3),
-    "mixture": MixtureConfig(k=4),
-}
-
-
-@pytest.fixture(scope="module")
-def expert_config():
-    return small_config(**EXPERTS)
-
-
-@pytest.fixture(scope="module")
-def trained(prepared, expert_config, tmp_path_factory) -> Workspace:
-    """A workspace with a network `pn`, a mixture `mix` and the single model `slm`. Do not write into it."""
-    workspace = Workspace(tmp_path_factory.mktemp("experts") / "w")
-    shutil.copytree(prepared.root, workspace.root)
-    workspace.config_file.write_text(dump_config(expert_config))
-    for method in ("pn", "mix", "slm"):
-        pretrain(workspace, expert_config, method, Report())
-    Experts(workspace, find_run(workspace, "pn")).assigned(expert_config, "notes", "train", Report())
-    return workspace
+from mlx_slm.workspace import Workspace, load_manifest
 
 
 @pytest.fixture
-def own(trained, tmp_path) -> Workspace:
+def own(with_experts, tmp_path) -> Workspace:
     """A copy to write into."""
-    shutil.copytree(trained.root, tmp_path / "w")
+    shutil.copytree(with_experts.root, tmp_path / "w")
     return Workspace(tmp_path / "w")
-
-
-def experts_of(workspace, name) -> Experts:
-    return Experts(workspace, find_run(workspace, name))
 
 
 KILLED = """
@@ -90,9 +60,9 @@ sys.exit(run(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(("method", "calls"), [("pn", 9), ("mix", 10)])
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(method, calls, trained, expert_config, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(method, calls, with_experts, expert_config, tmp_path):
     workspace = Workspace(tmp_path / "w")
-    shutil.copytree(trained.root, workspace.root)
+    shutil.copytree(with_experts.root, workspace.root)
     shutil.rmtree(workspace.run(method))
     arguments = ["pretrain", "--method", method, "--workspace", str(workspace.root)]
     command = [sys.executable, "-c", KILLED.format(calls=calls), *arguments]
@@ -101,7 +71,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(method, calls, trai
     pretrain(workspace, expert_config, method, Report())
     names = [method] if method == "pn" else [f"mix/expert-{i}" for i in range(4)]
     for name in names:
-        assert_same(workspace.root / "runs" / name, everything(trained.root / "runs" / name))
+        assert_same(workspace.root / "runs" / name, everything(with_experts.root / "runs" / name))
 
 
 def test_a_mixture_goes_on_expert_by_expert(own, expert_config, report):
@@ -146,8 +116,8 @@ def test_a_network_can_start_from_the_generic_run(own, expert_config, report):
         assert mx.abs(value - start[name]).max().item() < 1.1 * step
 
 
-def test_frequent_and_histogram_are_those_of_the_tokens(trained, expert_config):
-    experts, store = experts_of(trained, "pn"), Store(trained.data("notes", "train"))
+def test_frequent_and_histogram_are_those_of_the_tokens(with_experts, expert_config):
+    experts, store = experts_of(with_experts, "pn"), Store(with_experts.data("notes", "train"))
     windows = first_windows(store, 4000, 0)
     place = experts.clusters.assigned("notes", "train").clusters[:]
     lengths = store.windows[:]["length"]
@@ -162,8 +132,8 @@ def test_frequent_and_histogram_are_those_of_the_tokens(trained, expert_config):
 
 
 @pytest.mark.parametrize("name", ["pn", "mix"])
-def test_pretrained_takes_the_lowest_loss_on_the_domain_set(name, trained, expert_config):
-    experts, store = experts_of(trained, name), Store(trained.data("notes", "train"))
+def test_pretrained_takes_the_lowest_loss_on_the_domain_set(name, with_experts, expert_config):
+    experts, store = experts_of(with_experts, name), Store(with_experts.data("notes", "train"))
     windows = first_windows(store, 4000, 0)
     finetuning = expert_config.finetuning.model_copy(update={"select_tokens": 1500})
     few = expert_config.model_copy(update={"finetuning": finetuning})
@@ -249,9 +219,9 @@ def test_evaluation_routes_each_window_through_its_clusters_expert(name, own, ex
         assert mixed["nll"] == pytest.approx(Scorer(model)(store, np.arange(store.num_windows)).nll, rel=1e-6)
 
 
-def test_validation_in_training_is_the_routed_one(trained, expert_config):
-    record = find_run(trained, "pn").record
-    experts, store = experts_of(trained, "pn"), Store(trained.data("generic", "valid"))
+def test_validation_in_training_is_the_routed_one(with_experts, expert_config):
+    record = find_run(with_experts, "pn").record
+    experts, store = experts_of(with_experts, "pn"), Store(with_experts.data("generic", "valid"))
     windows = validation_windows(store, expert_config.training.eval_tokens, 0)
     place = experts.clusters.assigned("generic", "valid").clusters[:][windows]
     total = 0.0
@@ -260,91 +230,6 @@ def test_validation_in_training_is_the_routed_one(trained, expert_config):
         model.update(experts.parameters(int(cluster)))
         total += Scorer(model).window_nll(store, windows[place == cluster]).sum()
     assert record["valid_nll"] == pytest.approx(total / store.windows[:]["length"][windows].sum(), rel=1e-6)
-
-
-@pytest.mark.parametrize("name", ["pn", "mix"])
-def test_a_bundle_specialises_private_text_on_a_machine_with_nothing_else(name, trained, tmp_path, capsys):
-    bundle, notes = tmp_path / "bundle", tmp_path / "notes"
-    code, out, err = call(capsys, trained, "export", name, "--bundle", str(bundle), "--json")
-    assert code == 0, err
-    facts = json.loads(out)
-    assert facts["k"] == 4 and facts["encoder"]["encoder"] == "lsi"
-    assert "generic" in json.loads((bundle / "run.json").read_text())["inputs"]
-    assert load_config(bundle / "config.yaml").data.sets == {}
-    assert not list(bundle.rglob("optimizer.safetensors")), "moments are of no use to who gets it"
-    notes.mkdir()
-    store, tokenizer_ = Store(trained.data("notes", "train")), trained.tokenizer
-    for i, text in enumerate(window_texts(store, open_tokenizer(tokenizer_), np.arange(300))):
-        (notes / f"{i}.md").write_text(text)
-    empty = Workspace(tmp_path / "elsewhere")
-    files = [str(path) for path in sorted(notes.glob("*.md"))]
-    arguments = ("specialize", "--domain", "private", "--from", str(bundle), "--select", "pretrained", *files, "--json")
-    code, out, err = call(capsys, empty, *arguments)
-    assert code == 0, err
-    result = json.loads(out)
-    at_home = Workspace(tmp_path / "home")
-    shutil.copytree(trained.root, at_home.root)
-    code, out, err = call(capsys, at_home, *arguments[:4], name, *arguments[5:])
-    assert code == 0, err
-    other = json.loads(out)
-    assert result["valid_nll"] == other["valid_nll"], "the same as at home"
-    for key in ("expert", "scores", "share"):
-        assert result["selection"][key] == other["selection"][key]
-    shutil.rmtree(bundle)
-    model, _ = load_exported(empty.model(f"private-{name}-pretrained-all"))
-    assert math.isfinite(model.logits(mx.array([[1, 2, 3]])).sum().item())
-    code, _, err = call(capsys, empty, *arguments[:4], str(bundle), "--name", "x")
-    assert code == 1 and "no bundle is there" in err
-
-
-def test_a_bundle_meets_a_workspace_with_another_tokenizer(own, tmp_path, capsys):
-    bundle = tmp_path / "bundle"
-    assert call(capsys, own, "export", "pn", "--bundle", str(bundle))[0] == 0
-    code, _, err = call(capsys, own, "export", "slm", "--bundle", str(tmp_path / "other"))
-    assert code == 1 and "run slm has no experts to hand over" in err
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("keep me")
-    code, _, err = call(capsys, own, "export", "pn", "--bundle", str(tmp_path / "full"))
-    assert code == 1 and "there is something else" in err and (tmp_path / "full" / "mine.txt").exists()
-    other = Workspace(tmp_path / "w2")
-    shutil.copytree(own.tokenizer, other.tokenizer)
-    manifest = json.loads((other.tokenizer / "manifest.json").read_text())
-    manifest["fingerprint"] = "another"
-    manifest["checksum"] = fingerprint({k: v for k, v in manifest.items() if k != "checksum"})
-    (other.tokenizer / "manifest.json").write_text(json.dumps(manifest))
-    code, _, err = call(capsys, other, "specialize", "--domain", "notes", "--from", str(bundle))
-    assert code == 1 and "is another than that of the bundle" in err and "use a new --workspace" in err
-
-
-def test_a_damaged_bundle_is_not_taken(own, tmp_path, capsys):
-    bundle = tmp_path / "bundle"
-    assert call(capsys, own, "export", "pn", "--bundle", str(bundle))[0] == 0
-    weights = next(bundle.rglob("model.safetensors"))
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    code, _, err = call(
-        capsys, Workspace(tmp_path / "new"), "specialize", "--domain", "notes", "--from", str(bundle), "x.md"
-    )
-    assert code == 1 and "is damaged" in err and not (tmp_path / "new" / "tokenizer").exists()
-
-
-def test_a_bundle_is_read_only_and_a_run_of_its_name_comes_first(own, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert call(capsys, own, "export", "pn", "--bundle", "pn")[0] == 0
-    assert find_source(own, "pn").path == own.run("pn"), "a bare name is a run where there is one"
-    assert find_source(own, "./pn").path == tmp_path / "pn"
-    weights = next((tmp_path / "pn").rglob("model.safetensors"))
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(bytes(data))
-    before = (tmp_path / "pn" / "run.json").read_bytes()
-    code, _, err = call(capsys, own, "specialize", "--domain", "notes", "--from", "./pn")
-    assert code == 1 and "get the bundle again" in err
-    assert (tmp_path / "pn" / "run.json").read_bytes() == before
-    (tmp_path / "pn" / "mine.md").write_text("keep me")
-    code, _, err = call(capsys, own, "export", "pn", "--bundle", "pn")
-    assert code == 1 and "there is something else (mine.md)" in err and (tmp_path / "pn" / "mine.md").exists()
 
 
 def test_milestones_are_kept_and_stand_for_the_run(own, expert_config, tmp_path, report):
@@ -444,8 +329,8 @@ def test_one_expert_for_all_is_chosen_as_specialising_chooses_it(own, expert_con
     assert row["expert"] == tuned.record["selection"]["expert"]
 
 
-def test_experts_geometry_against_plain_numpy(trained, capsys):
-    experts = experts_of(trained, "pn")
+def test_experts_geometry_against_plain_numpy(with_experts, capsys):
+    experts = experts_of(with_experts, "pn")
     facts = geometry(experts)
     E = np.array(experts.network["E"], np.float64)
     own = [np.array(M, np.float64) for name, M in experts.network["M"].items() if ".0." in name]
@@ -457,9 +342,9 @@ def test_experts_geometry_against_plain_numpy(trained, capsys):
     r = np.corrcoef([expected[i][j] for i, j in pairs], [facts["centroids"][i][j] for i, j in pairs])[0, 1]
     assert facts["layers"][0]["correlation"] == pytest.approx(r, abs=1e-6)
     assert sorted(facts["order"]) == [0, 1, 2, 3]
-    code, out, _ = call(capsys, trained, "info", "pn", "--json")
+    code, out, _ = call(capsys, with_experts, "info", "pn", "--json")
     assert code == 0 and os.path.getsize(json.loads(out)["figure"]) > 10_000
-    code, _, err = call(capsys, trained, "info", "mix")
+    code, _, err = call(capsys, with_experts, "info", "mix")
     assert code == 1 and "run mix is a mixture" in err
 
 
@@ -495,8 +380,8 @@ def test_clusters_that_were_made_anew_are_refused(own, expert_config, capsys):
         (("pretrain", "--method", "pn", "--name", "x", "--set", "training.micro_rows=2"), "of the 4 rows of a group"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, message, trained, capsys):
-    code, _, err = call(capsys, trained, *arguments)
+def test_bad_input_is_one_sentence(arguments, message, with_experts, capsys):
+    code, _, err = call(capsys, with_experts, *arguments)
     assert code == 1 and message in err and "Traceback" not in err
 
 
@@ -509,15 +394,15 @@ def test_bad_input_is_one_sentence(arguments, message, trained, capsys):
         (("export", "pn"), "Missing option '--bundle'"),
     ],
 )
-def test_wrong_usage(arguments, message, trained, capsys):
-    code, _, err = call(capsys, trained, *arguments)
+def test_wrong_usage(arguments, message, with_experts, capsys):
+    code, _, err = call(capsys, with_experts, *arguments)
     assert code == 2 and message in err
 
 
-def test_a_histogram_over_clusters_without_generic_text_is_refused(trained):
-    experts = experts_of(trained, "pn")
+def test_a_histogram_over_clusters_without_generic_text_is_refused(with_experts):
+    experts = experts_of(with_experts, "pn")
     experts.generic = np.array([1.0, 0, 2, 3])
     with pytest.raises(SlmError, match="mass on cluster 1, which has no generic text"):
         experts.parameters(np.full(4, 0.25))
     assert experts.trained == [0, 2, 3]
-    assert set(score_experts(experts, Store(trained.data("notes", "valid")), np.arange(5), Report())) == {0, 2, 3}
+    assert set(score_experts(experts, Store(with_experts.data("notes", "valid")), np.arange(5), Report())) == {0, 2, 3}
