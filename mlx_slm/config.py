@@ -177,12 +177,6 @@ class ProjectionConfig(Section):
             raise ValueError(f"layers {self.layers}: name at least one layer, and each once")
         return self
 
-    @model_validator(mode="after")
-    def check_anchor(self) -> ProjectionConfig:
-        if self.init == "anchored" and self.m not in (None, self.h):
-            raise ValueError(f"init anchored needs m = h, and m is {self.m}, h is {self.h}")
-        return self
-
 
 class MixtureConfig(Section):
     """The hard mixture (section 2.2), SLM-mix: independent small models, one per cluster."""

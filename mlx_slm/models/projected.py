@@ -87,6 +87,8 @@ def initialise_network(shape: ProjectedShape, config: ProjectionConfig, seed: in
     for name, key in zip(shape.matrices, keys[1:], strict=True):
         first = plain.pop(name)
         M[name] = mx.eye(m, h)
+        if m < h:  # the tensors beyond m get a part in the coefficients of every number but the first
+            M[name][1:, m:] = mx.random.normal((m - 1, h - m), key=key) * max(1, m - 1) ** -0.5
         rest = (h - 1, *first.shape)
         scale = 0.0 if anchored else mx.std(first).item()
         T[name] = mx.concatenate([first[None], scale * mx.random.normal(rest, key=key)])

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_slm.config import Config, ModelConfig, ProjectionConfig
+from mlx_slm.config import ModelConfig, ProjectionConfig
 from mlx_slm.config_files import find_config, load_config
 from mlx_slm.errors import SlmError
 from mlx_slm.models.projected import (
     ProjectedShape,
+    coefficients,
     expert,
     initialise_network,
     network_of,
@@ -183,7 +184,15 @@ def test_a_layer_that_there_is_not():
         make(layers=[1, 3])
 
 
-def test_anchored_needs_m_to_be_h():
-    with pytest.raises(ValueError, match="init anchored needs m = h"):
-        ProjectionConfig(h=4, m=3)
-    assert ProjectionConfig(h=4, m=3, init="random").m == 3 and Config().projection.h == 32
+@pytest.mark.parametrize("m", [2, 3, 4, 6])
+def test_anchored_for_any_m(m):
+    """Coefficient 1 on T[0] for every expert, small ones that differ on all other tensors; all experts one model."""
+    shape, parameters = make(m=m)
+    tokens = rows(2)[:, :16]
+    small = plain(shape, initialise(shape.base, 0)).logits(tokens)
+    for c in coefficients(parameters, parameters["E"]).values():
+        assert c.shape == (5, 4) and (c[:, 0] == 1).all()
+        assert 0 < mx.abs(c[:, 1:]).max() < 0.2 and (mx.abs(c[:, 1:]).max(axis=0) > 0).all()
+    for i in range(5):
+        assert mx.array_equal(plain(shape, expert(parameters, i)).logits(tokens), small)
+    assert shape.num_parameters == sum(value.size for _, value in tree_flatten(parameters))
