@@ -80,7 +80,7 @@ def specialize(
     """Train on `tokens` tokens of `domain` (None: all of its train split) and export the best to `models/<name>`.
 
     `from_run`: the pretrained run (default: that of method slm), a bundle's directory, or 'none' for SLM-nopt;
-    `select`: how an expert of a projected network or a mixture is chosen (default: frequent); `sources`: the domain's
+    `select`: how an expert is chosen (default: a network's by histogram, a mixture's frequent); `sources`: the domain's
     text, if it is not prepared or known; `lora`: train adapters of this rank instead, written to `adapters/<name>`, and
     with `fuse` also as a model; `teacher`: a pretrained run that is fine-tuned on the domain first, and that the model
     then learns from too. Returns the finished run.
@@ -287,7 +287,8 @@ def _experts(workspace: Workspace, source: Run | None, select: str | None) -> tu
             what = f"run {source.name}" if source else "training from scratch"
             raise SlmError(f"--select {select}: {what} has no experts to choose from; it is for methods pn and mix")
         return None, None
-    experts, select = Experts(workspace, source), select or FREQUENT
+    experts = Experts(workspace, source)
+    select = select or (HISTOGRAM if experts.is_network else FREQUENT)
     if select == HISTOGRAM and not experts.is_network:
         raise SlmError(f"--select histogram needs a projected network, and run {source.name} is a mixture")
     return experts, select

@@ -178,7 +178,8 @@ def test_finetuned_tries_all_and_keeps_the_best_and_goes_on_after_a_kill(own, ex
     selection = tuned.record["selection"]
     assert set(selection["scores"]) == {0, 1, 2, 3}
     assert tuned.record["valid_nll"] == min(selection["scores"].values()) == selection["scores"][selection["expert"]]
-    alone = specialize(own, expert_config, "notes", report, "mix", 4000, name="alone", select="frequent")
+    alone = specialize(own, expert_config, "notes", report, "mix", 4000, name="alone")
+    assert alone.record["selection"]["select"] == "frequent", "a mixture's default"
     other = alone.record["selection"]["expert"]
     assert alone.record["valid_nll"] == selection["scores"][other]
     assert not list(tuned.path.glob("expert-*"))
@@ -243,6 +244,7 @@ def test_milestones_are_kept_and_stand_for_the_run(own, expert_config, tmp_path,
     assert early.weights_step() == 2 and whole.weights_step() == 12
     tuned = specialize(own, config, "notes", report, "kept@512", 4000)
     assert tuned.record["inputs"]["from"]["step"] == 2
+    assert tuned.record["selection"]["select"] == "histogram", "a network's default"
     with pytest.raises(
         SlmError, match=r"keeps no checkpoint after 1k tokens \(step 4; it has the steps 2, 8, 10, 12\)"
     ):
@@ -324,7 +326,7 @@ def test_a_domain_of_few_tokens_is_scored_whole(own, expert_config, report):
 
 
 def test_one_expert_for_all_is_chosen_as_specialising_chooses_it(own, expert_config, report):
-    tuned = specialize(own, expert_config, "notes", report, "pn", 4000)
+    tuned = specialize(own, expert_config, "notes", report, "pn", 4000, select="frequent")
     row = evaluate_models(own, expert_config, ["pn"], ["notes"], "test", report, "frequent", 4000)["results"][0]
     assert row["expert"] == tuned.record["selection"]["expert"]
 

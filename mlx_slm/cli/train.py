@@ -133,7 +133,8 @@ def pretrain(
     "--select",
     type=click.Choice(["frequent", "pretrained", "finetuned", "histogram"]),
     help="How the expert of a projected network or a mixture is chosen: that of the domain's most frequent cluster, "
-    "the best before or after fine-tuning, or all combined by the domain's histogram. [default: frequent]",
+    "the best before or after fine-tuning, or all combined by the domain's histogram. [default: histogram; for a "
+    "mixture frequent]",
 )
 @click.option(
     "--lora",
