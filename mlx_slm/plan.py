@@ -53,7 +53,6 @@ def make_plan(
 
     `domain`: the set whose recorded perplexities are shown. Raises SlmError if no method fits.
     """
-    vocab, context = config.tokenizer.vocab_size, config.data.context_length
     if domain and domain not in workspace.sets():
         raise SlmError(f"--domain {domain}: no such set is prepared{nearest(domain, workspace.sets())}")
     vocab, context = config.tokenizer.vocab_size, config.data.context_length

@@ -246,10 +246,8 @@ def _horizon_tokens(
         return training.tokens
     if training.passes:
         return None
-    file, key = (
-        path.parent / f".{path.name}.horizons.json",
-        f"{training.hours:g} {fingerprint([shape.to_dict(), slowdown])[:12]}",
-    )
+    file = path.parent / f".{path.name}.horizons.json"
+    key = f"{training.hours:g} {fingerprint([shape.to_dict(), slowdown])[:12]}"
     known = read_json(file) if file.exists() else {}
     if key in known and not fresh:
         return known[key]

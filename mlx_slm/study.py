@@ -17,7 +17,7 @@ from mlx_slm.config import Config, format_size
 from mlx_slm.errors import SlmError
 from mlx_slm.evaluate import evaluate_models
 from mlx_slm.experts import HISTOGRAM
-from mlx_slm.pretrain import pretrain
+from mlx_slm.pretrain import POOL, pretrain
 from mlx_slm.report import Report
 from mlx_slm.specialize import FROM_NONE, name_of_teacher, specialize
 from mlx_slm.text.prepare import ensure_set, text_needed
@@ -101,7 +101,7 @@ def _settings_of_rows(workspace: Workspace, config: Config, report: Report) -> s
     Prepares sets that were not, and raises SlmError, before any training, for a grid that cannot be done.
     """
     study, generic = config.study, config.data.generic
-    needed = text_needed(max(study.budgets) * (4 if "is" in study.methods else 1))
+    needed = text_needed(max(study.budgets) * (POOL if "is" in study.methods else 1))
     ensure_set(workspace, generic, config, report, limit=needed)
     for domain in study.domains:
         ensure_set(workspace, domain, config, report, limit=text_needed(max(study.domain_tokens)))
