@@ -303,22 +303,35 @@ class DistillationConfig(Section):
     """Temperature of both distributions. Not specified by the paper."""
 
 
-class StudyConfig(Section):
-    """A grid of runs: `mlx-slm study`. Each list is a dimension of it."""
+class Grid(Section):
+    """Every combination of these lists is a cell of a study: one fine-tuned model."""
 
-    methods: list[Literal["slm", "nopt", "is", "pn", "mix", "d", "llm", "lora"]] = ["slm", "is", "pn"]
-    budgets: list[PositiveSize] = [1_000_000]
+    methods: list[Literal["slm", "nopt", "is", "pn", "mix", "d", "llm", "lora"]] = Field(
+        ["slm", "is", "pn"], min_length=1
+    )
+    budgets: list[PositiveSize] = Field([1_000_000], min_length=1)
     """Pretraining tokens: milestones of one run, not many runs. Mixtures are trained for the largest alone."""
-    domains: list[str] = []
-    domain_tokens: list[PositiveSize] = [64_000]
-    seeds: list[int] = [0]
+    domains: list[str] = Field([], min_length=1)
+    domain_tokens: list[PositiveSize] = Field([64_000], min_length=1)
+    seeds: list[int] = Field([0], min_length=1)
     """Of initialisation and order of rows, in both stages."""
-    sampling_clusters: list[PositiveSize] = [64]
-    """Numbers of clusters that importance sampling is done with."""
-    selects: list[Literal["frequent", "pretrained", "finetuned", "histogram"]] = ["frequent"]
+    clusters: list[PositiveSize] = []
+    """Numbers of clusters for the methods is, pn (h grows with them where it equals k) and mix. Default: those of their
+    sections."""
+    selects: list[Literal["frequent", "pretrained", "finetuned", "histogram"]] = Field(["frequent"], min_length=1)
     """How experts are chosen; `histogram` is left out for mixtures."""
+    teacher_budget: PositiveSize | None = None
+    """Pretraining tokens of the teacher of SLM-d. Default: those of the student."""
+
+
+class StudyConfig(Section):
+    """`mlx-slm study`: all cells of all grids, each once."""
+
+    grids: list[Grid] = []
     lora_rank: PositiveSize = 64
     """Paper: 64."""
+    test_tokens: PositiveSize | None = None
+    """Score on so many tokens of a domain's test split. Default: all."""
 
 
 class Config(Section):

@@ -10,6 +10,18 @@ class SlmError(Exception):
     """Bad input or a state that the user can mend: the text names the file, key or value and says what to do."""
 
 
+class Busy(SlmError):
+    """Another process holds what is needed."""
+
+
+class OtherSettings(SlmError):
+    """What is there under a name was made with other settings: `what` says which."""
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(f"{what}: {remedy}")
+        self.what = what
+
+
 class Interrupted(SlmError):
     """Stopped by SIGINT or SIGTERM after saving; the same command again goes on from there."""
 

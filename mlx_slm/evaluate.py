@@ -45,8 +45,8 @@ def evaluate_models(
     sets = domains or [name for name in workspace.sets() if name != config.data.generic]
     if not models:
         raise SlmError(f"no model in {workspace.root} yet: `mlx-slm pretrain` or `mlx-slm specialize` makes one")
-    found = {name: find_evaluated(workspace, name, report) for name in models}
-    if expert is not None and (single := next((name for name, one in found.items() if one is None), None)):
+    experts = {name: find_experts(workspace, name, report) for name in models}
+    if expert is not None and (single := next((name for name, found in experts.items() if found is None), None)):
         raise SlmError(f"--expert {expert}: {single} is a single model; it is for runs of the methods pn and mix")
     if not sets:
         raise SlmError("no domain is prepared: name a set with --domain, or run `mlx-slm prepare NAME SOURCE...`")
@@ -57,24 +57,9 @@ def evaluate_models(
     workspace.results.mkdir(parents=True, exist_ok=True)
     results, macro = [], []
     for name in models:
-        experts = found[name]
-        if experts:
-            model, tokenizer = Transformer(experts.run.shape), experts.run.record["inputs"]["tokenizer"]
-        else:
-            model, tokenizer = load_any(workspace, name)
-        scorer, scores = Scorer(model), []
-        for set_name, store in stores.items():
-            _require_readable(name, model, tokenizer, set_name, store)
-            windows, how = np.arange(store.num_windows), {}
-            if experts and expert is None:
-                place, how = experts.assigned(config, set_name, split, report).clusters[:], {"routing": "cluster"}
-                nll = routed_nll(model, scorer, experts.parameters, store, windows, place, report)
-                score = score_of(store, windows, nll)
-            else:
-                if experts:
-                    which, how = _one_expert(experts, config, set_name, expert, tokens, report)
-                    model.update(experts.parameters(which))
-                score = scorer(store, windows, report=report)
+        evaluated, scores = Evaluated(workspace, config, name, report, experts[name]), []
+        for set_name in stores:
+            score, how = evaluated.score(set_name, split, expert, tokens)
             scores.append(score)
             results.append({"model": name, "set": set_name, "split": split, **asdict(score), **how})
             with open(workspace.results / "evaluations.jsonl", "a", encoding="utf-8") as file:
@@ -84,7 +69,43 @@ def evaluate_models(
     return {"results": results, "macro": macro}
 
 
-def find_evaluated(workspace: Workspace, name: str, report: Report) -> Experts | None:
+class Evaluated:
+    """A model, or the experts of a run, ready to score sets."""
+
+    def __init__(self, workspace: Workspace, config: Config, name: str, report: Report, experts: Experts | None):
+        self.workspace, self.config, self.name, self.report, self.experts = workspace, config, name, report, experts
+        if experts:
+            self.model, self.tokenizer = Transformer(experts.run.shape), experts.run.record["inputs"]["tokenizer"]
+        else:
+            self.model, self.tokenizer = load_any(workspace, name)
+        self.scorer = Scorer(self.model)
+
+    def score(
+        self,
+        set_name: str,
+        split: str,
+        expert: str | None = None,
+        domain_tokens: int | None = None,
+        limit: int | None = None,
+    ) -> tuple[Score, dict]:
+        """(score on a split, how its windows were routed). `limit`: score on about so many tokens of it (None: all)."""
+        store = Store(self.workspace.require_set(set_name, split))
+        _require_readable(self.name, self.model, self.tokenizer, set_name, store)
+        windows = np.arange(store.num_windows)
+        if limit and limit < store.num_tokens:
+            windows = first_windows(store, limit, self.config.data.seed)
+        experts, how = self.experts, {}
+        if experts and expert is None:
+            place = experts.assigned(self.config, set_name, split, self.report).clusters[:][windows]
+            nll = routed_nll(self.model, self.scorer, experts.parameters, store, windows, place, self.report)
+            return score_of(store, windows, nll), {"routing": "cluster"}
+        if experts:
+            which, how = _one_expert(experts, self.config, set_name, expert, domain_tokens, self.report)
+            self.model.update(experts.parameters(which))
+        return self.scorer(store, windows, report=self.report), how
+
+
+def find_experts(workspace: Workspace, name: str, report: Report) -> Experts | None:
     """The experts of a run, or of a bundle whose parts are taken into the workspace; None for a single model.
 
     Raises SlmError for an unknown name.

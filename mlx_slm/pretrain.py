@@ -263,12 +263,12 @@ def _horizon_tokens(
 def calibrated_speed(shape: Shape, training: TrainingConfig, seconds: float) -> float:
     """Tokens per second of training, measured in about so many seconds on as many rows as memory and time allow."""
     fit = training.micro_rows or rows_that_fit(shape, training.batch_rows, training.checkpoint_layers)
-    in_ten_seconds = 10 * _likely_flops() / (shape.flops_per_token * shape.context_length)
+    in_ten_seconds = 10 * likely_flops() / (shape.flops_per_token * shape.context_length)
     rows = min(fit, max(len(runtime.lanes()), int(in_ten_seconds)))
     return measure_speed(shape, rows, seconds, training.checkpoint_layers)
 
 
-def _likely_flops() -> float:
+def likely_flops() -> float:
     """FLOP/s that training reaches about, from the measured matrix product: MFU is 0.2 to 0.5 (docs/decisions.md)."""
     return 0.3e9 * runtime.matmul_gflops()
 
@@ -279,7 +279,7 @@ def _announce(jobs: list[Job], training: TrainingConfig, report: Report) -> None
         return
     rows = [job.steps * training.batch_rows for job in jobs]
     tokens = sum(rows) * jobs[0].sampler.row_length
-    seconds = tokens * jobs[0].flops_per_token / _likely_flops()
+    seconds = tokens * jobs[0].flops_per_token / likely_flops()
     passes = sum(rows) / sum(job.sampler.num_rows for job in jobs)
     disk = len(jobs) * 3 * 3 * 4 * jobs[0].num_parameters
     several = f"{len(jobs)} experts, each of " if len(jobs) > 1 else ""

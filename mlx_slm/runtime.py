@@ -196,7 +196,7 @@ def device_name() -> str:
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {cores()} cores"
+    return f"{name}, {cores()} core{'s' if cores() > 1 else ''}"
 
 
 @functools.cache

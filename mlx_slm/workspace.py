@@ -15,12 +15,12 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from mlx_slm.errors import SlmError, nearest
+from mlx_slm.errors import Busy, SlmError, nearest
 
 MANIFEST = "manifest.json"
 BLOCK = 4 << 20
@@ -89,14 +89,20 @@ class Workspace:
 
 
 @contextlib.contextmanager
-def alone(lock: Path, busy: str) -> Iterator[None]:
-    """Hold a lock file; a process loses it when it ends. Raises SlmError with `busy` if another has it."""
+def alone(lock: Path, busy: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a lock file; a process loses it when it ends.
+
+    If another process has it: with `waiting` call that and wait, else raise Busy with the text `busy`.
+    """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise SlmError(busy) from error
+            if waiting is None:
+                raise Busy(busy) from error
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

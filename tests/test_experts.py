@@ -265,7 +265,7 @@ class Declines(Report):
 
 def test_a_mixture_is_announced_as_a_whole_and_a_no_keeps_it(own, expert_config, monkeypatch):
     before = everything(own.run("mix") / "expert-2")
-    monkeypatch.setattr("mlx_slm.pretrain._likely_flops", lambda: 1.0)
+    monkeypatch.setattr("mlx_slm.pretrain.likely_flops", lambda: 1.0)
     with pytest.raises(Interrupted, match="nothing was lost"):
         pretrain(own, expert_config, "mix", Declines(), fresh=True)
     assert_same(own.run("mix") / "expert-2", before)

@@ -78,23 +78,35 @@ def plan(
 
 @click.command()
 @click.argument("configuration", metavar="CONFIG")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="So many processes share the cells, each on its part of the cores. On a CPU with small models one per core "
+    "is fastest.",
+)
 @common
-def study(session: Session, configuration) -> None:
-    """Compare methods: a grid over budgets, domains, sizes of the domain set and seeds.
+def study(session: Session, configuration, jobs) -> None:
+    """Compare methods: grids of budgets, domains, sizes of the domain set and seeds.
 
     CONFIG is a YAML file or a shipped name with a section `study`. A killed study goes on with the next cell. Writes
     results/NAME.jsonl, NAME.md and figures.
     """
     from pathlib import Path
 
-    from mlx_slm.study import run_study
-    from mlx_slm.study_report import draw, markdown
+    from mlx_slm.study.cell import Study
+    from mlx_slm.study.figures import draw
+    from mlx_slm.study.run import run_study
+    from mlx_slm.study.tables import markdown
     from mlx_slm.workspace import write_text
 
     session.config_name = configuration
-    config, name, results = session.config, Path(configuration).stem, session.workspace.results
+    name, results = Path(configuration).stem, session.workspace.results
     session.start_computing()
-    rows = run_study(session.workspace, config, name, session.report)
+    overrides = [part for override in session.overrides for part in ("--set", override)]
+    command = ["study", configuration, "--workspace", str(session.workspace.root), "--yes", *overrides]
+    rows = run_study(Study(session.workspace, session.config, name, session.report), jobs, command)
     tables = markdown(rows, name)
     write_text(results / f"{name}.md", tables)
     figures = [str(path) for path in draw(rows, name, results)]

@@ -122,7 +122,7 @@ def ensure_clusters(
     if not fresh:
         for k in counts:
             _require_same(workspace, k, {"store": store.fingerprint, **choice.facts}, settings)
-    with _alone(workspace):
+    with _alone(workspace, report):
         embeddings = embed(workspace, generic, "train", store, choice, tokenizer, report)
         made = [_ensure_centroids(workspace, k, embeddings, settings, report, fresh) for k in counts]
         for name in dict.fromkeys([generic, *sets]):
@@ -140,13 +140,14 @@ def assign_set(
     """
     if not _is_assigned(clusters, name, split, Store(workspace.require_set(name, split))):
         choice = recorded_encoder(workspace, clusters.encoder, encoder)
-        with _alone(workspace):
+        with _alone(workspace, report):
             _ensure_assigned(workspace, [clusters], choice, name, split, report)
     return clusters.assigned(name, split)
 
 
-def _alone(workspace: Workspace) -> contextlib.AbstractContextManager[None]:
-    return alone(workspace.root / ".clusters.lock", f"another process is clustering in {workspace.root}: wait for it")
+def _alone(workspace: Workspace, report: Report) -> contextlib.AbstractContextManager[None]:
+    busy = f"another process is clustering in {workspace.root}: waiting for it"
+    return alone(workspace.root / ".clusters.lock", busy, waiting=lambda: report.line(busy))
 
 
 def _ensure_assigned(

@@ -16,7 +16,7 @@ from pathlib import Path
 from mlx_slm import runtime
 from mlx_slm.config import Config, parse_size
 from mlx_slm.config_files import dump_config
-from mlx_slm.errors import SlmError, nearest
+from mlx_slm.errors import OtherSettings, SlmError, nearest
 from mlx_slm.models.transformer import Shape, Transformer
 from mlx_slm.training import checkpoint
 from mlx_slm.training.trainer import State
@@ -137,7 +137,7 @@ class Run:
 
 
 def alone_in(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the lock of a run. Raises SlmError if another process has it."""
+    """Hold the lock of a run. Raises Busy if another process has it."""
     busy = f"run {path.name} is being trained by another process: wait, or give --name"
     return alone(path.with_name(f".{path.name}.lock"), busy)
 
@@ -162,9 +162,9 @@ def open_run(
     if record and record["inputs"] != inputs:
         changed = sorted(k for k in {*inputs, *record["inputs"]} if record["inputs"].get(k) != inputs.get(k))
         what = ", ".join(_difference(k, record["inputs"].get(k), inputs.get(k)) for k in changed)
-        raise SlmError(
-            f"run {path.name} was started with another configuration ({what}): put it back, "
-            f"give another --name, or {remedy}"
+        raise OtherSettings(
+            f"run {path.name} was started with another configuration ({what})",
+            f"put it back, give another --name, or {remedy}",
         )
     if not record and not fresh and checkpoint.checkpoint_steps(path):
         raise SlmError(f"run {path.name} has checkpoints but no run.json that says of what: start anew with --fresh")

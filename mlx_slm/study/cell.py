@@ -1,0 +1,221 @@
+"""One cell of a study: pretrain what it starts from, specialise, score before and after, and what all that cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from functools import cached_property
+
+from mlx_slm import runtime
+from mlx_slm.clustering.clusters import as_made, ensure_clusters
+from mlx_slm.clustering.target import Target
+from mlx_slm.config import Config, format_size
+from mlx_slm.errors import OtherSettings, SlmError
+from mlx_slm.evaluate import Evaluated, find_experts
+from mlx_slm.experts import HISTOGRAM
+from mlx_slm.pretrain import POOL, pretrain
+from mlx_slm.report import Report
+from mlx_slm.specialize import FROM_NONE, name_of_teacher, specialize
+from mlx_slm.study.grid import Cell, budgets_of, cells
+from mlx_slm.text.prepare import ensure_set, text_needed
+from mlx_slm.text.sources import SPLITS
+from mlx_slm.text.store import Store, first_windows
+from mlx_slm.training.checkpoint import Metrics
+from mlx_slm.training.runs import Run, find_run, milestone_step
+from mlx_slm.workspace import Workspace, fingerprint
+
+
+class Study:
+    """The grid of a configuration in a workspace; its runs are named `<name>-...`."""
+
+    def __init__(self, workspace: Workspace, config: Config, name: str, report: Report):
+        self.workspace, self.config, self.name, self.report = workspace, config, name, report
+        self.cells = cells(config)
+        self.budgets = budgets_of(self.cells)
+        self.file = workspace.results / f"{name}.jsonl"
+        self._scores: dict[tuple, dict] = {}
+
+    def prepare(self) -> None:
+        """Prepare and cluster what was not; raises SlmError, before any training, for cells that cannot be done."""
+        config, report, sizes = self.config, self.report, {}
+        for cell in self.cells:
+            sizes[cell.domain] = max(cell.domain_tokens, sizes.get(cell.domain, 0))
+        if "lora" in {cell.method for cell in self.cells} and config.study.lora_rank > config.large.dims:
+            raise SlmError(f"study.lora_rank {config.study.lora_rank} is more than large.dims {config.large.dims}")
+        most = max((max(of) * (POOL if method == "is" else 1) for method, of in self.budgets.items()), default=0)
+        ensure_set(self.workspace, config.data.generic, config, report, limit=text_needed(most))
+        for domain, size in sizes.items():
+            ensure_set(self.workspace, domain, config, report, limit=text_needed(size))
+            first_windows(Store(self.workspace.require_set(domain)), size, config.data.seed)
+        for k in sorted({cell.k for cell in self.cells if cell.k}):
+            made = as_made(self.workspace, config, k, report)
+            ensure_clusters(self.workspace, made, [k], list(sizes), report, splits=("train", "valid"))
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """What tells each cell's row from one that was made otherwise: settings, horizons and the text."""
+        found = {}
+        for cell in self.cells:
+            horizons = {method: self.budgets[method][-1] for method in cell.pretrained}
+            rank = self.config.study.lora_rank if cell.method == "lora" else None
+            found[cell.name] = fingerprint([self._of_all, horizons, rank, self._texts[cell.domain]])
+        return found
+
+    @cached_property
+    def _of_all(self) -> list:
+        settings = self.config.model_dump(mode="json", exclude={"study"})
+        return [settings, self.config.study.test_tokens, self._text_of(self.config.data.generic)]
+
+    @cached_property
+    def _texts(self) -> dict[str, list[str]]:
+        return {domain: self._text_of(domain) for domain in {cell.domain for cell in self.cells}}
+
+    def _text_of(self, name: str) -> list[str]:
+        return [Store(self.workspace.require_set(name, split)).fingerprint for split in SPLITS]
+
+    def work(self, cell: Cell) -> dict:
+        """Do a cell; returns its row. Raises Busy where another process trains a run that it needs."""
+        try:
+            return self._work(cell)
+        except OtherSettings as error:
+            raise SlmError(
+                f"{error.what}: put it back, give the study's file another name, or remove the runs {self.name}-*"
+            ) from error
+
+    def _work(self, cell: Cell) -> dict:
+        bases = [(self._pretrained(cell, method), budget) for method, budget in cell.pretrained.items()]
+        starts = [run.name if run.is_mixture else f"{run.name}@{budget}" for run, budget in bases]
+        name = f"{self.name}-{cell.name}"
+        if cell.method == "llm":
+            name = name_of_teacher(find_run(self.workspace, starts[0]), cell.domain, cell.domain_tokens)
+        tuned = specialize(
+            self.workspace,
+            self._config(cell),
+            cell.domain,
+            self.report,
+            starts[0] if starts else FROM_NONE,
+            cell.domain_tokens,
+            name,
+            select=cell.select,
+            lora=self.config.study.lora_rank if cell.method == "lora" else None,
+            teacher=starts[1] if cell.method == "d" else None,
+        )
+        generic = before = None
+        if starts:
+            generic = self._score(starts[0], self.config.data.generic, "valid", self.config.training.eval_tokens)
+            before = self._score(starts[0], cell.domain, "test", None, _expert(tuned), cell.domain_tokens)
+        return {
+            "cell": cell.name,
+            "settings": self.settings[cell.name],
+            "device": runtime.device_name(),
+            **asdict(cell),
+            "generic": generic,
+            "pretrained": before,
+            "specialized": self._score(tuned.name, cell.domain, "test"),
+            "pretraining": _sum([_cost_at(run, budget) for run, budget in bases]),
+            "specialization": _specialization_cost(self.workspace, tuned),
+            "curve": _curve(tuned),
+            "selection": tuned.record.get("selection"),
+            "importance": _importance(bases[0][0]) if cell.method == "is" else None,
+        }
+
+    def _config(self, cell: Cell, method: str | None = None) -> Config:
+        """The configuration for a cell, and for the pretraining of `method`: one long run with the budgets as its
+        milestones."""
+        config, seed = self.config, {"seed": cell.seed}
+        changes = {"finetuning": config.finetuning.model_copy(update=seed)}
+        horizon = {}
+        if method:
+            budgets = self.budgets[method]
+            horizon = dict.fromkeys(("steps", "passes", "hours")) | {"tokens": budgets[-1]}
+            horizon["milestones"] = [] if method == "mix" else budgets
+        changes["training"] = config.training.model_copy(update=seed | horizon)
+        if cell.method == "pn":
+            follows = config.projection.h == config.projection.k
+            more = {"k": cell.k} | ({"h": cell.k} if follows else {})
+            changes["projection"] = config.projection.model_copy(update=more)
+        if cell.method == "mix":
+            changes["mixture"] = config.mixture.model_copy(update={"k": cell.k})
+        if cell.method == "is":
+            changes["clusters"] = config.clusters.model_copy(update={"k": cell.k})
+        return config.model_copy(update=changes)
+
+    def _pretrained(self, cell: Cell, method: str) -> Run:
+        """The run of `method` that a cell starts from, trained where it was not."""
+        name, target = f"{self.name}-{method}", None
+        if cell.k:
+            name += f"-k{cell.k}"
+        if method == "is":
+            name += f"-{cell.domain}-{format_size(cell.domain_tokens)}"
+            target = Target(cell.domain, cell.domain_tokens)
+        config = self._config(cell, method)
+        return pretrain(self.workspace, config, method, self.report, f"{name}-s{cell.seed}", target=target)
+
+    def _score(
+        self,
+        model: str,
+        name: str,
+        split: str,
+        limit: int | None = None,
+        expert: str | None = None,
+        domain_tokens: int | None = None,
+    ) -> dict:
+        """A model's score on a set, worked out once. `limit`: default `study.test_tokens`."""
+        key = (model, name, split, expert, domain_tokens if expert == HISTOGRAM else None)
+        if key not in self._scores:
+            evaluated = Evaluated(
+                self.workspace, self.config, model, self.report, find_experts(self.workspace, model, self.report)
+            )
+            score, _ = evaluated.score(name, split, expert, domain_tokens, limit or self.config.study.test_tokens)
+            kept = ("nll", "stderr", "perplexity", "bits_per_byte", "tokens")
+            self._scores[key] = {field: asdict(score)[field] for field in kept}
+        return self._scores[key]
+
+
+def _expert(tuned: Run) -> str | None:
+    """How `evaluate` names the expert that a run was specialised from."""
+    selection = tuned.record.get("selection")
+    if selection is None:
+        return None
+    return HISTOGRAM if selection["expert"] is None else str(selection["expert"])
+
+
+COSTS = ("tokens", "seconds", "flops")
+
+
+def _sum(costs: list[dict]) -> dict | None:
+    return {key: sum(cost[key] for cost in costs) for key in COSTS} if costs else None
+
+
+def _cost_at(run: Run, budget: int) -> dict:
+    """What a pretraining cost up to its milestone at `budget` tokens: of a whole run, the share of its steps."""
+    record, batch_rows = run.record, run.record["inputs"]["training"]["batch_rows"]
+    step = record["step"] if run.is_mixture else milestone_step(budget, batch_rows, run.shape.context_length)
+    return {key: record[key] * step / record["step"] for key in COSTS}
+
+
+def _specialization_cost(workspace: Workspace, tuned: Run) -> dict:
+    """What a fine-tuning cost, with the choice of its expert and the fine-tuning of its teacher."""
+    record = tuned.record
+    found = {key: record[key] for key in COSTS}
+    selection = record.get("selection")
+    if selection and selection["select"] == "finetuned":
+        found = {key: selection["cost"][key] for key in COSTS}
+    elif selection:
+        found["seconds"] += selection["cost"]["seconds"]
+        found["flops"] += selection["cost"]["tokens"] * tuned.shape.forward_flops_per_token
+    teacher = record["inputs"].get("teacher")
+    return _sum([found, _specialization_cost(workspace, find_run(workspace, teacher["run"]))]) if teacher else found
+
+
+def _curve(tuned: Run) -> list[list[float]]:
+    """[tokens, perplexity of the domain's validation text] at each evaluation of a fine-tuning."""
+    records = Metrics.read(tuned.path / "metrics.jsonl")
+    return [[record["tokens"], round(math.exp(record["valid_nll"]), 3)] for record in records if "valid_nll" in record]
+
+
+def _importance(run: Run) -> dict:
+    """What was drawn from the generic set, and how often it was repeated."""
+    facts = run.importance()
+    kept = ("clusters_used", "passes_max", "passes_mean", "effective_fraction", "exp_entropy", "kl_generic")
+    return {key: facts[key] for key in kept}

@@ -1,0 +1,81 @@
+"""The cells of a study, from the grids of a configuration."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import product
+
+from mlx_slm.config import Config, Grid, format_size
+from mlx_slm.errors import SlmError
+from mlx_slm.experts import HISTOGRAM
+
+CLUSTERED = ("is", "pn", "mix")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuned model. `k`: clusters, for SLM-is, SLM-pn and SLM-mix; `select`: for the last two."""
+
+    method: str
+    budget: int | None
+    """Pretraining tokens; None for SLM-nopt."""
+    domain: str
+    domain_tokens: int
+    seed: int
+    k: int | None = None
+    select: str | None = None
+    teacher_budget: int | None = None
+    """Pretraining tokens of the teacher, for SLM-d."""
+
+    @property
+    def name(self) -> str:
+        """Tells it from the others of its study."""
+        parts = [self.method, self.k and f"k{self.k}", self.select, self.budget and format_size(self.budget)]
+        parts += [self.teacher_budget and f"t{format_size(self.teacher_budget)}", self.domain]
+        return "-".join([*filter(None, parts), format_size(self.domain_tokens), f"s{self.seed}"])
+
+    @property
+    def pretrained(self) -> dict[str, int]:
+        """The budget of each pretraining that it needs, by method; its own start comes first."""
+        if self.method == "nopt":
+            return {}
+        if self.method == "d":
+            return {"slm": self.budget, "llm": self.teacher_budget}
+        return {"llm" if self.method == "lora" else self.method: self.budget}
+
+
+def cells(config: Config) -> list[Cell]:
+    """Every cell of a configuration's grids, once; raises SlmError if there is none."""
+    if not config.study.grids:
+        raise SlmError("study.grids is empty: a study is a list of grids, as in configs/study-mini.yaml")
+    return list(dict.fromkeys(cell for grid in config.study.grids for cell in _cells_of(grid, config)))
+
+
+def _cells_of(grid: Grid, config: Config) -> Iterable[Cell]:
+    own = {"is": config.clusters.k, "pn": config.projection.k, "mix": config.mixture.k}
+    for method in grid.methods:
+        budgets: list = sorted(grid.budgets)
+        if method == "nopt":
+            budgets = [None]
+        elif method == "mix":
+            budgets = budgets[-1:]
+        clusters = (grid.clusters or [own[method]]) if method in CLUSTERED else [None]
+        selects: list = grid.selects if method in ("pn", "mix") else [None]
+        if method == "mix":
+            selects = [select for select in selects if select != HISTOGRAM]
+        for k, seed, budget, select, domain, size in product(
+            clusters, grid.seeds, budgets, selects, grid.domains, grid.domain_tokens
+        ):
+            cell = Cell(method, budget, domain, size, seed, k, select)
+            yield replace(cell, teacher_budget=grid.teacher_budget or budget) if method == "d" else cell
+
+
+def budgets_of(cells: list[Cell]) -> dict[str, list[int]]:
+    """The sorted budgets of each method that is pretrained: one run is trained for the largest, and keeps them all."""
+    found = defaultdict(set)
+    for cell in cells:
+        for method, budget in cell.pretrained.items():
+            found[method].add(budget)
+    return {method: sorted(budgets) for method, budgets in found.items()}
