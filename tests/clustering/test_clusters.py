@@ -1,5 +1,6 @@
 """`cluster` and `pretrain --method is` on a small real set: what is kept, what goes on, what is refused."""
 
+import contextlib
 import json
 import shutil
 import struct
@@ -173,9 +174,20 @@ def test_encoders_live_side_by_side_and_clusters_are_used_as_they_were_made(own,
     assert code == 0 and "clusters/4 is used as it was made, with the encoder lsi" in out, err
 
 
-def test_one_process_clusters_at_a_time(own, config):
-    with alone(own.root / ".clusters.lock", "held"), pytest.raises(SlmError, match="another process is clustering"):
-        ensure_clusters(own, config, [5], [], Report())
+def test_one_process_clusters_at_a_time_and_the_next_waits(own, config):
+    with contextlib.ExitStack() as other:
+        other.enter_context(alone(own.root / ".clusters.lock", "held"))
+        said = []
+
+        class Releasing(Report):
+            def line(self, text):
+                said.append(text)
+                if "another process is clustering" in text:
+                    assert not own.clusters(6).exists()
+                    other.close()
+
+        ensure_clusters(own, config, [6], [], Releasing())
+    assert any(text.endswith("waiting for it") for text in said) and own.clusters(6).exists()
 
 
 def test_an_encoder_that_gives_nan_is_named(own, config, monkeypatch):
