@@ -52,6 +52,24 @@ class Recorder(Report):
         self.warnings.append(text)
 
 
+KILLED = """
+import os, signal, sys
+import mlx_slm
+from mlx_slm.cli import run
+from mlx_slm.clustering.sampler import Sampler
+
+real, calls = Sampler.rows, []
+def rows(self, step):
+    calls.append(step)
+    if len(calls) == {calls}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, step)
+Sampler.rows = rows
+sys.exit(run(sys.argv[1:]))
+"""
+"""A program that is the command line, and is killed when it asks for rows for the {calls}th time."""
+
+
 def call(capsys, workspace: Workspace, *arguments: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a command in a workspace."""
     code = run([arguments[0], "--workspace", str(workspace.root), *arguments[1:]])

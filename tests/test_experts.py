@@ -10,7 +10,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import call, experts_of
+from conftest import KILLED, call, experts_of
 from mlx.utils import tree_flatten
 from training.test_trainer import assert_same, everything
 
@@ -40,23 +40,6 @@ def own(with_experts, tmp_path) -> Workspace:
     """A copy to write into."""
     shutil.copytree(with_experts.root, tmp_path / "w")
     return Workspace(tmp_path / "w")
-
-
-KILLED = """
-import os, signal, sys
-import mlx_slm
-from mlx_slm.cli import run
-from mlx_slm.clustering.sampler import Sampler
-
-real, calls = Sampler.rows, []
-def rows(self, step):
-    calls.append(step)
-    if len(calls) == {calls}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, step)
-Sampler.rows = rows
-sys.exit(run(sys.argv[1:]))
-"""
 
 
 @pytest.mark.parametrize(("method", "calls"), [("pn", 9), ("mix", 10)])

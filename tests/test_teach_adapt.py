@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import call, small_config
+from conftest import KILLED, call, small_config
 from mlx.utils import tree_flatten
-from training.test_trainer import everything
+from training.test_trainer import assert_same, everything
 
+from mlx_slm.cli import run
 from mlx_slm.config import DistillationConfig, ModelConfig
 from mlx_slm.config_files import dump_config
 from mlx_slm.errors import SlmError
@@ -111,6 +115,18 @@ def test_with_a_of_one_it_is_fine_tuning_bit_for_bit(own, large_config, report):
     assert records == other_records and ours.pop("state") == theirs.pop("state")
     for name, value in ours.items():
         assert mx.array_equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("way", [("--lora", "4", "--from", "llm"), ("--teacher", "llm")])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(way, own, large_config):
+    arguments = ["specialize", "--domain", "notes", "--tokens", "4k", *way, "--workspace", str(own.root)]
+    assert run([*arguments, "--name", "whole"]) == 0, "which makes the fine-tuned teacher too"
+    steps = find_run(own, "whole").record["step"]
+    killed = [sys.executable, "-c", KILLED.format(calls=steps - 3), *arguments, "--name", "killed"]
+    assert subprocess.run(killed, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert checkpoint_steps(own.run("killed")) and not find_run(own, "killed").finished
+    assert run([*arguments, "--name", "killed"]) == 0
+    assert_same(own.run("killed"), everything(own.run("whole")))
 
 
 def test_the_loss_of_a_step_is_that_of_plain_softmaxes(trained):
