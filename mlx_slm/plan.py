@@ -62,6 +62,7 @@ def make_plan(
     sampling = budgets.sampling_hours or SAMPLING_SHARE * budgets.generic_hours
     limit = _most_tokens(config, budgets.domain_tokens)
     costs = costs_of_budgets(rates, budgets.generic_hours, sampling, budgets.domain_tokens, limit)
+    tokens = _pretraining_tokens(rates, budgets.generic_hours, sampling)
     memory = _memory(config, small, large, network)
     allowed = _largest_allowed(budgets, small, large, report)
     shapes = {name: large if name in ("llm", "lora") else small for name in METHODS}
@@ -71,6 +72,7 @@ def make_plan(
     rows = [
         {
             "method": name,
+            "pretraining_tokens": tokens.get(name),
             "generic_hours": costs[name].generic,
             "specialization_hours": costs[name].specialization,
             "total_hours": costs[name].total(budgets.domains),
@@ -104,6 +106,13 @@ def _against(shape: Shape, cost: Cost, memory: float, allowed: float, budgets: B
     if limit is not None and cost.specialization > limit:
         return f"it takes {cost.specialization:.3g} hours a domain, {limit:.3g} are given"
     return None
+
+
+def _pretraining_tokens(rates: Rates, generic_hours: float, sampling_hours: float) -> dict[str, int]:
+    """Tokens that each method is pretrained on in its hours; SLM-d divides its own between student and teacher."""
+    of_method = {"slm": rates.slm, "mix": rates.slm, "pn": rates.pn, "llm": rates.llm, "lora": rates.llm}
+    found = {name: int(generic_hours / rate) for name, rate in of_method.items()}
+    return found | {"is": int(sampling_hours / rates.slm)}
 
 
 def _most_tokens(config: Config, domain_tokens: int) -> float:

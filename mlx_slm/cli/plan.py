@@ -58,6 +58,7 @@ def plan(
         rows = [
             [
                 ("→ " if row["method"] == result["recommended"] else "  ") + row["method"],
+                f"{row['pretraining_tokens'] / 1e6:,.3g}M" if row["pretraining_tokens"] else "-",
                 *(f"{row[key]:,.3g}" for key in ("generic_hours", "specialization_hours", "total_hours")),
                 f"{row['inference_parameters']:,}",
                 f"{row['memory_gb']:.1f}",
@@ -66,7 +67,17 @@ def plan(
             ]
             for row in result["methods"]
         ]
-        columns = ["method", "generic h", "h a domain", "total h", "parameters run", "GB", "fits", "perplexity"]
+        columns = [
+            "method",
+            "pretraining tokens",
+            "generic h",
+            "h a domain",
+            "total h",
+            "parameters run",
+            "GB",
+            "fits",
+            "perplexity",
+        ]
         title = f"Hours on {result['device']}, {domains} domain{'s' if domains > 1 else ''} of {domain_tokens:,} tokens"
         session.report.table(title, columns, rows)
         rates = "; ".join(f"{name}: {source}" for name, source in result["rates_from"].items())
