@@ -3,6 +3,7 @@
 import pytest
 
 from mlx_slm.config import Config
+from mlx_slm.config_files import load_config, shipped_configs
 from mlx_slm.costs import (
     PAPER_COSTS,
     PAPER_PASSES,
@@ -83,3 +84,11 @@ def test_flops_of_the_papers_network_by_hand():
     shape = ProjectedShape.of(config.projection, base)
     assert shape.projected_parameters == 5 * 2 * 1024 * 4096
     assert shape.flops_per_token(4096) == base.flops_per_token + 6 * 32 * 5 * 2 * 1024 * 4096 / 4096
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if name != "domains"])
+def test_the_large_model_of_each_configuration_costs_about_as_many_times_the_small_one_as_the_papers(name):
+    config = load_config(shipped_configs()[name])
+    vocab, context = config.tokenizer.vocab_size, config.data.context_length
+    small, large = (Shape.of(section, vocab, context).flops_per_token for section in (config.model, config.large))
+    assert 4 < large / small < 6.5

@@ -62,7 +62,9 @@ def test_before_anything_was_trained(plan_config, measured, tmp_path, capsys):
     assert rows["slm"]["source"] == "paper" and rows["slm"]["perplexity"] == 18.2 and rows["is"]["perplexity"] is None
     assert rows["lora"]["memory_gb"] < rows["llm"]["memory_gb"]
     seen = {name: row["pretraining_tokens"] for name, row in rows.items()}
-    assert seen["slm"] == seen["mix"] == pytest.approx(36e6) and seen["is"] == pytest.approx(7.2e6), "10 and 2 hours at 1,000 tokens/s"
+    assert seen["slm"] == seen["mix"] == pytest.approx(36e6) and seen["is"] == pytest.approx(7.2e6), (
+        "10 and 2 hours at 1,000 tokens/s"
+    )
     assert seen["llm"] == pytest.approx(seen["slm"] * small.flops_per_token / large.flops_per_token, abs=1)
     assert seen["pn"] < seen["slm"] and seen["d"] is None and seen["nopt"] is None
 

@@ -18,7 +18,7 @@ from mlx_slm.config import DistillationConfig, ModelConfig
 from mlx_slm.config_files import dump_config
 from mlx_slm.errors import SlmError
 from mlx_slm.evaluate import evaluate_models
-from mlx_slm.export import load_exported, weights_of
+from mlx_slm.export import load_any, load_exported, weights_of
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.pretrain import pretrain
 from mlx_slm.report import Report
@@ -130,7 +130,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(way, own, large_con
 
 
 def test_the_loss_of_a_step_is_that_of_plain_softmaxes(trained):
-    student, teacher = (find_run(trained, name).model() for name in ("slm", "llm"))
+    student, teacher = (load_any(trained, name)[0] for name in ("slm", "llm"))
     rng = np.random.default_rng(0)
     tokens, weights = mx.array(rng.integers(0, 400, (3, 33))), mx.array(rng.random((3, 32), np.float32))
     found = Distillation(teacher, 0.3, 2.0)(student, tokens, weights).item()

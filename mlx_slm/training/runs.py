@@ -17,7 +17,7 @@ from mlx_slm import runtime
 from mlx_slm.config import Config, parse_size
 from mlx_slm.config_files import dump_config
 from mlx_slm.errors import OtherSettings, SlmError, nearest
-from mlx_slm.models.transformer import Shape, Transformer
+from mlx_slm.models.transformer import Shape
 from mlx_slm.training import checkpoint
 from mlx_slm.training.trainer import State
 from mlx_slm.workspace import Workspace, alone, fingerprint, read_json, write_json, write_text
@@ -128,12 +128,6 @@ class Run:
             raise SlmError(
                 f"{what}run the command that made it again: it goes back to the checkpoint before"
             ) from error
-
-    def model(self) -> Transformer:
-        """The run's model with its weights."""
-        model = Transformer(self.shape)
-        model.update(self.weights())
-        return model
 
 
 def alone_in(path: Path) -> contextlib.AbstractContextManager[None]:
