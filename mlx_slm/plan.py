@@ -189,16 +189,21 @@ def _body(shape: Shape) -> dict:
 
 
 def _largest_allowed(budgets: Budgets, small: Shape, large: Shape, report: Report) -> float:
-    """Parameters that the inference budget admits: by default those of the small model."""
+    """Parameters that the inference budget admits: by default those of the small model. Raises SlmError for too much
+    speed."""
     if budgets.inference_parameters:
         return budgets.inference_parameters
     if not budgets.inference_speed:
         return small.num_parameters
     report.line("measuring how fast this machine writes with the large and with the small model")
     for shape in (large, small):
-        if decoding_speed(shape) >= budgets.inference_speed:
+        speed = decoding_speed(shape)
+        if speed >= budgets.inference_speed:
             return shape.num_parameters
-    return 0
+    raise SlmError(
+        f"--inference-speed {budgets.inference_speed:g}: the small model writes {speed:.0f} tokens/s on this machine: "
+        "choose a smaller one (section `model`)"
+    )
 
 
 def decoding_speed(shape: Shape, tokens: int = 8) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import small_config
@@ -121,10 +122,17 @@ def test_perplexities_are_those_of_the_domain_and_its_size(plan_config, prepared
     assert found["slm"]["source"] == "paper" and found["is"]["source"] is None
 
 
-def test_the_speed_of_writing_is_measured(plan_config):
-    large = ModelConfig(family="gpt2", num_layers=8, dims=512, num_heads=4)
-    small, big = (decoding_speed(Shape.of(section, 400, 32)) for section in (plan_config.model, large))
-    assert 3 * big < small, "700 times the weights are to be read for a token"
+def test_the_speed_of_writing_decides_which_models_may_be_run(plan_config, measured, tmp_path, monkeypatch):
+    clock = iter((0, 2))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert decoding_speed(Shape.of(plan_config.model, 400, 32), tokens=8) == 4.0, "8 tokens in 2 seconds"
+    large = Shape.of(plan_config.large, 400, 32)
+    monkeypatch.setattr(module, "decoding_speed", lambda shape: 10.0 if shape == large else 100.0)
+    for speed, method in ((5, "llm"), (50, "is")):
+        found = make_plan(Workspace(tmp_path / "w"), plan_config, Budgets(10, inference_speed=speed), Report())
+        assert found["recommended"] == method
+    with pytest.raises(SlmError, match="--inference-speed 500: the small model writes 100 tokens/s"):
+        make_plan(Workspace(tmp_path / "w"), plan_config, Budgets(10, inference_speed=500), Report())
 
 
 @pytest.mark.parametrize(
