@@ -311,7 +311,7 @@ class Grid(Section):
     )
     budgets: list[PositiveSize] = Field([1_000_000], min_length=1)
     """Pretraining tokens: milestones of one run, not many runs. Mixtures are trained for the largest alone."""
-    domains: list[str] = Field([], min_length=1)
+    domains: list[str] = Field(min_length=1)
     domain_tokens: list[PositiveSize] = Field([64_000], min_length=1)
     seeds: list[int] = Field([0], min_length=1)
     """Of initialisation and order of rows, in both stages."""

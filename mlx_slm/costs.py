@@ -17,7 +17,8 @@ METHODS = ("slm", "nopt", "is", "mix", "pn", "d", "llm", "lora")
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a method, in hours of one device: `generic` before any domain is known, `specialization` per domain."""
+    """Of a method, in hours of one device or in FLOPs: `generic` before any domain is known, `specialization` per
+    domain."""
 
     generic: float
     specialization: float

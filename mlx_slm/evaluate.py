@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 
@@ -17,7 +16,7 @@ from mlx_slm.models.transformer import Transformer
 from mlx_slm.report import Report
 from mlx_slm.scoring import Score, Scorer, routed_nll, score_of
 from mlx_slm.text.store import Store, first_windows
-from mlx_slm.workspace import Workspace
+from mlx_slm.workspace import Workspace, append_json
 
 
 def macro_perplexity(scores: list[Score]) -> float:
@@ -62,8 +61,7 @@ def evaluate_models(
             score, how = evaluated.score(set_name, split, expert, tokens)
             scores.append(score)
             results.append({"model": name, "set": set_name, "split": split, **asdict(score), **how})
-            with open(workspace.results / "evaluations.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(results[-1]) + "\n")
+            append_json(workspace.results / "evaluations.jsonl", results[-1])
         if scores:
             macro.append({"model": name, "sets": list(stores), "perplexity": macro_perplexity(scores)})
     return {"results": results, "macro": macro}

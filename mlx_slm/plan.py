@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from mlx_slm.report import Report
 from mlx_slm.training.projected_step import network_bytes
 from mlx_slm.training.runs import find_run
 from mlx_slm.training.step import training_bytes
-from mlx_slm.workspace import Workspace
+from mlx_slm.workspace import Workspace, read_json_lines
 
 SAMPLING_SHARE = 130 / 650
 """What a domain's SLM-is gets of the hours of a generic pretraining, where it is not said: as in Table 3."""
@@ -222,21 +222,21 @@ def decoding_speed(shape: Shape, tokens: int = 8) -> float:
 
 
 def _perplexity(workspace: Workspace, method: str, domain: str | None, budgets: Budgets) -> dict:
-    """`{"perplexity", "source"}`: the best recorded on the domain's test set after specialising on so many of its
-    tokens, else the paper's average of nine domains at the nearest of its sizes."""
+    """`{"perplexity", "source", "perplexity_tokens"}`: the best recorded on the domain's test set after specialising on
+    so many of its tokens, else the paper's average of nine domains at the nearest of its sizes."""
     recorded = _recorded_perplexities(workspace, method, domain, budgets.domain_tokens) if domain else []
     if recorded:
-        return {"perplexity": min(recorded), "source": "run"}
-    column = next((i for i, size in enumerate(SIZES) if budgets.domain_tokens <= size), len(SIZES) - 1)
-    found = PAPER_PERPLEXITY.get(method)
-    return {"perplexity": found[column] if found else None, "source": "paper" if found else None}
+        return {"perplexity": min(recorded), "source": "run", "perplexity_tokens": budgets.domain_tokens}
+    if method not in PAPER_PERPLEXITY:
+        return {"perplexity": None, "source": None, "perplexity_tokens": None}
+    near, size = min(enumerate(SIZES), key=lambda one: abs(math.log(budgets.domain_tokens / one[1])))
+    return {"perplexity": PAPER_PERPLEXITY[method][near], "source": "paper", "perplexity_tokens": size}
 
 
 def _recorded_perplexities(workspace: Workspace, method: str, domain: str, tokens: int) -> list[float]:
     """The newest perplexity of each run of a method that was specialised to the domain on so many tokens."""
-    file, found = workspace.results / "evaluations.jsonl", {}
-    for line in file.read_text().splitlines() if file.exists() else []:
-        row = json.loads(line)
+    found = {}
+    for row in read_json_lines(workspace.results / "evaluations.jsonl"):
         if row["set"] == domain and row["split"] == "test" and row["model"] in workspace.runs():
             record = find_run(workspace, row["model"]).record
             inputs = record["inputs"]

@@ -68,10 +68,7 @@ def pretrain(
         job = network_job(ground, path, report)
     else:
         job = sampled_job(ground, path, target, report) if target else generic_job(ground, path, method)
-    run = _work(ground, job, fresh, report)
-    if method != "pn":
-        export_run(workspace, run)
-    return run
+    return _work(ground, job, fresh, report, export=method != "pn")
 
 
 def _pretrain_mixture(ground: Ground, path: Path, fresh: bool, experts: list[int] | None, report: Report) -> Run:
@@ -122,8 +119,16 @@ def _record_experts(run: Run, possible: list[int]) -> None:
     run.save()
 
 
-def _work(ground: Ground, job: Job, fresh: bool, report: Report, announce: Callable[[], None] | None = None) -> Run:
-    """Do a job, or go on with it; returns the finished run. `announce`: what to say before it begins."""
+def _work(
+    ground: Ground,
+    job: Job,
+    fresh: bool,
+    report: Report,
+    announce: Callable[[], None] | None = None,
+    export: bool = False,
+) -> Run:
+    """Do a job, or go on with it; returns the finished run. `announce`: what to say before it begins; `export`: write
+    its model too."""
     training = ground.config.training
 
     def say() -> None:
@@ -138,29 +143,31 @@ def _work(ground: Ground, job: Job, fresh: bool, report: Report, announce: Calla
             write_json(job.path / file, value)
         if run.finished:
             report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
-            return run
-        milestones = tuple(
-            milestone_step(tokens, training.batch_rows, ground.shape.context_length) for tokens in training.milestones
-        )
-        beyond = [tokens for tokens, step in zip(training.milestones, milestones, strict=True) if step > job.steps]
-        if beyond:
-            report.warn(f"training.milestones: {format_size(beyond[0])} tokens are beyond the horizon of this training")
-        plan = Plan(
-            steps=job.steps,
-            learning_rate=training.learning_rate,
-            warmup_steps=training.warmup_steps,
-            schedule=training.schedule,
-            batch_rows=training.batch_rows,
-            eval_every=training.eval_every,
-            report_every=training.report_every,
-            checkpoint_every=training.checkpoint_every,
-            milestones=milestones,
-        )
-        trainer = Trainer(
-            job.step, job.parameters(), job.sampler, plan, job.path, job.evaluate, report, job.flops_per_token
-        )
-        run.finish(trainer.run(), trainer.flops)
+        else:
+            trainer = _trainer(job, training, ground.shape.context_length, report)
+            run.finish(trainer.run(), trainer.flops)
+        if export:
+            export_run(ground.workspace, run)
     return run
+
+
+def _trainer(job: Job, training: TrainingConfig, context_length: int, report: Report) -> Trainer:
+    milestones = tuple(milestone_step(tokens, training.batch_rows, context_length) for tokens in training.milestones)
+    beyond = [tokens for tokens, step in zip(training.milestones, milestones, strict=True) if step > job.steps]
+    if beyond:
+        report.warn(f"training.milestones: {format_size(beyond[0])} tokens are beyond the horizon of this training")
+    plan = Plan(
+        steps=job.steps,
+        learning_rate=training.learning_rate,
+        warmup_steps=training.warmup_steps,
+        schedule=training.schedule,
+        batch_rows=training.batch_rows,
+        eval_every=training.eval_every,
+        report_every=training.report_every,
+        checkpoint_every=training.checkpoint_every,
+        milestones=milestones,
+    )
+    return Trainer(job.step, job.parameters(), job.sampler, plan, job.path, job.evaluate, report, job.flops_per_token)
 
 
 def _ground(

@@ -26,6 +26,13 @@ class Report:
         return True
 
 
+class Agreed(Report):
+    """Another report, whose user has been asked and is not asked again."""
+
+    def __init__(self, report: Report):
+        self.line, self.warn, self.progress = report.line, report.warn, report.progress
+
+
 def duration(seconds: float) -> str:
     """75 -> '1m15s', 7300 -> '2h02m'."""
     seconds = round(seconds)

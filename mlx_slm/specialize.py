@@ -16,7 +16,7 @@ import numpy as np
 from mlx_slm.bundle import find_source
 from mlx_slm.clustering.sampler import Sampler, Stream
 from mlx_slm.config import Config, format_size
-from mlx_slm.errors import SlmError
+from mlx_slm.errors import Busy, Interrupted, SlmError
 from mlx_slm.experts import FINETUNED, FREQUENT, HISTOGRAM, PRETRAINED, Experts, has_experts
 from mlx_slm.export import export_run, lora_of, weights_of
 from mlx_slm.finetune import Finetuning, choose_recipe, finetune_all, plan_of
@@ -216,6 +216,8 @@ def _tuned_teacher(
     known = workspace.run(name) / "run.json"
     try:
         return specialize(workspace, config, domain, report, teacher, tokens, name)
+    except (Busy, Interrupted):
+        raise
     except SlmError as error:
         if not known.exists():
             raise

@@ -106,6 +106,24 @@ def alone(lock: Path, busy: str, waiting: Callable[[], None] | None = None) -> I
         yield
 
 
+def append_json(file: Path, record: dict) -> None:
+    """Add a line of JSON with one write, on a line of its own even behind one that a kill cut off."""
+    with open(file, "ab+", buffering=0) as out:
+        if out.seek(0, os.SEEK_END):
+            out.seek(-1, os.SEEK_END)
+        whole = out.read(1) in (b"\n", b"")
+        out.write((b"" if whole else b"\n") + json.dumps(record).encode() + b"\n")
+
+
+def read_json_lines(file: Path) -> list[dict]:
+    """The records of a file of JSON lines, none if there is no file; lines that a kill cut off are left out."""
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
 def plain_name(name: str) -> str:
     """Return `name` if it can name a set, a run or a model; raises SlmError for a path or an option."""
     if not re.fullmatch(r"\w[\w.+-]*", name):

@@ -18,6 +18,7 @@ from mlx_slm.costs import (
 from mlx_slm.errors import SlmError
 from mlx_slm.models.projected import ProjectedShape
 from mlx_slm.models.transformer import Shape
+from mlx_slm.study.grid import budgets_of, cells
 
 
 def test_equation_1():
@@ -37,6 +38,22 @@ def test_table_2_gives_the_specialization_costs_of_table_3(size, small, large, d
     assert found["d"].specialization == pytest.approx(distilled, rel=0.02)
     assert found["is"].specialization == pytest.approx(130 + small, abs=0.01)
     assert found["pn"].total(1) == pytest.approx(PAPER_COSTS["pn"].total(1), rel=1e-3)
+
+
+def test_table_2_gives_the_pretraining_costs_of_table_3():
+    """The tokens of configs/study-paper.yaml at Table 2's rates."""
+    rates = PAPER_RATES
+    assert 240e9 * rates.slm == pytest.approx(530, rel=0.01) and 59e9 * rates.slm == pytest.approx(130, rel=0.01)
+    assert 84e9 * rates.llm == pytest.approx(650, rel=0.01) and 180e9 * rates.pn == pytest.approx(650, rel=0.01)
+    assert 240e9 * rates.slm + 171e9 * rates.llm == pytest.approx(1850, rel=0.01), "student and teacher of SLM-d"
+    study = load_config(shipped_configs()["study-paper"])
+    assert {method: max(of) / 1e9 for method, of in budgets_of(cells(study)).items()} == {
+        "slm": 240,
+        "llm": 171,
+        "is": 59,
+        "pn": 180,
+        "mix": 295,
+    }
 
 
 def test_tokens_of_fine_tuning_grow_with_the_domain_set_up_to_the_limit():

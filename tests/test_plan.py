@@ -120,6 +120,13 @@ def test_perplexities_are_those_of_the_domain_and_its_size(plan_config, prepared
         assert (found[method]["perplexity"], found[method]["source"]) == (row["perplexity"], "run")
     found = rows_of(make_plan(workspace, plan_config, Budgets(1, domain_tokens=3000), Report(), "notes"))
     assert found["slm"]["source"] == "paper" and found["is"]["source"] is None
+    sizes = {2_000_000: (18.2, 1_000_000), 4_000_000: (14.8, 8_000_000), 10**9: (12.0, 64_000_000)}
+    for tokens, expected in sizes.items():
+        row = rows_of(make_plan(workspace, plan_config, Budgets(1, domain_tokens=tokens), Report()))["slm"]
+        assert (row["perplexity"], row["perplexity_tokens"]) == expected, "the nearest of the paper's sizes"
+    with open(workspace.results / "evaluations.jsonl", "a") as file:
+        file.write('{"model": "cut o')
+    assert make_plan(workspace, plan_config, Budgets(1, domain_tokens=4000), Report(), "notes")
 
 
 def test_the_speed_of_writing_decides_which_models_may_be_run(plan_config, measured, tmp_path, monkeypatch):

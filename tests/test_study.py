@@ -13,6 +13,7 @@ import time
 import pytest
 from conftest import call, small_config
 
+from mlx_slm.clustering.clusters import Clusters
 from mlx_slm.config import ClustersConfig, Grid, MixtureConfig, ModelConfig, ProjectionConfig, StudyConfig
 from mlx_slm.config_files import dump_config, find_config, load_config
 from mlx_slm.costs import Cost
@@ -89,6 +90,8 @@ def test_the_grid(study_config):
     assert budgets_of(found) == {m: [1024, 2048] for m in ("slm", "is", "pn", "d", "llm") if m != "d"} | {"mix": [2048]}
     taught = cells(changed(study_config, grids=[ALL.model_copy(update={"methods": ["d"], "teacher_budget": 512})]))
     assert [cell.pretrained for cell in taught] == [{"slm": 1024, "llm": 512}, {"slm": 2048, "llm": 512}]
+    two = [ALL.model_copy(update={"methods": ["mix"], "budgets": [budget]}) for budget in (1024, 2048)]
+    assert [cell.budget for cell in cells(changed(study_config, grids=two))] == [2048], "one mixture, at its own budget"
     with pytest.raises(SlmError, match=r"study\.grids is empty"):
         cells(small_config())
 
@@ -158,15 +161,27 @@ def test_a_study_that_was_killed_goes_on_and_gives_the_same_tables(done, prepare
 def test_processes_share_the_cells(prepared, study_config, done, tmp_path, capsys):
     workspace = Workspace(tmp_path / "w")
     shutil.copytree(prepared.root, workspace.root)
-    two = changed(study_config, grids=[ALL.model_copy(update={"methods": ["slm", "nopt"]})])
-    (tmp_path / "grid.yaml").write_text(dump_config(two))
+    few = ALL.model_copy(update={"methods": ["slm", "llm", "d"], "teacher_budget": 2048})
+    (tmp_path / "grid.yaml").write_text(dump_config(changed(study_config, grids=[few])))
     code, out, err = call(capsys, workspace, "study", str(tmp_path / "grid.yaml"), "--jobs", "2", "--json")
-    assert code == 0, err
+    assert code == 0 and "a job ended before its time" not in err, err
     lines = (workspace.results / "grid.jsonl").read_text().splitlines()
-    assert len(lines) == 3 and len(json.loads(out)["rows"]) == 3, "each cell once"
+    assert len(lines) == 6 and len(json.loads(out)["rows"]) == 6, "each cell once, though both of SLM-d want a teacher"
     whole = read_rows(done)
-    for row in map(json.loads, lines):
+    shared = [row for row in map(json.loads, lines) if row["cell"] in whole]
+    assert len(shared) == 5, "the early student of the late teacher is new"
+    for row in shared:
         assert row["specialized"]["nll"] == pytest.approx(whole[row["cell"]]["specialized"]["nll"], rel=1e-5)
+
+
+def test_a_job_that_ends_is_told_of_and_the_others_go_on(done, copy, study_config, report):
+    study = Study(copy, study_config, "grid", report)
+    study.prepare()
+    lines = study.file.read_text().splitlines(keepends=True)
+    study.file.write_text("".join(lines[:-1]))
+    with pytest.raises(SlmError, match=r"1 cells are not done \(.*grid-job1\.log: mlx-slm: .*no such file.*goes on"):
+        run_study(study, 2, ["study", "nothing"])
+    assert len(report.warnings) == 2 and "a job ended before its time" in report.warnings[0]
 
 
 def test_what_changes_a_cell_does_it_again(copy, study_config, monkeypatch):
@@ -175,7 +190,7 @@ def test_what_changes_a_cell_does_it_again(copy, study_config, monkeypatch):
 
         def work(self, cell):
             found.append(cell.method)
-            return {"cell": cell.name, "settings": self.settings[cell.name]}
+            return {"cell": cell.name, "settings": self.settings[cell.name], "specialized": {"perplexity": 1.0}}
 
         monkeypatch.setattr(Study, "work", work)
         run_study(Study(copy, changed(study_config, **study), "grid", Report()))
@@ -207,6 +222,8 @@ def test_names_that_belong_to_other_settings(copy, study_config):
     [
         ({"lora_rank": 49}, r"study\.lora_rank 49 is more than large\.dims 48"),
         ({"grids": [ALL.model_copy(update={"domains": ["nots"]})]}, "unknown set 'nots'"),
+        ({"grids": [ALL.model_copy(update={"domains": ["generic"]})]}, "generic is the generic set, not a domain"),
+        ({"grids": [ALL.model_copy(update={"methods": ["mix"], "selects": ["histogram"]})]}, "no cell is left"),
     ],
 )
 def test_bad_grids(change, message, copy, study_config):
@@ -232,7 +249,7 @@ def test_tables_by_hand(done):
     of_is = [row for row in rows if row["method"] == "is" and (row["budget"], row["k"]) == (2048, 4)]
     seconds = statistics.fmean(row["pretraining"]["seconds"] + row["specialization"]["seconds"] for row in of_is)
     assert cost_of(of_is) == Cost(0.0, pytest.approx(seconds / 3600))
-    text = markdown(rows, "grid")
+    text = markdown(rows, "grid", done.histograms())
     one = next(row for row in rows if row["cell"] == "pn-k4-histogram-2048-notes-4k-s0")
     line = next(line for line in text.splitlines() if line.startswith("| SLM-pn, k = 4, histogram | 2048 |"))
     flops = one["pretraining"]["flops"] / 1e12
@@ -241,6 +258,10 @@ def test_tables_by_hand(done):
     total = (one["pretraining"]["flops"] + 7 * one["specialization"]["flops"]) / 1e12
     line = [line for line in text.splitlines() if line.startswith("| SLM-pn, k = 4, histogram | 2048 |")][1]
     assert line.split(" | ")[-2] == f"{total:.3g}", "Eq. 1 for 7 domains"
+    clusters = Clusters(done.workspace, 3).assigned("notes", "train").tokens
+    line = next(line for line in text.splitlines() if line.startswith("| notes | 0.")).split(" | ")
+    assert float(line[1]) == pytest.approx(clusters.max() / clusters.sum(), abs=0.01), "Table 9, k = 3"
+    assert 0 < float(line[3]) <= math.log(3), "Table 10, k = 3"
     assert set(grouped(rows, label)) == {
         "SLM",
         "SLM-nopt",
@@ -254,6 +275,20 @@ def test_tables_by_hand(done):
         "LLM",
         "LLM-lora",
     }
+
+
+def test_a_budget_that_its_run_has_no_checkpoint_of(copy, study_config):
+    between = ALL.model_copy(update={"methods": ["slm"], "budgets": [1536, 2048]})
+    with pytest.raises(SlmError, match=r"run grid-slm-s0 was finished without a checkpoint at 1536 tokens: take"):
+        run_study(Study(copy, changed(study_config, grids=[between]), "grid", Report()))
+
+
+def test_nothing_is_trained_before_all_can_be(copy, study_config):
+    odd = study_config.training.model_copy(update={"batch_rows": 9})
+    config = changed(study_config.model_copy(update={"training": odd}), grids=[ALL])
+    with pytest.raises(SlmError, match=r"training\.batch_rows 9 is not a multiple of projection\.clusters_per_step 2"):
+        run_study(Study(copy, config, "another", Report()))
+    assert not list((copy.root / "runs").glob("another-*"))
 
 
 def test_figures_and_the_command(copy, study_config, tmp_path, capsys):

@@ -97,7 +97,9 @@ def test_a_student_learns_from_a_teacher_that_is_kept(own, large_config, report)
     student = specialize(own, large_config, "notes", report, "slm", 4000, teacher="llm")
     assert student.name == "notes-d-4k" and student.record["inputs"]["teacher"]["run"] == "notes-llm-4k"
     assert student.record["valid_nll"] != plain.record["valid_nll"]
-    assert student.record["flops"] / student.record["step"] > plain.record["flops"] / plain.record["step"]
+    small, large = (find_run(own, name).shape for name in ("slm", "llm"))
+    per_step = student.record["flops"] / student.record["step"]
+    assert per_step == 4 * 32 * (small.flops_per_token + large.forward_flops_per_token), "4 rows of 32 tokens"
     before = (own.run("notes-llm-4k") / "run.json").stat().st_mtime_ns
     other = large_config.model_copy(update={"distillation": DistillationConfig(a=0.2, tau=2.0)})
     again = specialize(own, other, "notes", report, "slm", 4000, teacher="llm", name="softer")

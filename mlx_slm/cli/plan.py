@@ -63,7 +63,7 @@ def plan(
                 f"{row['inference_parameters']:,}",
                 f"{row['memory_gb']:.1f}",
                 "yes" if row["fits"] else "no",
-                "-" if row["perplexity"] is None else f"{row['perplexity']:.1f} ({row['source']})",
+                _perplexity(row),
             ]
             for row in result["methods"]
         ]
@@ -87,6 +87,15 @@ def plan(
     session.show(result, text)
 
 
+def _perplexity(row: dict) -> str:
+    """With where it comes from."""
+    from mlx_slm.config import format_size
+
+    if row["perplexity"] is None:
+        return "-"
+    return f"{row['perplexity']:.1f} ({row['source']}, {format_size(row['perplexity_tokens'])})"
+
+
 @click.command()
 @click.argument("configuration", metavar="CONFIG")
 @click.option(
@@ -94,8 +103,8 @@ def plan(
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="So many processes share the cells, each on its part of the cores. On a CPU with small models one per core "
-    "is fastest.",
+    help="So many processes share the cells, each on its part of the cores, and each takes memory as if it were alone. "
+    "On a CPU with small models one per core is fastest.",
 )
 @common
 def study(session: Session, configuration, jobs) -> None:
@@ -112,13 +121,16 @@ def study(session: Session, configuration, jobs) -> None:
     from mlx_slm.study.tables import markdown
     from mlx_slm.workspace import write_text
 
+    if session.config_name:
+        raise click.UsageError("a study's CONFIG is its configuration: leave --config out")
     session.config_name = configuration
     name, results = Path(configuration).stem, session.workspace.results
     session.start_computing()
     overrides = [part for override in session.overrides for part in ("--set", override)]
     command = ["study", configuration, "--workspace", str(session.workspace.root), "--yes", *overrides]
-    rows = run_study(Study(session.workspace, session.config, name, session.report), jobs, command)
-    tables = markdown(rows, name)
+    cells = Study(session.workspace, session.config, name, session.report)
+    rows = run_study(cells, jobs, command)
+    tables = markdown(rows, name, cells.histograms())
     write_text(results / f"{name}.md", tables)
     figures = [str(path) for path in draw(rows, name, results)]
     result = {"study": name, "rows": rows, "tables": str(results / f"{name}.md"), "figures": figures}

@@ -53,13 +53,21 @@ class Lora:
     def flops_per_token(self) -> int:
         """Training FLOPs of a token: forward and back through everything, weight gradients of what is adapted, and of
         the head, which the cross-entropy makes in any case."""
-        made = sum(self.shape.dims * rows for *_, rows in self.targets) + self.shape.vocab_size * self.shape.dims
+        made = self._adapted_size + self.shape.vocab_size * self.shape.dims
         return self.shape.flops_per_token - 2 * (self.shape.product_parameters - made)
 
     @property
     def bytes_spared(self) -> int:
-        """Memory that a step spares against one of all weights: moments, successors and gradients of the frozen."""
-        return 4 * 6 * (self.shape.num_parameters - self.num_parameters)
+        """Memory that a step spares against one of all weights: moments, successors and gradients of the frozen, less
+        the adapted matrices with what is added, and their gradients."""
+        return 4 * 6 * (self.shape.num_parameters - self.num_parameters) - 4 * 2 * self._adapted_size
+
+    @property
+    def _adapted_size(self) -> int:
+        """Numbers in the matrices that are adapted; gpt2's joint one is made, and has its gradient, as a whole."""
+        if self.shape.family == "gpt2":
+            return 3 * self.shape.num_layers * self.shape.dims**2
+        return sum(self.shape.dims * rows for *_, rows in self.targets)
 
     def initialise(self, seed: int) -> dict:
         """A uniform within 1 / sqrt(in) and B zero, as mlx-lm begins: at first nothing is added."""

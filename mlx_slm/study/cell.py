@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cached_property
 
 from mlx_slm import runtime
-from mlx_slm.clustering.clusters import as_made, ensure_clusters
+from mlx_slm.clustering.clusters import Clusters, as_made, ensure_clusters
+from mlx_slm.clustering.show import summary
 from mlx_slm.clustering.target import Target
 from mlx_slm.config import Config, format_size
 from mlx_slm.errors import OtherSettings, SlmError
 from mlx_slm.evaluate import Evaluated, find_experts
 from mlx_slm.experts import HISTOGRAM
+from mlx_slm.methods import check_method
+from mlx_slm.models.projected import ProjectedShape
+from mlx_slm.models.transformer import Shape
 from mlx_slm.pretrain import POOL, pretrain
 from mlx_slm.report import Report
+from mlx_slm.scoring import validation_windows
 from mlx_slm.specialize import FROM_NONE, name_of_teacher, specialize
 from mlx_slm.study.grid import Cell, budgets_of, cells
 from mlx_slm.text.prepare import ensure_set, text_needed
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store, first_windows
-from mlx_slm.training.checkpoint import Metrics
-from mlx_slm.training.runs import Run, find_run, milestone_step
-from mlx_slm.workspace import Workspace, fingerprint
+from mlx_slm.training.checkpoint import checkpoint_steps
+from mlx_slm.training.runs import Run, alone_in, find_run, milestone_step
+from mlx_slm.workspace import Workspace, fingerprint, plain_name, read_json_lines
 
 
 class Study:
-    """The grid of a configuration in a workspace; its runs are named `<name>-...`."""
+    """The grid of a configuration in a workspace; the names of its runs contain `<name>-`."""
 
     def __init__(self, workspace: Workspace, config: Config, name: str, report: Report):
         self.workspace, self.config, self.name, self.report = workspace, config, name, report
@@ -40,16 +46,38 @@ class Study:
         config, report, sizes = self.config, self.report, {}
         for cell in self.cells:
             sizes[cell.domain] = max(cell.domain_tokens, sizes.get(cell.domain, 0))
-        if "lora" in {cell.method for cell in self.cells} and config.study.lora_rank > config.large.dims:
-            raise SlmError(f"study.lora_rank {config.study.lora_rank} is more than large.dims {config.large.dims}")
+        self._check(sizes)
         most = max((max(of) * (POOL if method == "is" else 1) for method, of in self.budgets.items()), default=0)
         ensure_set(self.workspace, config.data.generic, config, report, limit=text_needed(most))
         for domain, size in sizes.items():
             ensure_set(self.workspace, domain, config, report, limit=text_needed(size))
             first_windows(Store(self.workspace.require_set(domain)), size, config.data.seed)
+            self._check_held_out(domain)
         for k in sorted({cell.k for cell in self.cells if cell.k}):
             made = as_made(self.workspace, config, k, report)
             ensure_clusters(self.workspace, made, [k], list(sizes), report, splits=("train", "valid"))
+
+    def _check(self, domains: Iterable[str]) -> None:
+        config, small = self.config, Shape.of(self.config.model, self.config.tokenizer.vocab_size, 1)
+        plain_name(self.name)
+        if config.data.generic in domains:
+            raise SlmError(f"study.grids: {config.data.generic} is the generic set, not a domain")
+        if "lora" in {cell.method for cell in self.cells} and config.study.lora_rank > config.large.dims:
+            raise SlmError(f"study.lora_rank {config.study.lora_rank} is more than large.dims {config.large.dims}")
+        for cell in {cell.k: cell for cell in self.cells if cell.method == "pn"}.values():
+            check_method(self._config(cell, "pn"), "pn", None, None)
+            ProjectedShape.of(self._config(cell, "pn").projection, small)
+        if config.training.schedule != "constant" and any(len(budgets) > 1 for budgets in self.budgets.values()):
+            self.report.warn(
+                f"training.schedule is {config.training.schedule}, so of a method's budgets only the largest is that "
+                "of a finished training: set training.schedule=constant to compare them"
+            )
+
+    def _check_held_out(self, domain: str) -> None:
+        config = self.config
+        validation_windows(Store(self.workspace.data(domain, "valid")), config.finetuning.eval_tokens, config.data.seed)
+        if not Store(self.workspace.data(domain, "test")).num_windows:
+            raise SlmError(f"set {domain} has no test split: prepare it with one (test=PATH, or data.test_fraction)")
 
     @cached_property
     def settings(self) -> dict[str, str]:
@@ -73,13 +101,20 @@ class Study:
     def _text_of(self, name: str) -> list[str]:
         return [Store(self.workspace.require_set(name, split)).fingerprint for split in SPLITS]
 
+    def histograms(self) -> list[dict]:
+        """How the generic set and the domains lie over each number of clusters (`clustering.show.summary`)."""
+        domains = list(dict.fromkeys(cell.domain for cell in self.cells))
+        counts = sorted({cell.k for cell in self.cells if cell.k})
+        return [summary(Clusters(self.workspace, k), self.config.data.generic, domains) for k in counts]
+
     def work(self, cell: Cell) -> dict:
         """Do a cell; returns its row. Raises Busy where another process trains a run that it needs."""
         try:
             return self._work(cell)
         except OtherSettings as error:
             raise SlmError(
-                f"{error.what}: put it back, give the study's file another name, or remove the runs {self.name}-*"
+                f"{error.what}: put it back, give the study's file another name, or remove *{self.name}-* from "
+                f"{self.workspace.root / 'runs'}"
             ) from error
 
     def _work(self, cell: Cell) -> dict:
@@ -135,7 +170,7 @@ class Study:
             more = {"k": cell.k} | ({"h": cell.k} if follows else {})
             changes["projection"] = config.projection.model_copy(update=more)
         if cell.method == "mix":
-            changes["mixture"] = config.mixture.model_copy(update={"k": cell.k})
+            changes["mixture"] = config.mixture.model_copy(update={"k": cell.k, "tokens": None})
         if cell.method == "is":
             changes["clusters"] = config.clusters.model_copy(update={"k": cell.k})
         return config.model_copy(update=changes)
@@ -148,8 +183,17 @@ class Study:
         if method == "is":
             name += f"-{cell.domain}-{format_size(cell.domain_tokens)}"
             target = Target(cell.domain, cell.domain_tokens)
-        config = self._config(cell, method)
-        return pretrain(self.workspace, config, method, self.report, f"{name}-s{cell.seed}", target=target)
+        config, name = self._config(cell, method), f"{name}-s{cell.seed}"
+        with alone_in(self.workspace.run(name)):
+            pass  # Busy now, rather than after a network was initialised
+        run = pretrain(self.workspace, config, method, self.report, name, target=target)
+        budget = cell.pretrained[method]
+        if not run.is_mixture and _step_at(run, budget) not in checkpoint_steps(run.path):
+            raise SlmError(
+                f"run {name} was finished without a checkpoint at {format_size(budget)} tokens: take a budget that it "
+                f"has (steps {', '.join(map(str, checkpoint_steps(run.path)))}), or remove it from {run.path.parent}"
+            )
+        return run
 
     def _score(
         self,
@@ -189,9 +233,13 @@ def _sum(costs: list[dict]) -> dict | None:
 
 def _cost_at(run: Run, budget: int) -> dict:
     """What a pretraining cost up to its milestone at `budget` tokens: of a whole run, the share of its steps."""
-    record, batch_rows = run.record, run.record["inputs"]["training"]["batch_rows"]
-    step = record["step"] if run.is_mixture else milestone_step(budget, batch_rows, run.shape.context_length)
+    record = run.record
+    step = record["step"] if run.is_mixture else _step_at(run, budget)
     return {key: record[key] * step / record["step"] for key in COSTS}
+
+
+def _step_at(run: Run, budget: int) -> int:
+    return milestone_step(budget, run.record["inputs"]["training"]["batch_rows"], run.shape.context_length)
 
 
 def _specialization_cost(workspace: Workspace, tuned: Run) -> dict:
@@ -210,7 +258,7 @@ def _specialization_cost(workspace: Workspace, tuned: Run) -> dict:
 
 def _curve(tuned: Run) -> list[list[float]]:
     """[tokens, perplexity of the domain's validation text] at each evaluation of a fine-tuning."""
-    records = Metrics.read(tuned.path / "metrics.jsonl")
+    records = read_json_lines(tuned.path / "metrics.jsonl")
     return [[record["tokens"], round(math.exp(record["valid_nll"]), 3)] for record in records if "valid_nll" in record]
 
 

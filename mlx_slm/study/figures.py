@@ -41,6 +41,12 @@ def _flops_for_one(found: list[dict]) -> float:
     return cost_of(found, "flops").total(1) / 1e12
 
 
+def _flops_of_its_expert(found: list[dict]) -> float:
+    """The same for one expert of a mixture, as if no other had been trained."""
+    cost = cost_of(found, "flops")
+    return (cost.generic / found[0]["k"] + cost.specialization) / 1e12
+
+
 def _panels(titles: list[str], y_label: str):
     """(figure, axes): a panel for each title."""
     figure = new_figure(4.2 * len(titles) + 2.2, 4.2)
@@ -88,18 +94,27 @@ def _against(rows: list[dict], name: str, results: Path, what: str, x_label: str
                 continue
             xs = [x_of(points[budget]) for budget in sorted(points)]
             axis.errorbar(xs, [f[0] for f in found], [f[1] for f in found], marker="o", capsize=2, **looks[method])
+            if what == "cost" and of_method[0]["method"] == "mix":  # Figure 8: the domain's expert trained alone
+                alone = [_flops_of_its_expert(points[budget]) for budget in sorted(points)]
+                look = looks[method] | {"label": f"{method}, its expert alone", "markerfacecolor": "none"}
+                axis.plot(alone, [f[0] for f in found], marker="s", **look)
         axis.set(xscale="log", yscale="log", xlabel=x_label)
         _plain_numbers(axis)
     return _finish(figure, axes, f"{name}: perplexity against {x_label}", results / f"{name}-{what}.png")
 
 
 def _plain_numbers(axis) -> None:
-    """Perplexities on a logarithmic axis as numbers, not powers."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    """Numbers, not powers, on logarithmic axes."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axis.yaxis.set_major_locator(MaxNLocator(6))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
-    axis.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    if axis.get_xscale() == "log":
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        size = lambda value, _: format_size(round(value)) if value >= 1000 else f"{value:g}"  # noqa: E731
+        axis.xaxis.set_major_formatter(FuncFormatter(size))
+    for each in (axis.xaxis, axis.yaxis):
+        each.set_minor_formatter(NullFormatter())
 
 
 def _by_domains(rows: list[dict], name: str, results: Path) -> Path:

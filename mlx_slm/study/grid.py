@@ -50,7 +50,12 @@ def cells(config: Config) -> list[Cell]:
     """Every cell of a configuration's grids, once; raises SlmError if there is none."""
     if not config.study.grids:
         raise SlmError("study.grids is empty: a study is a list of grids, as in configs/study-mini.yaml")
-    return list(dict.fromkeys(cell for grid in config.study.grids for cell in _cells_of(grid, config)))
+    found = list(dict.fromkeys(cell for grid in config.study.grids for cell in _cells_of(grid, config)))
+    most = max((cell.budget for cell in found if cell.method == "mix"), default=None)
+    found = [cell for cell in found if cell.method != "mix" or cell.budget == most]
+    if not found:
+        raise SlmError("study.grids: no cell is left (`histogram` is not for mixtures)")
+    return found
 
 
 def _cells_of(grid: Grid, config: Config) -> Iterable[Cell]:
@@ -59,8 +64,6 @@ def _cells_of(grid: Grid, config: Config) -> Iterable[Cell]:
         budgets: list = sorted(grid.budgets)
         if method == "nopt":
             budgets = [None]
-        elif method == "mix":
-            budgets = budgets[-1:]
         clusters = (grid.clusters or [own[method]]) if method in CLUSTERED else [None]
         selects: list = grid.selects if method in ("pn", "mix") else [None]
         if method == "mix":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import subprocess
 import sys
@@ -16,12 +15,15 @@ from typing import TextIO
 from mlx_slm.errors import Busy, Interrupted, SlmError
 from mlx_slm.models.transformer import Shape
 from mlx_slm.pretrain import likely_flops
-from mlx_slm.report import duration
+from mlx_slm.report import Agreed, duration
 from mlx_slm.study.cell import Study
 from mlx_slm.study.grid import Cell
+from mlx_slm.workspace import append_json, read_json_lines
 
 PATIENCE = 2.0
 """Seconds until cells that other processes hold are asked for again."""
+CHECKPOINTS = 4 + 3 * 3 * 4
+"""Bytes that a fine-tuned parameter takes: the model, and three checkpoints with two moments."""
 
 
 def run_study(study: Study, jobs: int = 1, command: list[str] | None = None) -> list[dict]:
@@ -45,11 +47,9 @@ def run_study(study: Study, jobs: int = 1, command: list[str] | None = None) -> 
 def read_rows(study: Study) -> dict[str, dict]:
     """The rows of a study that hold for its settings, by cell; a line that a kill cut off is left out."""
     found: dict[str, dict] = {}
-    for line in study.file.read_text(encoding="utf-8").splitlines() if study.file.exists() else []:
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if study.settings.get(row["cell"]) == row["settings"]:
-                found[row["cell"]] = row
+    for row in read_json_lines(study.file):
+        if study.settings.get(row["cell"]) == row["settings"]:
+            found[row["cell"]] = row
     return found
 
 
@@ -62,8 +62,8 @@ def _work(study: Study) -> None:
             for cell in left:
                 with _claimed(locks, numbers[cell]) as mine, contextlib.suppress(Busy):
                     if mine and cell.name not in read_rows(study):
-                        study.report.line(f"cell {numbers[cell] + 1} of {len(numbers)}: {cell.name}")
-                        _append(study.file, study.work(cell))
+                        append_json(study.file, study.work(cell))
+                        _tell(study, cell.name)
                         did_some = True
             if not did_some:
                 time.sleep(PATIENCE)
@@ -83,73 +83,71 @@ def _claimed(locks: TextIO, number: int) -> Iterator[bool]:
         fcntl.lockf(locks, fcntl.LOCK_UN, 1, number)
 
 
-def _append(file: Path, row: dict) -> None:
-    """Add a line with one write, behind one that a kill cut off."""
-    with open(file, "ab+", buffering=0) as out:
-        if out.seek(0, os.SEEK_END):
-            out.seek(-1, os.SEEK_END)
-        whole = out.read(1) in (b"\n", b"")
-        out.write((b"" if whole else b"\n") + json.dumps(row).encode() + b"\n")
-
-
 def _announce(study: Study, todo: list[Cell]) -> None:
-    """Say how long the pretrainings take about; ask where it is over ten minutes."""
-    config, flops = study.config, 0.0
+    """Say what it takes about; ask, once, where the pretrainings alone are over ten minutes."""
+    config, report = study.config, study.report
     context, vocab = config.data.context_length, config.tokenizer.vocab_size
-    shapes = {name: Shape.of(section, vocab, context) for name, section in (("llm", config.large), ("", config.model))}
+    small, large = (Shape.of(section, vocab, context) for section in (config.model, config.large))
+    shape = {"llm": large, "lora": large}
     runs = {
         (method, cell.seed, cell.k, *((cell.domain, cell.domain_tokens) if method == "is" else ()))
         for cell in todo
         for method in cell.pretrained
     }
-    for method, *_ in runs:
-        flops += study.budgets[method][-1] * shapes.get(method, shapes[""]).flops_per_token
-    seconds = flops / likely_flops()
-    study.report.line(
+    flops = sum(study.budgets[method][-1] * shape.get(method, small).flops_per_token for method, *_ in runs)
+    disk = sum(CHECKPOINTS * shape.get(cell.method, small).num_parameters for cell in todo)
+    report.line(
         f"{len(todo)} of {len(study.cells)} cells to do: {len(runs)} pretrainings, where they are not done, of about "
-        f"{duration(seconds)} on this machine, and {len(todo)} fine-tunings"
+        f"{duration(flops / likely_flops())} on this machine, and {len(todo)} fine-tunings; {disk / 1e9:.1f} GB of "
+        "models and checkpoints"
     )
-    if seconds > 600 and not study.report.confirm("start?"):
+    if flops / likely_flops() > 600 and not report.confirm("start?"):
         raise Interrupted("not started; nothing was lost")
+    study.report = Agreed(report)
 
 
 def _share(study: Study, jobs: int, command: list[str]) -> None:
     """Let `jobs` processes do the cells, each on its part of the cores, and tell of each row that comes in."""
-    parts, logs = _parts_of_cores(jobs), []
-    workers = []
+    workers: dict[Path, subprocess.Popen] = {}
+    told, ended = set(read_rows(study)), set()
     try:
-        for number, cores in enumerate(parts, 1):
-            logs.append(study.file.with_name(f"{study.name}-job{number}.log"))
-            with open(logs[-1], "w") as log, _on_cores(cores):
-                workers.append(
-                    subprocess.Popen([sys.executable, "-m", "mlx_slm", *command], stdout=log, stderr=subprocess.STDOUT)
+        for number, cores in enumerate(_parts_of_cores(jobs), 1):
+            path = study.file.with_name(f"{study.name}-job{number}.log")
+            with open(path, "w") as log, _on_cores(cores):
+                workers[path] = subprocess.Popen(
+                    [sys.executable, "-m", "mlx_slm", *command], stdout=log, stderr=subprocess.STDOUT
                 )
-        study.report.line(f"{jobs} jobs; what each does: {', '.join(map(str, logs))}")
-        told = set(read_rows(study))
-        while any(worker.poll() is None for worker in workers):
-            time.sleep(PATIENCE)
-            told = _tell(study, told)
+        study.report.line(f"{jobs} jobs; what each does: {', '.join(map(str, workers))}")
+        working = True
+        while working:
+            working = any(worker.poll() is None for worker in workers.values())
+            for name in sorted(set(read_rows(study)) - told):
+                _tell(study, name)
+                told.add(name)
+            for log in [log for log, worker in workers.items() if worker.poll() and log not in ended]:
+                study.report.warn(f"a job ended before its time ({_last_line(log)})")
+                ended.add(log)
+            time.sleep(PATIENCE if working else 0)
     finally:
-        for worker in workers:
+        for worker in workers.values():
             worker.terminate()
-        for worker in workers:
+        for worker in workers.values():
             worker.wait()
-    _tell(study, told)
-    missing = [cell.name for cell in study.cells if cell.name not in read_rows(study)]
+    missing = len(study.cells) - len(read_rows(study))
     if missing:
-        failed = next((log for worker, log in zip(workers, logs, strict=True) if worker.returncode), logs[0])
-        last = (failed.read_text(errors="replace").strip().splitlines() or ["it was killed"])[-1]
-        raise SlmError(f"{len(missing)} cells are not done ({failed}: {last}); the same command goes on from there")
+        log = next(iter(ended), next(iter(workers)))
+        raise SlmError(f"{missing} cells are not done ({_last_line(log)}); the same command goes on from there")
 
 
-def _tell(study: Study, told: set[str]) -> set[str]:
+def _tell(study: Study, name: str) -> None:
     rows = read_rows(study)
-    for name in sorted(set(rows) - told):
-        row = rows[name]
-        study.report.line(
-            f"{len(rows)} of {len(study.cells)}: {name}: perplexity {row['specialized']['perplexity']:.2f}"
-        )
-    return set(rows)
+    study.report.line(
+        f"{len(rows)} of {len(study.cells)}: {name}: perplexity {rows[name]['specialized']['perplexity']:.2f}"
+    )
+
+
+def _last_line(log: Path) -> str:
+    return f"{log}: {(log.read_text(errors='replace').strip().splitlines() or ['it was killed'])[-1]}"
 
 
 def _parts_of_cores(jobs: int) -> list[set[int] | None]:

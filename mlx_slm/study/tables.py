@@ -75,16 +75,24 @@ def by_method(rows: list[dict]) -> dict:
     return grouped(rows, lambda row: (label(row), row["budget"]))
 
 
-def markdown(rows: list[dict], name: str) -> str:
-    """All tables of a study."""
+def size_of_all(rows: list[dict]) -> int:
+    """The largest domain set that the most lines of the tables have: what they are compared at."""
+    sizes = [{row["domain_tokens"] for row in found} for found in by_method(rows).values()]
+    return max(set.union(*sizes), key=lambda size: (sum(size in found for found in sizes), size))
+
+
+def markdown(rows: list[dict], name: str, summaries: list[dict]) -> str:
+    """All tables of a study. `summaries`: how its sets lie over clusters (`Study.histograms`)."""
     domains, seeds = sorted({row["domain"] for row in rows}), sorted({row["seed"] for row in rows})
-    devices = sorted({row["device"] for row in rows})
+    devices, size = sorted({row["device"] for row in rows}), size_of_all(rows)
     parts = [
         f"# {name}",
         f"{len(rows)} cells; domains {', '.join(domains)}; seeds {', '.join(map(str, seeds))}; device: "
         f"{', '.join(devices)}. Perplexity, macro average over the domains; ± is half the range over seeds.",
         "## Perplexity of the domains' test text (Tables 4 and 8)",
-        _perplexities(rows, domains),
+        f"Generic text and no fine-tuning: of the start for {format_size(size)} tokens of a domain. TFLOPs: of "
+        "pretraining, of teacher and student for SLM-d.",
+        _perplexities(rows, domains, size),
     ]
     if len(domains) > 1:
         parts += ["## By domain", _by_domain(rows, domains)]
@@ -92,35 +100,40 @@ def markdown(rows: list[dict], name: str) -> str:
         "## Cost (Table 3, Eq. 1)",
         "Hours of one job on its device, and FLOPs. `a domain`: specialization, with the choice of the expert and the "
         "fine-tuning of the teacher; for SLM-is the pretraining too, which is paid for each domain. Totals for N "
-        "domains are of the largest domain set.",
-        _costs(rows),
+        f"domains of {format_size(size)} tokens.",
+        _costs(rows, size),
     ]
+    if summaries:
+        parts += ["## Sets over clusters (Tables 9 and 10)", _over_clusters(summaries)]
     if any(row["importance"] for row in rows):
-        parts += ["## What importance sampling drew (Tables 9 and 10)", _sampling(rows)]
+        parts += ["## What importance sampling drew, at its largest budget", _sampling(rows)]
     if any(row["selection"] for row in rows):
         parts += ["## Which expert (Table 5)", _selections(rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def _perplexities(rows: list[dict], domains: list[str]) -> str:
+def _perplexities(rows: list[dict], domains: list[str], size: int) -> str:
     sizes, body = sorted({row["domain_tokens"] for row in rows}), []
+
+    def over_domains(found: list[dict], stage: str) -> str:
+        return shown(macro(found, stage)) + (" *" if found and {row["domain"] for row in found} != set(domains) else "")
+
     for (method, budget), of_method in by_method(rows).items():
         by_size = grouped(of_method, lambda row: row["domain_tokens"])
-        partly = " *" if {row["domain"] for row in of_method} != set(domains) else ""
-        flops = (of_method[0]["pretraining"] or {"flops": 0})["flops"]
+        start = by_size.get(size, of_method)
         body.append(
             [
-                method + partly,
+                method,
                 format_size(budget) if budget else "-",
-                f"{flops / 1e12:.3g}",
-                shown(macro(of_method, "generic")),
-                shown(macro(by_size[max(by_size)], "pretrained")),
-                *(shown(macro(by_size.get(size, []), "specialized")) for size in sizes),
+                f"{(start[0]['pretraining'] or {'flops': 0})['flops'] / 1e12:.3g}",
+                shown(macro(start, "generic")),
+                over_domains(start, "pretrained") if budget else "-",
+                *(over_domains(by_size.get(each, []), "specialized") for each in sizes),
             ]
         )
     columns = ["method", "pretraining tokens", "TFLOPs", "generic text", "no fine-tuning"]
-    columns += [f"{format_size(size)} tokens" for size in sizes]
-    note = "\n\n\\* not on all domains: see below." if any(line[0].endswith("*") for line in body) else ""
+    columns += [f"{format_size(each)} tokens" for each in sizes]
+    note = "\n\n\\* not on all domains: see below." if any("*" in cell for line in body for cell in line) else ""
     return table(columns, body) + note
 
 
@@ -134,31 +147,45 @@ def _by_domain(rows: list[dict], domains: list[str]) -> str:
     return table(["method", "pretraining tokens", "domain tokens", *domains], body)
 
 
-def _costs(rows: list[dict]) -> str:
+def _costs(rows: list[dict], size: int) -> str:
     sizes, body = sorted({row["domain_tokens"] for row in rows}), []
     for (method, budget), of_method in by_method(rows).items():
         by_size = grouped(of_method, lambda row: row["domain_tokens"])
-        costs = {size: cost_of(found) for size, found in by_size.items()}
-        most = max(by_size)
-        flops = cost_of(by_size[most], "flops")
+        hours = {each: cost_of(found) for each, found in by_size.items()}
+        compared = hours.get(size), cost_of(by_size[size], "flops") if size in by_size else None
         body.append(
             [
                 method,
                 format_size(budget) if budget else "-",
-                f"{costs[most].generic:.3g}",
-                *(f"{costs[size].specialization:.3g}" if size in costs else "-" for size in sizes),
-                *(f"{costs[most].total(count):.3g}" for count in DOMAINS_SHOWN),
-                *(f"{flops.total(count) / 1e12:.3g}" for count in DOMAINS_SHOWN),
+                f"{next(iter(hours.values())).generic:.3g}",
+                *(f"{hours[each].specialization:.3g}" if each in hours else "-" for each in sizes),
+                *(
+                    f"{cost.total(count) / unit:.3g}" if cost else "-"
+                    for cost, unit in zip(compared, (1, 1e12), strict=True)
+                    for count in DOMAINS_SHOWN
+                ),
             ]
         )
-    columns = ["method", "pretraining tokens", "generic h", *(f"h a domain, {format_size(size)}" for size in sizes)]
+    columns = ["method", "pretraining tokens", "generic h", *(f"h a domain, {format_size(each)}" for each in sizes)]
     columns += [f"h, N = {count}" for count in DOMAINS_SHOWN] + [f"TFLOPs, N = {count}" for count in DOMAINS_SHOWN]
     return table(columns, body)
 
 
+def _over_clusters(summaries: list[dict]) -> str:
+    sets = [row["set"] for row in summaries[0]["sets"]]
+    body = []
+    for number, name in enumerate(sets):
+        found = [one["sets"][number] for one in summaries]
+        body.append([name, *(f"{row['largest']:.2f}" for row in found), *(f"{row['entropy']:.2f}" for row in found)])
+    counts = [one["k"] for one in summaries]
+    columns = ["set", *(f"most frequent, k = {k}" for k in counts), *(f"entropy, nats, k = {k}" for k in counts)]
+    return table(columns, body)
+
+
 def _sampling(rows: list[dict]) -> str:
+    most = max(row["budget"] for row in rows if row["importance"])
     runs = grouped(
-        [row for row in rows if row["importance"]],
+        [row for row in rows if row["importance"] and row["budget"] == most],
         lambda row: (row["domain"], row["k"], row["domain_tokens"]),
     )
     body = [
@@ -168,7 +195,7 @@ def _sampling(rows: list[dict]) -> str:
             format_size(size),
             str(found[0]["importance"]["clusters_used"]),
             f"{math.log(found[0]['importance']['exp_entropy']):.2f}",
-            f"{found[0]['importance']['kl_generic']:.2f}",
+            "infinite" if (kl := found[0]["importance"]["kl_generic"]) is None else f"{kl:.2f}",
             f"{found[0]['importance']['passes_max']:.2f}",
             f"{found[0]['importance']['passes_mean']:.2f}",
             f"{found[0]['importance']['effective_fraction']:.1%}",

@@ -19,7 +19,15 @@ from safetensors.numpy import save_file
 
 from mlx_slm.errors import SlmError
 from mlx_slm.report import Report
-from mlx_slm.workspace import Damaged, load_manifest, new_artifact, read_json, verify, write_json
+from mlx_slm.workspace import (
+    Damaged,
+    load_manifest,
+    new_artifact,
+    read_json,
+    read_json_lines,
+    verify,
+    write_json,
+)
 
 KIND = "checkpoint"
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -116,7 +124,7 @@ class Metrics:
 
     def __init__(self, run: Path, resumed_step: int):
         self.path = run / "metrics.jsonl"
-        kept = [line for line in self.read(self.path) if line["step"] <= resumed_step]
+        kept = [line for line in read_json_lines(self.path) if line["step"] <= resumed_step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, self.path)
@@ -124,14 +132,3 @@ class Metrics:
     def write(self, record: dict) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-
-    @staticmethod
-    def read(path: Path) -> list[dict]:
-        """The records of a file; a last line that was cut off by a kill is left out."""
-        records = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-        return records

@@ -35,6 +35,20 @@ def test_the_papers_count():
     assert Lora(shape, 64, 1.0).num_parameters == 7 * 2 * 64 * (2816 + 2816) == 5_046_272
 
 
+def test_flops_by_hand():
+    """Forward and the gradients of activations through everything, 4 a weight; gradients of the joint matrix of query,
+    key and value, and of the head, 2 a weight; attention 12 L T d."""
+    shape = Shape.of(ModelConfig(num_layers=7, dims=2816, num_heads=22), 32_000, 1024)
+    d, head = 2816, 32_000 * 2816
+    weights = 7 * 12 * d**2 + head
+    assert Lora(shape, 64, 1.0).flops_per_token == 4 * weights + 2 * (7 * 3 * d**2 + head) + 12 * 7 * 1024 * d
+    llama = Shape.of(ModelConfig(family="llama", num_layers=2, dims=32, num_heads=4, num_kv_heads=2), 400, 16)
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * llama.hidden_dims
+    adapted = 32 * 32 + 32 * 16
+    expected = 4 * (2 * layer + 400 * 32) + 2 * (2 * adapted + 400 * 32) + 12 * 2 * 16 * 32
+    assert Lora(llama, 4, 1.0).flops_per_token == expected
+
+
 @pytest.mark.parametrize(("family", "num_kv_heads"), FAMILIES)
 def test_new_adapters_add_nothing_and_count_what_is_trained(family, num_kv_heads):
     shape, lora, base, adapters = make(family, num_kv_heads)

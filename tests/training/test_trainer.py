@@ -21,10 +21,11 @@ from mlx_slm.report import Report
 from mlx_slm.scoring import validation_loss
 from mlx_slm.text.store import Store
 from mlx_slm.training import checkpoint
-from mlx_slm.training.checkpoint import Metrics, checkpoint_steps, load_checkpoint
+from mlx_slm.training.checkpoint import checkpoint_steps, load_checkpoint
 from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.step import TrainingStep
 from mlx_slm.training.trainer import Plan, Trainer
+from mlx_slm.workspace import read_json_lines
 
 STEPS = 26
 EXACT = ("step", "tokens", "loss", "learning_rate", "grad_norm", "skipped", "valid_nll")
@@ -56,7 +57,7 @@ def everything(run) -> tuple[dict, list]:
     """All tensors and state of the last checkpoint, and the metrics that do not depend on the clock."""
     parameters, moments, state = load_checkpoint(run, checkpoint_steps(run)[-1])
     state = {k: v for k, v in state.items() if k not in ("seconds", "window")}
-    records = [{k: record[k] for k in EXACT if k in record} for record in Metrics.read(run / "metrics.jsonl")]
+    records = [{k: record[k] for k in EXACT if k in record} for record in read_json_lines(run / "metrics.jsonl")]
     return dict(tree_flatten([parameters, moments])) | {"state": state}, records
 
 
