@@ -7,10 +7,10 @@ from pathlib import Path
 
 from mlx_slm.config import format_size
 from mlx_slm.figures import new_figure, save_figure
-from mlx_slm.study.tables import DOMAINS_SHOWN, by_method, cost_of, grouped, label, macro
+from mlx_slm.study.tables import DOMAINS_SHOWN, by_method, cost_of, grouped, label, macro, size_of_all
 
 COLORS = {"slm": "C0", "is": "C1", "pn": "C2", "mix": "C3", "d": "C4", "llm": "C5", "lora": "C6", "nopt": "#888888"}
-DASHES = ("-", "--", ":", "-.")
+DASHES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 
 
 def draw(rows: list[dict], name: str, results: Path) -> list[Path]:
@@ -28,11 +28,12 @@ def draw(rows: list[dict], name: str, results: Path) -> list[Path]:
 
 
 def styles(rows: list[dict]) -> dict[str, dict]:
-    """Colour and dashes of each label: a colour a method, dashes for its choices."""
+    """The look of each label: a colour a method, dashes and markers for its choices."""
     found: dict[str, dict] = {}
     for method, of_method in grouped(rows, lambda row: row["method"]).items():
         for number, name in enumerate(dict.fromkeys(map(label, of_method))):
-            found[name] = {"color": COLORS[method], "linestyle": DASHES[number % len(DASHES)], "label": name}
+            look = number % len(DASHES)
+            found[name] = {"color": COLORS[method], "linestyle": DASHES[look], "marker": MARKERS[look], "label": name}
     return found
 
 
@@ -59,9 +60,12 @@ def _panels(titles: list[str], y_label: str):
 
 
 def _finish(figure, axes, title: str, path: Path) -> Path:
-    """One legend beside all panels, of what any of them shows."""
+    """One legend, beside several panels, of what any of them shows."""
     shown = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(shown.values(), shown.keys(), fontsize=8, loc="outside right upper")
+    if len(axes) > 1:
+        figure.legend(shown.values(), shown.keys(), fontsize=8, loc="outside right upper")
+    else:
+        axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=11)
     return save_figure(figure, path)
 
@@ -90,14 +94,14 @@ def _against(rows: list[dict], name: str, results: Path, what: str, x_label: str
             points = grouped(of_method, lambda row: row["budget"] or 0)
             found = [macro(points[budget], "specialized") for budget in sorted(points)]
             if of_method[0]["method"] == "nopt":
-                axis.axhline(found[0][0], **looks[method])
+                axis.axhline(found[0][0], **looks[method] | {"marker": None})
                 continue
             xs = [x_of(points[budget]) for budget in sorted(points)]
-            axis.errorbar(xs, [f[0] for f in found], [f[1] for f in found], marker="o", capsize=2, **looks[method])
+            axis.errorbar(xs, [f[0] for f in found], [f[1] for f in found], capsize=2, **looks[method])
             if what == "cost" and of_method[0]["method"] == "mix":  # Figure 8: the domain's expert trained alone
                 alone = [_flops_of_its_expert(points[budget]) for budget in sorted(points)]
                 look = looks[method] | {"label": f"{method}, its expert alone", "markerfacecolor": "none"}
-                axis.plot(alone, [f[0] for f in found], marker="s", **look)
+                axis.plot(alone, [f[0] for f in found], **look)
         axis.set(xscale="log", yscale="log", xlabel=x_label)
         _plain_numbers(axis)
     return _finish(figure, axes, f"{name}: perplexity against {x_label}", results / f"{name}-{what}.png")
@@ -118,8 +122,8 @@ def _plain_numbers(axis) -> None:
 
 
 def _by_domains(rows: list[dict], name: str, results: Path) -> Path:
-    """Figure 6: the smallest domain set, with the cost of so many domains."""
-    looks, size = styles(rows), _sizes(rows)[0]
+    """Figure 6: one size of the domain set, with the cost of so many domains."""
+    looks, size = styles(rows), size_of_all(rows)
     at = _on_all_domains([row for row in rows if row["domain_tokens"] == size and row["method"] != "nopt"])
     titles = [f"{count} domain{'s' if count > 1 else ''}" for count in DOMAINS_SHOWN]
     figure, axes = _panels(titles, f"perplexity, fine-tuned on {format_size(size)} tokens")
@@ -128,7 +132,7 @@ def _by_domains(rows: list[dict], name: str, results: Path) -> Path:
             points = grouped(of_method, lambda row: row["budget"])
             xs = [cost_of(points[budget], "flops").total(count) / 1e12 for budget in sorted(points)]
             ys = [macro(points[budget], "specialized")[0] for budget in sorted(points)]
-            axis.plot(xs, ys, marker="o", **looks[method])
+            axis.plot(xs, ys, **looks[method])
         axis.set(xscale="log", yscale="log", xlabel="TFLOPs for all of them (Eq. 1)")
         _plain_numbers(axis)
     return _finish(figure, axes, f"{name}: cost of several domains", results / f"{name}-domains.png")
@@ -144,7 +148,8 @@ def _finetuning_curves(rows: list[dict], name: str, results: Path) -> Path:
         last = {method: found for (method, _), found in by_method(sorted(at, key=lambda r: r["budget"] or 0)).items()}
         for method, found in last.items():
             points = found[0]["curve"]
-            axis.plot([point[0] / size for point in points], [point[1] for point in points], **looks[method])
+            xs, ys = [point[0] / size for point in points], [point[1] for point in points]
+            axis.plot(xs, ys, **looks[method] | {"marker": None})
         axis.set(yscale="log", xlabel="passes over the domain set")
         _plain_numbers(axis)
     return _finish(figure, axes, f"{name}: fine-tuning, until early stopping", results / f"{name}-finetuning.png")

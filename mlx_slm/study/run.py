@@ -109,7 +109,7 @@ def _announce(study: Study, todo: list[Cell]) -> None:
 def _share(study: Study, jobs: int, command: list[str]) -> None:
     """Let `jobs` processes do the cells, each on its part of the cores, and tell of each row that comes in."""
     workers: dict[Path, subprocess.Popen] = {}
-    told, ended = set(read_rows(study)), set()
+    told, ended = set(read_rows(study)), []
     try:
         for number, cores in enumerate(_parts_of_cores(jobs), 1):
             path = study.file.with_name(f"{study.name}-job{number}.log")
@@ -126,7 +126,7 @@ def _share(study: Study, jobs: int, command: list[str]) -> None:
                 told.add(name)
             for log in [log for log, worker in workers.items() if worker.poll() and log not in ended]:
                 study.report.warn(f"a job ended before its time ({_last_line(log)})")
-                ended.add(log)
+                ended.append(log)
             time.sleep(PATIENCE if working else 0)
     finally:
         for worker in workers.values():

@@ -98,8 +98,8 @@ def markdown(rows: list[dict], name: str, summaries: list[dict]) -> str:
         parts += ["## By domain", _by_domain(rows, domains)]
     parts += [
         "## Cost (Table 3, Eq. 1)",
-        "Hours of one job on its device, and FLOPs. `a domain`: specialization, with the choice of the expert and the "
-        "fine-tuning of the teacher; for SLM-is the pretraining too, which is paid for each domain. Totals for N "
+        "Hours of the steps of one job on its device, evaluations left out, and FLOPs. `a domain`: specialization, "
+        "with choosing the expert and fine-tuning the teacher, and for SLM-is the pretraining. Totals for N "
         f"domains of {format_size(size)} tokens.",
         _costs(rows, size),
     ]
@@ -108,7 +108,7 @@ def markdown(rows: list[dict], name: str, summaries: list[dict]) -> str:
     if any(row["importance"] for row in rows):
         parts += ["## What importance sampling drew, at its largest budget", _sampling(rows)]
     if any(row["selection"] for row in rows):
-        parts += ["## Which expert (Table 5)", _selections(rows)]
+        parts += [f"## Which expert, for {format_size(size)} tokens (Table 5)", _selections(rows, size)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -207,9 +207,9 @@ def _sampling(rows: list[dict]) -> str:
     return table(columns, body)
 
 
-def _selections(rows: list[dict]) -> str:
-    body = []
-    for (method, budget), of_method in by_method([row for row in rows if row["selection"]]).items():
+def _selections(rows: list[dict], size: int) -> str:
+    body, chosen = [], [row for row in rows if row["selection"] and row["domain_tokens"] == size]
+    for (method, budget), of_method in by_method(chosen).items():
         for domain, found in grouped(of_method, lambda row: row["domain"]).items():
             experts = sorted(
                 {str(row["selection"]["expert"]) for row in found if row["selection"]["expert"] is not None}
@@ -228,7 +228,7 @@ def _selections(rows: list[dict]) -> str:
                 ]
             )
     columns = ["method", "pretraining tokens", "domain", "experts", "share of the domain", "no fine-tuning"]
-    return table([*columns, "fine-tuned, all sizes", "h a domain"], body)
+    return table([*columns, "fine-tuned", "h a domain"], body)
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
