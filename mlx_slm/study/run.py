@@ -62,8 +62,9 @@ def _work(study: Study) -> None:
             for cell in left:
                 with _claimed(locks, numbers[cell]) as mine, contextlib.suppress(Busy):
                     if mine and cell.name not in read_rows(study):
-                        append_json(study.file, study.work(cell))
-                        _tell(study, cell.name)
+                        row = study.work(cell)
+                        append_json(study.file, row)
+                        _tell(study, row, len(read_rows(study)))
                         did_some = True
             if not did_some:
                 time.sleep(PATIENCE)
@@ -121,9 +122,10 @@ def _share(study: Study, jobs: int, command: list[str]) -> None:
         working = True
         while working:
             working = any(worker.poll() is None for worker in workers.values())
-            for name in sorted(set(read_rows(study)) - told):
-                _tell(study, name)
+            rows = read_rows(study)
+            for name in [name for name in rows if name not in told]:
                 told.add(name)
+                _tell(study, rows[name], len(told))
             for log in [log for log, worker in workers.items() if worker.poll() and log not in ended]:
                 study.report.warn(f"a job ended before its time ({_last_line(log)})")
                 ended.append(log)
@@ -139,11 +141,9 @@ def _share(study: Study, jobs: int, command: list[str]) -> None:
         raise SlmError(f"{missing} cells are not done ({_last_line(log)}); the same command goes on from there")
 
 
-def _tell(study: Study, name: str) -> None:
-    rows = read_rows(study)
-    study.report.line(
-        f"{len(rows)} of {len(study.cells)}: {name}: perplexity {rows[name]['specialized']['perplexity']:.2f}"
-    )
+def _tell(study: Study, row: dict, done: int) -> None:
+    perplexity = row["specialized"]["perplexity"]
+    study.report.line(f"{done} of {len(study.cells)}: {row['cell']}: perplexity {perplexity:.2f}")
 
 
 def _last_line(log: Path) -> str:
