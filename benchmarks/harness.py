@@ -16,8 +16,8 @@ class Turn:
     def __init__(self, pipe):
         self.pipe = pipe
 
-    def ready(self) -> None:
-        self.pipe.send("ready")
+    def ready(self, facts: dict | None = None) -> None:
+        self.pipe.send(facts or {})
 
     def wait(self) -> bool:
         return self.pipe.recv()
@@ -25,9 +25,18 @@ class Turn:
     def report(self, seconds: float, peak: int | None) -> None:
         self.pipe.send((seconds, peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
-    def serve(self, work: Callable[[], None], parts: int = 1, peak: Callable[[], int | None] = lambda: None) -> None:
-        """Call `work` at each turn and report its seconds divided by `parts`, and the allocator's peak in bytes."""
-        self.ready()
+    def serve(
+        self,
+        work: Callable[[], None],
+        parts: int = 1,
+        peak: Callable[[], int | None] = lambda: None,
+        facts: dict | None = None,
+    ) -> None:
+        """Call `work` at each turn and report its seconds divided by `parts`, and the allocator's peak in bytes.
+
+        `facts`: what the side has to say about itself before its first turn.
+        """
+        self.ready(facts)
         while self.wait():
             start = time.perf_counter()
             work()
@@ -47,11 +56,17 @@ def _child(runner, options, pipe, stock: bool) -> None:
 
 
 def play(
-    runners: dict[str, Callable], options, rounds: int, stock: str | None = None, stock_rounds: int = 2
+    runners: dict[str, Callable],
+    options,
+    rounds: int,
+    stock: str | None = None,
+    stock_rounds: int = 2,
+    facts: dict[str, dict] | None = None,
 ) -> dict[str, list]:
     """Return (seconds, peak bytes or None, RSS bytes) of each turn of each side, the first turn left out.
 
     A side whose packages are missing is left out. `stock` names one that runs without a preloaded BLAS, a few times.
+    `facts` is filled with what each side says about itself.
     """
     context = multiprocessing.get_context("spawn")
     sides = {}
@@ -61,8 +76,10 @@ def play(
         process.start()
         theirs.close()
         try:
-            ours.recv()
+            said = ours.recv()
             sides[side] = ours
+            if facts is not None:
+                facts[side] = said
         except EOFError:
             print(f"{side}: not available here, left out")
     found: dict[str, list] = {side: [] for side in sides}

@@ -1,0 +1,51 @@
+"""The benchmarks run: every case once at the smallest size, and a record as DESIGN has it."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.__main__ import main
+from benchmarks.devices import BENCHMARKS, add_peaks
+from benchmarks.sizes import SIZES
+from mlx_slm.errors import SlmError
+
+
+@pytest.mark.parametrize("name", list(BENCHMARKS))
+def test_every_case_runs(name):
+    try:
+        case = BENCHMARKS[name](SIZES["tiny"])
+    except SlmError as error:
+        pytest.skip(str(error))
+    case.work()
+    assert case.amount > 0 and case.unit.endswith("/s")
+
+
+def test_records_and_comparison(tmp_path):
+    file = str(tmp_path / "found.json")
+    arguments = ["cross_entropy", "--size", "tiny", "--rounds", "2", "--devices", "cpu", "--json", file]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    rows = json.load(open(file))
+    assert [row["name"] for row in rows] == ["matmul", "read", "cross_entropy"], "the peaks are always measured"
+    keys = {"name", "size", "device", "dtype", "median_s", "quartiles_s", "value", "unit", "peer", "ratio"}
+    assert all(set(row) >= keys for row in rows)
+    size, row = SIZES["tiny"], rows[-1]
+    tokens = size.rows * size.context
+    assert row["value"] == pytest.approx(tokens / row["median_s"])
+    assert row["tflops"] == pytest.approx(6 * tokens * size.vocab_size * size.dims / row["median_s"] / 1e12)
+    assert row["of_peak"] == pytest.approx(row["tflops"] / rows[0]["tflops"])
+    again = CliRunner().invoke(main, [*arguments, "--compare", file])
+    assert again.exit_code == 0 and "before" in again.output
+    assert CliRunner().invoke(main, ["nothing"]).exit_code == 2
+
+
+def test_a_share_of_the_peak_is_the_larger_of_computing_and_moving():
+    base = {"backend": "cpu"}
+    rows = [
+        base | {"name": "matmul", "tflops": 2.0, "gb_per_s": None},
+        base | {"name": "read", "tflops": None, "gb_per_s": 100.0},
+        base | {"name": "x", "tflops": 0.5, "gb_per_s": 60.0},
+    ]
+    add_peaks(rows)
+    assert [row["of_peak"] for row in rows] == [1.0, 1.0, 0.6]
