@@ -97,8 +97,7 @@ def cross_entropy(size: Size) -> Case:
 
 
 def _tensor(size: Size):
-    hidden = 4 * size.dims if size.family == "gpt2" else -(-8 * size.dims // 3 // 32) * 32
-    return random(size.h, hidden, size.dims), random(size.groups, size.h, seed=1)
+    return random(size.h, size.shape.hidden_dims, size.dims), random(size.groups, size.h, seed=1)
 
 
 def projection(size: Size) -> Case:
@@ -114,19 +113,22 @@ def projection(size: Size) -> Case:
 
 
 def tensor_update(size: Size) -> Case:
-    """Adam's update of the shared tensor of one matrix from the gradients of a step's experts."""
+    """Adam's update of the shared tensor of one matrix from the gradients of a step's experts, as the step does it."""
     import mlx.core as mx
 
-    tensor, c = _tensor(size)
+    from mlx_slm.training.optimizer import AdamW
+
+    tensor, c = (array.astype(mx.float32) for array in _tensor(size))
     gradients = random(size.groups, *tensor.shape[1:], seed=2).astype(mx.float32)
-    state = [tensor.astype(mx.float32), mx.zeros(tensor.shape), mx.zeros(tensor.shape)]
-    c = c.astype(mx.float32)
+    optimizer, one = AdamW(), mx.array(1.0)
+    begun = optimizer.init({"T": tensor})
+    state = [tensor, begun["m"]["T"], begun["v"]["T"]]
 
     @mx.compile
     def update(tensor, m, v):
-        g = mx.tensordot(c.T, gradients, 1)
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        return tensor - 1e-4 * m / (mx.sqrt(v) + 1e-8), m, v
+        now = optimizer.now(begun, one, one, one, mx.array(1e-4))
+        gradient = (c.T @ gradients.reshape(len(c), -1)).reshape(tensor.shape)
+        return optimizer.moved(tensor, m, v, gradient, now)
 
     def work():
         state[:] = update(*state)

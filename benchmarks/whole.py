@@ -9,14 +9,6 @@ from benchmarks.micro import Case
 from benchmarks.sizes import Size
 
 
-def shape_of(size: Size):
-    from mlx_slm.config import ModelConfig
-    from mlx_slm.models.transformer import Shape
-
-    config = ModelConfig(family=size.family, num_layers=size.num_layers, dims=size.dims, num_heads=size.num_heads)
-    return Shape.of(config, size.vocab_size, size.context)
-
-
 def _batch(size: Size, rows: int):
     import numpy as np
 
@@ -31,7 +23,7 @@ def _training(size: Size, rows: int) -> Case:
     from mlx_slm.training.optimizer import AdamW
     from mlx_slm.training.step import TrainingStep, rows_that_fit
 
-    shape = shape_of(size)
+    shape = size.shape
     step = TrainingStep(Transformer(shape), AdamW(), rows_that_fit(shape, rows), initialise(shape, 0))
     tokens, weights = _batch(size, rows)
 
@@ -65,7 +57,7 @@ def pn_step(size: Size) -> Case:
 
     layers = list(range(1, size.num_layers - 1)) if size.name == "paper" else None
     config = ProjectionConfig(h=size.h, k=size.h, layers=layers)
-    shape = ProjectedShape.of(config, shape_of(size))
+    shape = ProjectedShape.of(config, size.shape)
     rows = size.rows // size.groups
     micro = groups_that_fit(shape, size.groups, rows)
     step = ProjectedStep(Transformer(shape.base), AdamW(), micro, initialise_network(shape, config, 0))
@@ -92,7 +84,7 @@ def _served(size: Size, bits: int | None):
     from mlx_slm.training.checkpoint import save_arrays
     from mlx_slm.workspace import write_json
 
-    shape = shape_of(size)
+    shape = size.shape
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
         write_json(path / "config.json", huggingface_config(shape, 0))
@@ -113,7 +105,7 @@ def prefill(size: Size, bits: int | None = None) -> Case:
 
     model = _served(size, bits)
     prompt = mx.array([[number % size.vocab_size for number in range(size.prompt)]])
-    flops = 2 * shape_of(size).product_parameters * size.prompt
+    flops = 2 * size.shape.product_parameters * size.prompt
     return Case(lambda: mx.eval(model(prompt, cache=make_prompt_cache(model))), size.prompt, "tokens/s", flops)
 
 
@@ -130,7 +122,7 @@ def decode(size: Size, bits: int | None = None) -> Case:
         lambda: [None for _ in generate_step(prompt, model, max_tokens=size.answer)] and None,
         size.answer,
         "tokens/s",
-        2 * shape_of(size).product_parameters * size.answer,
+        2 * size.shape.product_parameters * size.answer,
         read * size.answer,
     )
 

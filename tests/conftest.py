@@ -70,6 +70,12 @@ sys.exit(run(sys.argv[1:]))
 """A program that is the command line, and is killed when it asks for rows for the {calls}th time."""
 
 
+def copy_of(workspace: Workspace, directory: Path) -> Workspace:
+    """A workspace to write into."""
+    shutil.copytree(workspace.root, directory)
+    return Workspace(directory)
+
+
 def call(capsys, workspace: Workspace, *arguments: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a command in a workspace."""
     code = run([arguments[0], "--workspace", str(workspace.root), *arguments[1:]])

@@ -7,7 +7,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import call
+from conftest import call, copy_of
 
 from mlx_slm.bundle import find_source
 from mlx_slm.clustering.encoder import window_texts
@@ -21,8 +21,7 @@ from mlx_slm.workspace import Workspace, fingerprint
 @pytest.fixture
 def own(with_experts, tmp_path) -> Workspace:
     """A copy to write into."""
-    shutil.copytree(with_experts.root, tmp_path / "w")
-    return Workspace(tmp_path / "w")
+    return copy_of(with_experts, tmp_path / "w")
 
 
 @pytest.mark.parametrize("name", ["pn", "mix"])

@@ -10,7 +10,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import KILLED, call, experts_of
+from conftest import KILLED, call, copy_of, experts_of
 from mlx.utils import tree_flatten
 from training.test_trainer import assert_same, everything
 
@@ -38,8 +38,7 @@ from mlx_slm.workspace import Workspace, load_manifest
 @pytest.fixture
 def own(with_experts, tmp_path) -> Workspace:
     """A copy to write into."""
-    shutil.copytree(with_experts.root, tmp_path / "w")
-    return Workspace(tmp_path / "w")
+    return copy_of(with_experts, tmp_path / "w")
 
 
 @pytest.mark.parametrize(("method", "calls"), [("pn", 9), ("mix", 10)])

@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import call, small_config
+from conftest import call, copy_of, small_config
 
 from mlx_slm.clustering.clusters import Clusters
 from mlx_slm.config import ClustersConfig, Grid, MixtureConfig, ModelConfig, ProjectionConfig, StudyConfig
@@ -65,8 +65,7 @@ def done(prepared, study_config, tmp_path_factory) -> Study:
 @pytest.fixture
 def copy(done, tmp_path) -> Workspace:
     """The finished study's workspace, to write into."""
-    shutil.copytree(done.workspace.root, tmp_path / "w")
-    return Workspace(tmp_path / "w")
+    return copy_of(done.workspace, tmp_path / "w")
 
 
 def without_clocks(row: dict) -> dict:

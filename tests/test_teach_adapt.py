@@ -9,7 +9,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import KILLED, call, small_config
+from conftest import KILLED, call, copy_of, small_config
 from mlx.utils import tree_flatten
 from training.test_trainer import assert_same, everything
 
@@ -50,8 +50,7 @@ def trained(prepared, large_config, tmp_path_factory) -> Workspace:
 @pytest.fixture
 def own(trained, tmp_path) -> Workspace:
     """A copy to write into."""
-    shutil.copytree(trained.root, tmp_path / "w")
-    return Workspace(tmp_path / "w")
+    return copy_of(trained, tmp_path / "w")
 
 
 @pytest.mark.parametrize("source", ["slm", "llm"])

@@ -27,7 +27,7 @@ from mlx_slm.text.prepare import ensure_set, text_needed
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.checkpoint import checkpoint_steps
-from mlx_slm.training.runs import Run, alone_in, find_run, milestone_step
+from mlx_slm.training.runs import Run, alone_in, find_run
 from mlx_slm.workspace import Workspace, fingerprint, plain_name, read_json_lines
 
 
@@ -188,7 +188,7 @@ class Study:
             pass  # Busy now, rather than after a network was initialised
         run = pretrain(self.workspace, config, method, self.report, name, target=target)
         budget = cell.pretrained[method]
-        if not run.is_mixture and _step_at(run, budget) not in checkpoint_steps(run.path):
+        if not run.is_mixture and run.step_at(budget) not in checkpoint_steps(run.path):
             raise SlmError(
                 f"run {name} was finished without a checkpoint at {format_size(budget)} tokens: take a budget that it "
                 f"has (steps {', '.join(map(str, checkpoint_steps(run.path)))}), or remove it from {run.path.parent}"
@@ -234,12 +234,8 @@ def _sum(costs: list[dict]) -> dict | None:
 def _cost_at(run: Run, budget: int) -> dict:
     """What a pretraining cost up to its milestone at `budget` tokens: of a whole run, the share of its steps."""
     record = run.record
-    step = record["step"] if run.is_mixture else _step_at(run, budget)
+    step = record["step"] if run.is_mixture else run.step_at(budget)
     return {key: record[key] * step / record["step"] for key in COSTS}
-
-
-def _step_at(run: Run, budget: int) -> int:
-    return milestone_step(budget, run.record["inputs"]["training"]["batch_rows"], run.shape.context_length)
 
 
 def _specialization_cost(workspace: Workspace, tuned: Run) -> dict:

@@ -33,8 +33,7 @@ def run_study(study: Study, jobs: int = 1, command: list[str] | None = None) -> 
     """
     study.prepare()
     study.file.parent.mkdir(parents=True, exist_ok=True)
-    todo = [cell for cell in study.cells if cell.name not in read_rows(study)]
-    if todo:
+    if todo := _left(study):
         _announce(study, todo)
     if jobs > 1 and todo:
         _share(study, jobs, command)
@@ -53,11 +52,17 @@ def read_rows(study: Study) -> dict[str, dict]:
     return found
 
 
+def _left(study: Study) -> list[Cell]:
+    """The cells without a row."""
+    done = read_rows(study)
+    return [cell for cell in study.cells if cell.name not in done]
+
+
 def _work(study: Study) -> None:
     """Do the cells that nobody else does, until all are done."""
     numbers = {cell: number for number, cell in enumerate(study.cells)}
     with open(study.file.with_suffix(".lock"), "a") as locks:
-        while left := [cell for cell in study.cells if cell.name not in read_rows(study)]:
+        while left := _left(study):
             did_some = False
             for cell in left:
                 with _claimed(locks, numbers[cell]) as mine, contextlib.suppress(Busy):
@@ -135,8 +140,7 @@ def _share(study: Study, jobs: int, command: list[str]) -> None:
             worker.terminate()
         for worker in workers.values():
             worker.wait()
-    missing = len(study.cells) - len(read_rows(study))
-    if missing:
+    if missing := len(_left(study)):
         log = next(iter(ended), next(iter(workers)))
         raise SlmError(f"{missing} cells are not done ({_last_line(log)}); the same command goes on from there")
 

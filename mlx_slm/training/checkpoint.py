@@ -21,6 +21,7 @@ from mlx_slm.errors import SlmError
 from mlx_slm.report import Report
 from mlx_slm.workspace import (
     Damaged,
+    append_json,
     load_manifest,
     new_artifact,
     read_json,
@@ -130,5 +131,4 @@ class Metrics:
         os.replace(temporary, self.path)
 
     def write(self, record: dict) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_json(self.path, record)

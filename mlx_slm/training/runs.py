@@ -95,6 +95,10 @@ class Run:
         """Whether this is a hard mixture: a run of several models, each of which is a run."""
         return self.record["method"] == "mix" and not {"expert", "from"} & set(self.record["inputs"])
 
+    def step_at(self, tokens: int) -> int:
+        """The step after which this pretraining has seen `tokens` tokens; KeyError for a run that is none."""
+        return milestone_step(tokens, self.record["inputs"]["training"]["batch_rows"], self.shape.context_length)
+
     def weights_step(self) -> int | None:
         """The step whose weights stand for this run: the best of a specialisation, the last of a pretraining, or that
         of the milestone. None for a mixture."""
@@ -208,11 +212,11 @@ def find_run(workspace: Workspace, name: str) -> Run:
 
 
 def _at(run: Run, tokens: str) -> Run:
-    inputs, kept = run.record["inputs"], checkpoint.checkpoint_steps(run.path)
+    kept = checkpoint.checkpoint_steps(run.path)
     if run.is_mixture:
         raise SlmError(f"{run.name}@{tokens}: a mixture has no milestones; give the run as {run.name}")
     try:
-        step = milestone_step(parse_size(tokens), inputs["training"]["batch_rows"], run.shape.context_length)
+        step = run.step_at(parse_size(tokens))
     except (ValueError, KeyError) as error:
         raise SlmError(f"{run.name}@{tokens}: write it as RUN@TOKENS of a pretraining run, such as slm@5M") from error
     if step not in kept:
