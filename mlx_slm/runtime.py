@@ -40,6 +40,7 @@ def prepare() -> None:
         warnings.warn("import mlx_slm before mlx: matrix products are up to 30x slower on a CPU now", stacklevel=3)
         return
     _set_allocator()
+    _vectorise_loops()
     # Reproducible sums whatever the alignment of a buffer: a resumed run equals an uninterrupted one bit for bit.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
@@ -84,6 +85,14 @@ def _set_allocator() -> None:
         return
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
         mallopt(option, value)
+
+
+def _vectorise_loops() -> None:
+    """Let MLX find our g++ first, which adds the flags of this processor: an exp takes 0.9 instead of 2.7 ns."""
+    ours = str(Path(__file__).parent / "native")
+    path = os.environ.get("PATH", os.defpath)
+    if ours not in path.split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([ours, path])
 
 
 def notices() -> list[str]:

@@ -48,19 +48,29 @@ class AdamW:
         return p, {"m": m, "v": v, "updates": now["updates"], "bad": now["bad"]}, norm
 
     def now(self, state: dict, norm: mx.array, total: mx.array, loss: mx.array, rate: mx.array) -> dict:
-        """The numbers of this step that every tensor's update needs."""
+        """The numbers of this step that every tensor's update needs: those of a step that moves nothing if not `good`.
+
+        Each is an array of its own (`mx.contiguous`): fused into the loop over a tensor, they would be computed again
+        for every element.
+        """
         good = mx.isfinite(norm) & mx.isfinite(loss)
         updates = state["updates"] + good.astype(mx.int32)
         t = mx.maximum(updates, 1).astype(mx.float32)
-        return {
+        b1, b2 = self.betas
+        numbers = {
             "good": good,
             "scale": mx.minimum(1.0, self.clip_norm / mx.maximum(norm, 1e-30)) / total,
-            "rate": rate,
-            "step_size": rate / (1 - self.betas[0] ** t),
-            "root": mx.sqrt(1 - self.betas[1] ** t),
+            "keep_m": mx.where(good, b1, 1.0),
+            "take_m": mx.where(good, 1 - b1, 0.0),
+            "keep_v": mx.where(good, b2, 1.0),
+            "take_v": mx.where(good, 1 - b2, 0.0),
+            "decay": mx.where(good, self.weight_decay * rate, 0.0),
+            "step_size": mx.where(good, rate / (1 - b1**t), 0.0),
+            "root": mx.sqrt(1 - b2**t),
             "updates": updates,
             "bad": mx.where(good, 0, state["bad"] + 1),
         }
+        return {name: mx.contiguous(number) for name, number in numbers.items()}
 
     def moved_tree(self, parameters: dict, m: dict, v: dict, gradients: dict, now: dict) -> tuple[dict, dict, dict]:
         """`moved` for every tensor of a tree: (parameters, m, v)."""
@@ -70,14 +80,11 @@ class AdamW:
 
     def moved(self, p: mx.array, m: mx.array, v: mx.array, g: mx.array, now: dict, factor: float = 1.0) -> tuple:
         """(parameter, moments) of one tensor after its step, at `factor` times the rate; as they were if not `good`."""
-        b1, b2 = self.betas
-        g = g * now["scale"]
-        new_m = b1 * m + (1 - b1) * g
-        new_v = b2 * v + (1 - b2) * mx.square(g)
-        decay = self.weight_decay * now["rate"] * factor if p.ndim > 1 else 0.0
-        new_p = p - decay * p - now["step_size"] * factor * new_m / (mx.sqrt(new_v) / now["root"] + self.eps)
-        good = now["good"]
-        return mx.where(good, new_p, p), mx.where(good, new_m, m), mx.where(good, new_v, v)
+        g = mx.where(now["good"], g * now["scale"], 0.0)
+        m = now["keep_m"] * m + now["take_m"] * g
+        v = now["keep_v"] * v + now["take_v"] * mx.square(g)
+        decayed = p - now["decay"] * factor * p if self.weight_decay and p.ndim > 1 else p
+        return decayed - now["step_size"] * factor * m / (mx.sqrt(v) / now["root"] + self.eps), m, v
 
 
 def global_norm(tree: dict) -> mx.array:
