@@ -44,6 +44,12 @@ def exp_nonpositive(x: mx.array) -> mx.array:
     return _polynomial_exp(x) if scalar_exp() else mx.exp(x)
 
 
+def _alone(x: mx.array) -> mx.array:
+    """Keep an operation out of a fused loop: with a broadcast operand it would not be vectorised, and a loop of more than
+    about two dozen operations is cut at places that pass more through memory."""
+    return mx.contiguous(x)
+
+
 @mx.compile
 def _polynomial_exp(x: mx.array) -> mx.array:
     """In pairs (Estrin), not by Horner: `mx.compile` cuts a chain of more than about a dozen operations in two."""
@@ -59,7 +65,7 @@ def _polynomial_exp(x: mx.array) -> mx.array:
 
 
 def _sigmoid(x: mx.array) -> mx.array:
-    e = _polynomial_exp(-mx.abs(x))
+    e = _alone(_polynomial_exp(-mx.abs(x)))
     return mx.where(x < 0, e, 1.0) / (1.0 + e)
 
 
@@ -121,11 +127,6 @@ def _cut(x: mx.array) -> list[mx.array]:
 def _join(blocks: list[mx.array]) -> mx.array:
     """Blocks [B, H, l, D] to [B, H, L, D], laid out as [B, L, H, D]: joining the heads then copies nothing."""
     return mx.concatenate([x.swapaxes(1, 2) for x in blocks], axis=1).swapaxes(1, 2)
-
-
-def _alone(x: mx.array) -> mx.array:
-    """Keep an operation with a broadcast operand out of a fused loop, which would not be vectorised with it."""
-    return mx.contiguous(x)
 
 
 def exp_shifted(x: mx.array) -> tuple[mx.array, mx.array]:
