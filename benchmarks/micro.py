@@ -2,31 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
+from benchmarks.case import Case, named, random
 from benchmarks.sizes import Size
-
-
-@dataclass
-class Case:
-    """Something to repeat: `work` does it once and waits; it takes `flops` operations, moves at least `bytes`."""
-
-    work: Callable[[], None]
-    amount: float
-    unit: str
-    flops: float | None = None
-    bytes: float | None = None
-
-
-def random(*shape: int, seed: int = 0):
-    import mlx.core as mx
-
-    from mlx_slm import runtime
-
-    found = mx.random.normal(shape, key=mx.random.key(seed)).astype(runtime.compute_dtype())
-    mx.eval(found)
-    return found
 
 
 def matmul(size: Size) -> Case:
@@ -152,32 +129,14 @@ def kmeans_assignment(size: Size) -> Case:
     return Case(lambda: nearest(points, centroids, False) and None, size.points, "points/s", flops)
 
 
-def encoder(size: Size) -> Case:
-    """Sentence embeddings by the default encoder, of texts of about a hundred words."""
-    from pydoc_data.topics import topics
-
-    from mlx_slm.clustering.bert import SentenceEncoder
-    from mlx_slm.clustering.encoder import find_directory
-    from mlx_slm.config import DEFAULT_ENCODER
-
-    encode = SentenceEncoder(find_directory(DEFAULT_ENCODER)).encode
-    words = " ".join(topics.values()).split()
-    texts = [" ".join(words[100 * i : 100 * i + 100]) for i in range(size.texts)]
-    return Case(lambda: encode(texts) is None, len(texts), "texts/s")
-
-
-MICRO = {
-    function.__name__: function
-    for function in (
-        matmul,
-        read,
-        elementwise,
-        attention,
-        attention_backward,
-        cross_entropy,
-        projection,
-        tensor_update,
-        kmeans_assignment,
-        encoder,
-    )
-}
+MICRO = named(
+    matmul,
+    read,
+    elementwise,
+    attention,
+    attention_backward,
+    cross_entropy,
+    projection,
+    tensor_update,
+    kmeans_assignment,
+)

@@ -5,18 +5,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from benchmarks.micro import Case
+from benchmarks.case import Case, batch, named
 from benchmarks.sizes import Size
 
 
-def _batch(size: Size, rows: int):
-    import numpy as np
-
-    tokens = np.random.default_rng(0).integers(2, size.vocab_size, (rows, size.context + 1)).astype(np.int32)
-    return tokens, np.ones((rows, size.context), np.float32)
-
-
-def _training(size: Size, rows: int) -> Case:
+def training(size: Size, rows: int) -> Case:
+    """A training step of the small model on so many rows."""
     import mlx.core as mx
 
     from mlx_slm.models.transformer import Transformer, initialise
@@ -25,7 +19,7 @@ def _training(size: Size, rows: int) -> Case:
 
     shape = size.shape
     step = TrainingStep(Transformer(shape), AdamW(), rows_that_fit(shape, rows), initialise(shape, 0))
-    tokens, weights = _batch(size, rows)
+    tokens, weights = batch(size, rows)
 
     def work():
         with step.sharing_cores():
@@ -36,40 +30,46 @@ def _training(size: Size, rows: int) -> Case:
 
 def slm_step(size: Size) -> Case:
     """A step of pretraining."""
-    return _training(size, size.rows)
+    return training(size, size.rows)
 
 
 def finetuning_step(size: Size) -> Case:
     """A step of fine-tuning: the same on the 8 rows of the paper."""
-    return _training(size, min(8, size.rows))
+    return training(size, min(8, size.rows))
+
+
+def network_of(size: Size):
+    """(shape, configuration) of the projected network: all MLPs, for the paper's size the middle five of seven."""
+    from mlx_slm.config import ProjectionConfig
+    from mlx_slm.models.projected import ProjectedShape
+
+    layers = list(range(1, size.num_layers - 1)) if size.name == "paper" else None
+    config = ProjectionConfig(h=size.h, k=size.h, layers=layers)
+    return ProjectedShape.of(config, size.shape), config
 
 
 def pn_step(size: Size) -> Case:
-    """A step of the projected network: all MLPs, but for the paper's size, the middle five of seven layers."""
+    """A step of the projected network."""
     import mlx.core as mx
     import numpy as np
 
-    from mlx_slm.config import ProjectionConfig
-    from mlx_slm.models.projected import ProjectedShape, initialise_network
+    from mlx_slm.models.projected import initialise_network
     from mlx_slm.models.transformer import Transformer
     from mlx_slm.training.optimizer import AdamW
     from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit
 
-    layers = list(range(1, size.num_layers - 1)) if size.name == "paper" else None
-    config = ProjectionConfig(h=size.h, k=size.h, layers=layers)
-    shape = ProjectedShape.of(config, size.shape)
-    rows = size.rows // size.groups
-    micro = groups_that_fit(shape, size.groups, rows)
+    shape, config = network_of(size)
+    micro = groups_that_fit(shape, size.groups, size.pn_rows // size.groups)
     step = ProjectedStep(Transformer(shape.base), AdamW(), micro, initialise_network(shape, config, 0))
-    tokens, weights = _batch(size, size.rows)
+    tokens, weights = batch(size, size.pn_rows)
     clusters = np.arange(size.groups) % size.h
 
     def work():
         with step.sharing_cores():
             mx.eval(step(tokens, weights, 1e-4, clusters), step.parameters)
 
-    flops = shape.flops_per_token(rows * size.context) * weights.size
-    return Case(work, weights.size, "tokens/s", flops)
+    flops = shape.flops_per_token(weights.size) * weights.size
+    return Case(work, weights.size, "tokens/s", flops, size=f"h={size.h}")
 
 
 def _served(size: Size, bits: int | None):
@@ -118,13 +118,35 @@ def decode(size: Size, bits: int | None = None) -> Case:
     model = _served(size, bits)
     prompt = mx.array(list(range(2, 2 + min(8, size.prompt))))
     read = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
-    return Case(
-        lambda: [None for _ in generate_step(prompt, model, max_tokens=size.answer)] and None,
-        size.answer,
-        "tokens/s",
-        2 * size.shape.product_parameters * size.answer,
-        read * size.answer,
-    )
+    work = lambda: list(generate_step(prompt, model, max_tokens=size.answer))  # noqa: E731
+    flops = 2 * size.shape.product_parameters * size.answer
+    return Case(work, size.answer, "tokens/s", flops, read * size.answer)
+
+
+ANSWERS = 8
+"""Prompts that are answered at once."""
+
+
+def decode_batch(size: Size) -> Case:
+    """Eight answers at once, whole weights, with mlx-lm's batched generation."""
+    from mlx.utils import tree_flatten
+    from mlx_lm.generate import BatchGenerator
+
+    model = _served(size, None)
+    prompts = [list(range(2 + i, 2 + i + min(8, size.prompt))) for i in range(ANSWERS)]
+    read = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+
+    def work():
+        generator = BatchGenerator(model, max_tokens=size.answer)
+        generator.insert(prompts)
+        written = 0
+        while found := generator.next_generated():
+            written += len(found)
+        generator.close()
+        assert written == ANSWERS * size.answer
+
+    tokens = ANSWERS * size.answer
+    return Case(work, tokens, "tokens/s", 2 * size.shape.product_parameters * tokens, read * size.answer)
 
 
 def prefill_8bit(size: Size) -> Case:
@@ -147,17 +169,15 @@ def decode_4bit(size: Size) -> Case:
     return decode(size, 4)
 
 
-WHOLE = {
-    function.__name__: function
-    for function in (
-        slm_step,
-        finetuning_step,
-        pn_step,
-        prefill,
-        prefill_8bit,
-        prefill_4bit,
-        decode,
-        decode_8bit,
-        decode_4bit,
-    )
-}
+WHOLE = named(
+    slm_step,
+    finetuning_step,
+    pn_step,
+    prefill,
+    prefill_8bit,
+    prefill_4bit,
+    decode,
+    decode_batch,
+    decode_8bit,
+    decode_4bit,
+)

@@ -1,12 +1,14 @@
 """The benchmarks run: every case once at the smallest size, and a record as DESIGN has it."""
 
+import importlib.util
 import json
 
 import pytest
 from click.testing import CliRunner
 
 from benchmarks.__main__ import main
-from benchmarks.devices import BENCHMARKS, add_peaks
+from benchmarks.peers import PEERS
+from benchmarks.run import BENCHMARKS, add_peaks
 from benchmarks.sizes import SIZES
 from mlx_slm.errors import SlmError
 
@@ -19,6 +21,24 @@ def test_every_case_runs(name):
         pytest.skip(str(error))
     case.work()
     assert case.amount > 0 and case.unit.endswith("/s")
+
+
+@pytest.mark.parametrize("name", ["slm_step", "kmeans", "tokenising", "pn_step"])
+def test_peers_do_the_same_work(name, tmp_path):
+    file = tmp_path / "found.json"
+    done = CliRunner().invoke(main, [name, "--size", "tiny", "--rounds", "1", "--peers", "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    rows = [row for row in json.loads(file.read_text()) if row["name"] == name]
+    peers = {row["peer"] for row in rows} - {None}
+    assert peers <= set(PEERS[name])
+    for package, peer in {"torch": "torch", "sklearn": "scikit-learn", "faiss": "faiss"}.items():
+        if peer in PEERS[name] and importlib.util.find_spec(package):
+            assert peer in peers
+    ours = rows[0]
+    assert ours["peer"] is None and ours["ratio"] == 1
+    for row in rows[1:]:
+        assert row["ratio"] == pytest.approx(row["median_s"] / ours["median_s"])
+        assert row["value"] * row["median_s"] == pytest.approx(ours["value"] * ours["median_s"]), "the same amount"
 
 
 def test_records_and_comparison(tmp_path):
@@ -41,7 +61,7 @@ def test_records_and_comparison(tmp_path):
 
 
 def test_a_share_of_the_peak_is_the_larger_of_computing_and_moving():
-    base = {"backend": "cpu"}
+    base = {"backend": "cpu", "peer": None}
     rows = [
         base | {"name": "matmul", "tflops": 2.0, "gb_per_s": None},
         base | {"name": "read", "tflops": None, "gb_per_s": 100.0},

@@ -45,8 +45,8 @@ def exp_nonpositive(x: mx.array) -> mx.array:
 
 
 def _alone(x: mx.array) -> mx.array:
-    """Keep an operation out of a fused loop: with a broadcast operand it would not be vectorised, and a loop of more than
-    about two dozen operations is cut at places that pass more through memory."""
+    """Keep an operation out of a fused loop: one with a broadcast operand is not vectorised, and one of more than about
+    two dozen operations is cut where more passes through memory."""
     return mx.contiguous(x)
 
 

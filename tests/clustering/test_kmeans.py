@@ -11,7 +11,7 @@ from mlx_slm.clustering.kmeans import State, assign, kmeans
 from mlx_slm.errors import SlmError
 
 CACHE = Path(os.environ.get("MLX_SLM_EMBEDDINGS", Path.home() / ".cache" / "mlx-slm" / "embeddings-50000.npy"))
-"""Embeddings of short real texts, written by `python -m benchmarks.clustering --cache`."""
+"""Embeddings of short real texts, written by `python -m benchmarks kmeans`."""
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,144 @@
+"""One benchmark: our code on each device and its peers in turns; the records and what was achieved."""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+
+from benchmarks.harness import play
+from benchmarks.micro import MICRO
+from benchmarks.peers import STOCK
+from benchmarks.peers import runners as peers_of
+from benchmarks.sizes import Size
+from benchmarks.texts import TEXTS
+from benchmarks.whole import WHOLE
+
+BENCHMARKS = MICRO | WHOLE | TEXTS
+PEAKS = ("matmul", "read")
+
+
+def run_case(name: str, device: str, size: Size, turn) -> None:
+    """Our side of a benchmark on one device."""
+    import mlx.core as mx
+
+    mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
+    from mlx_slm import runtime
+
+    case = BENCHMARKS[name](size)
+    facts = {key: getattr(case, key) for key in ("amount", "unit", "flops", "bytes", "size")}
+    facts |= {"device": runtime.device_name(), "dtype": str(runtime.compute_dtype()).removeprefix("mlx.core.")}
+    turn.serve(case.work, case.memory, facts)
+
+
+def present_devices() -> list[str]:
+    """`gpu` and `cpu`, or `cpu` alone."""
+    from mlx_slm import runtime
+
+    return ["cpu"] if runtime.backend() == "cpu" else ["gpu", "cpu"]
+
+
+def measure(name: str, size: Size, devices: list[str], rounds: int, peers: bool = False) -> list[dict]:
+    """A record for each device and peer (DESIGN, "The commands"); `ratio`: how many times as fast the first device is.
+
+    Records of peers have the FLOPs and bytes of the same work in ours, and no device of their own.
+    """
+    sides = {device: functools.partial(run_case, name, device) for device in devices}
+    found, facts = play(sides | (peers_of.get(name, {}) if peers else {}), size, rounds, STOCK)
+    if devices[0] not in found:
+        return []
+    ours, rows = facts[devices[0]], []
+    fastest = statistics.median(turn[0] for turn in found[devices[0]])
+    for side, turns in found.items():
+        times = [turn[0] for turn in turns]
+        low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+        own, is_peer = facts[side] or ours, side not in devices
+        rate = lambda work, median=median: work / median / 1e9 if work else None  # noqa: E731
+        flops = rate(ours["flops"])
+        rows.append(
+            {
+                "name": name,
+                "size": ours["size"] or size.name,
+                "device": own["device"],
+                "backend": None if is_peer else side,
+                "dtype": own["dtype"],
+                "median_s": median,
+                "quartiles_s": [low, high],
+                "value": ours["amount"] / median,
+                "unit": ours["unit"],
+                "peer": side if is_peer else None,
+                "ratio": median / fastest if len(found) > 1 else None,
+                "tflops": flops and flops / 1e3,
+                "gb_per_s": rate(ours["bytes"]),
+                "peak_bytes": turns[-1][1],
+                "rss_bytes": turns[-1][2],
+            }
+        )
+    return rows
+
+
+def add_peaks(rows: list[dict]) -> None:
+    """Add `of_peak`: the larger of the shares of the device's measured rates of products and of reading."""
+    for row in rows:
+        backend = row["backend"] or rows[0]["backend"]
+        peaks = {one["name"]: one for one in rows if one["backend"] == backend and one["name"] in PEAKS}
+        shares = []
+        if row["tflops"] and "matmul" in peaks:
+            shares.append(row["tflops"] / peaks["matmul"]["tflops"])
+        if row["gb_per_s"] and "read" in peaks:
+            shares.append(row["gb_per_s"] / peaks["read"]["gb_per_s"])
+        row["of_peak"] = max(shares, default=None)
+
+
+def key_of(row: dict) -> tuple:
+    return row["name"], row["size"], row["device"], row["peer"]
+
+
+def show(rows: list[dict], before: list[dict]) -> None:
+    """Print all records; with those of an older file, how many times as fast each is now."""
+    older = {key_of(row): row["median_s"] for row in before}
+    print(f"{'benchmark':<18}{'on':<22}{'median':>12}{'quartiles, ms':>20}{'rate':>22}", end="")
+    print(f"{'TFLOP/s':>9}{'GB/s':>7}{'of peak':>9}{'MLX peak':>10}{'first is':>10}{'before':>9}")
+    for row in rows:
+        low, high = (1e3 * value for value in row["quartiles_s"])
+        old = older.get(key_of(row))
+        texts = [
+            row["tflops"] and f"{row['tflops']:.3f}",
+            row["gb_per_s"] and f"{row['gb_per_s']:.1f}",
+            row["of_peak"] and f"{row['of_peak']:.0%}",
+            row["peak_bytes"] is not None and f"{row['peak_bytes'] / 2**20:,.0f} MB",
+            row["ratio"] and f"{row['ratio']:.2f}x",
+            old and f"{old / row['median_s']:.2f}x",
+        ]
+        columns = "".join(f"{text or '':>{width}}" for text, width in zip(texts, (9, 7, 9, 10, 10, 9), strict=True))
+        print(
+            f"{row['name']:<18}{row['peer'] or row['backend']:<22}{1e3 * row['median_s']:>9.2f} ms"
+            f"{f'{low:.2f} - {high:.2f}':>20}{row['value']:>12,.0f} {row['unit']:<9}{columns}"
+        )
+
+
+def write(path: str | None, rows: list[dict]) -> None:
+    """Write all records to a JSON file, if one is named."""
+    if path:
+        with open(path, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+def machine() -> dict:
+    """Chip, memory, backend, BLAS, its speed, operating system and versions."""
+    import platform
+
+    from mlx_slm import runtime
+
+    return runtime.describe() | {"os": platform.platform(terse=True)}
+
+
+def print_machine() -> None:
+    """The same in three lines."""
+    this = machine()
+    print(
+        f"{this['device']}, {this['memory_gb']} GB, {this['os']}, {this['backend']}, {this['gflops']} GFLOP/s (1024^3)"
+    )
+    print(", ".join(f"{name} {version}" for name, version in this["versions"].items()))
+    if this["blas"]:
+        print(f"BLAS: {this['blas']}")
