@@ -13,7 +13,7 @@ import json
 
 import click
 
-from benchmarks.run import BENCHMARKS, PEAKS, add_peaks, measure, present_devices, print_machine, show, write
+from benchmarks.run import BENCHMARKS, PEAKS, add_peaks, measure, present_devices, print_machine, show, show_header, write
 from benchmarks.sizes import SIZES
 from benchmarks.texts import CACHE, make_embeddings
 
@@ -45,12 +45,14 @@ def main(names, size, devices, peers, rounds, json_file, compare) -> None:
     if not names and not CACHE.exists() and SIZES[size].embedding == 384:
         wanted.remove("kmeans")
         print("kmeans is left out: name it, and embeddings of 50,000 texts are made first (half an hour on two cores)")
-    rows = []
+    rows: list[dict] = []
+    show_header()
     for name in wanted:
-        rows += measure(name, SIZES[size], chosen, rounds, peers)
-    add_peaks(rows)
-    show(rows, with_older)
-    write(json_file, rows)
+        own = measure(name, SIZES[size], chosen, rounds, peers)
+        rows += own
+        add_peaks(rows)
+        show(own, with_older)
+        write(json_file, rows)
 
 
 if __name__ == "__main__":

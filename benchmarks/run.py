@@ -94,11 +94,14 @@ def key_of(row: dict) -> tuple:
     return row["name"], row["size"], row["device"], row["peer"]
 
 
-def show(rows: list[dict], before: list[dict]) -> None:
-    """Print all records; with those of an older file, how many times as fast each is now."""
-    older = {key_of(row): row["median_s"] for row in before}
+def show_header() -> None:
     print(f"{'benchmark':<18}{'on':<22}{'median':>12}{'quartiles, ms':>20}{'rate':>22}", end="")
     print(f"{'TFLOP/s':>9}{'GB/s':>7}{'of peak':>9}{'MLX peak':>10}{'first is':>10}{'before':>9}")
+
+
+def show(rows: list[dict], before: list[dict]) -> None:
+    """Print records; with those of an older file, how many times as fast each is now."""
+    older = {key_of(row): row["median_s"] for row in before}
     for row in rows:
         low, high = (1e3 * value for value in row["quartiles_s"])
         old = older.get(key_of(row))
@@ -113,7 +116,8 @@ def show(rows: list[dict], before: list[dict]) -> None:
         columns = "".join(f"{text or '':>{width}}" for text, width in zip(texts, (9, 7, 9, 10, 10, 9), strict=True))
         print(
             f"{row['name']:<18}{row['peer'] or row['backend']:<22}{1e3 * row['median_s']:>9.2f} ms"
-            f"{f'{low:.2f} - {high:.2f}':>20}{row['value']:>12,.0f} {row['unit']:<9}{columns}"
+            f"{f'{low:.2f} - {high:.2f}':>20}{row['value']:>12,.0f} {row['unit']:<9}{columns}",
+            flush=True,
         )
 
 

@@ -24,6 +24,7 @@ class Size:
     pn_rows: int
     """Rows of a step of the projected network, in `groups` groups."""
     points: int
+    """Windows to cluster and to draw rows from."""
     clusters: int
     embedding: int
     """Numbers in an embedding."""
@@ -31,9 +32,9 @@ class Size:
     prompt: int
     answer: int
     text: int
-    """Bytes to tokenise."""
+    """Bytes to tokenise and to prepare."""
     windows: int
-    """Windows of a large store."""
+    """Windows of a store to open."""
 
     @property
     def shape(self):

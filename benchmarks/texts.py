@@ -131,6 +131,24 @@ def tokenising(size: Size) -> Case:
     return Case(work, amount, "bytes/s", memory=no_memory)
 
 
+def preparing(size: Size) -> Case:
+    """`prepare` of a generic set: tokenizer, tokens and windows, all processes, into an empty workspace."""
+    import json
+
+    scratch = tempfile.TemporaryDirectory()
+    file, texts = Path(scratch.name) / "text.jsonl", documents_of(size)
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    amount = sum(len(text.encode()) for text in texts)
+
+    def work() -> None:
+        with tempfile.TemporaryDirectory() as workspace:
+            command = [sys.executable, "-m", "mlx_slm", "prepare", "generic", str(file), "--workspace", workspace, "-q"]
+            pieces = ["--config", "laptop", "--set", f"tokenizer.vocab_size={min(4096, max(600, size.vocab_size))}"]
+            subprocess.run([*command, *pieces], check=True, capture_output=True)
+
+    return Case(work, amount, "bytes/s", memory=lambda: scratch and None)
+
+
 def make_store(directory: Path, windows: int, context: int) -> None:
     """A store of random tokens: documents of ten windows."""
     import numpy as np
@@ -174,7 +192,7 @@ def row_loading(size: Size) -> Case:
     from mlx_slm.text.store import Store
 
     scratch = tempfile.TemporaryDirectory()
-    make_store(Path(scratch.name) / "store", min(size.windows, 100_000), size.context)
+    make_store(Path(scratch.name) / "store", size.points, size.context)
     store = Store(Path(scratch.name) / "store")
     order, ends, bounds = clustered(store, size.clusters)
     streams = [Stream(store, order, ends, int(a), int(b)) for a, b in pairwise(bounds)]
@@ -224,4 +242,4 @@ def help(size: Size) -> Case:
     return Case(lambda: subprocess.run(command, check=True, capture_output=True), 1, "starts/s", memory=no_memory)
 
 
-TEXTS = named(kmeans, encoder, tokenising, row_loading, opening, help)
+TEXTS = named(kmeans, encoder, tokenising, preparing, row_loading, opening, help)
