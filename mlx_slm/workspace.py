@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -248,15 +249,23 @@ def verify(path: Path, manifest: dict, names: list[str] | None = None) -> None:
             raise Damaged(f"{path / name} is damaged (checksum differs); remove {path} and make it again")
 
 
+SHORT = 4096
+"""Elements that are read, not mapped: one number of a mapped file can make two megabytes of it resident."""
+
+
 class MappedFile:
-    """A memory-mapped array whose blocks are checked against their crc32 when they are first touched."""
+    """A memory-mapped array whose blocks are checked against their crc32 when they are first touched.
+
+    A check reads its block into memory of its own, so that pages which nobody looks at are not mapped.
+    """
 
     def __init__(self, path: Path, dtype, entry: dict):
         self.path, self.dtype = path, np.dtype(dtype)
         self._crc, self._block = entry["crc32"], entry["block"]
-        raw = np.memmap(path, np.uint8, mode="r") if entry["bytes"] else np.zeros(0, np.uint8)
-        self._raw = raw.view(np.ndarray)
-        self._array = self._raw.view(self.dtype)
+        self._file = open(path, "rb", buffering=0)
+        self._array = np.zeros(0, self.dtype)
+        if entry["bytes"]:
+            self._array = np.frombuffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ), self.dtype)
         self._seen = np.zeros(len(self._crc), bool)
 
     def __len__(self) -> int:
@@ -269,17 +278,22 @@ class MappedFile:
         else:
             start = index + len(self) if index < 0 else index
             stop = start + 1
+        size = self.dtype.itemsize
         if stop > start:
-            size = self.dtype.itemsize
             first, last = start * size // self._block, (stop * size - 1) // self._block
             if not self._seen[first : last + 1].all():
                 self._check(first, last)
-        return self._array[index]
+        if not 0 < stop - start <= SHORT:
+            return self._array[index]
+        found = np.frombuffer(os.pread(self._file.fileno(), (stop - start) * size, start * size), self.dtype)
+        return found if isinstance(index, slice) else found[0]
 
     def _check(self, first: int, last: int) -> None:
         for block in range(first, last + 1):
-            data = self._raw[block * self._block : (block + 1) * self._block]
-            if not self._seen[block] and zlib.crc32(data) != self._crc[block]:
+            if self._seen[block]:
+                continue
+            data = os.pread(self._file.fileno(), self._block, block * self._block)
+            if zlib.crc32(data) != self._crc[block]:
                 raise Damaged(
                     f"{self.path} is damaged in bytes {block * self._block}-{block * self._block + len(data)}; "
                     f"remove {self.path.parent} and prepare it again"
