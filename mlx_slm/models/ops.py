@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from itertools import zip_longest
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,15 +51,18 @@ def _alone(x: mx.array) -> mx.array:
     return mx.contiguous(x)
 
 
+def _by_pairs(coefficients: tuple[float, ...], x: mx.array) -> mx.array:
+    """The polynomial c0 + c1 x + ..., by Estrin's scheme: `mx.compile` cuts a chain as long as Horner's in two."""
+    terms = list(coefficients)
+    while len(terms) > 1:
+        terms = [a + b * x if b is not None else a for a, b in zip_longest(terms[::2], terms[1::2])]
+        x = x * x
+    return terms[0]
+
+
 @mx.compile
 def _polynomial_exp(x: mx.array) -> mx.array:
-    """In pairs (Estrin), not by Horner: `mx.compile` cuts a chain of more than about a dozen operations in two."""
-    r = mx.maximum(x, FLOOR)
-    r2 = r * r
-    c0, c1, c2, c3, c4, c5, c6, c7 = COEFFICIENTS
-    low = (c0 + c1 * r) + (c2 + c3 * r) * r2
-    high = (c4 + c5 * r) + (c6 + c7 * r) * r2
-    p = low + high * (r2 * r2)
+    p = _by_pairs(COEFFICIENTS, mx.maximum(x, FLOOR))
     for _ in range(SQUARINGS):
         p = p * p
     return p
@@ -193,19 +197,14 @@ PHI = (
     -6.024924738e-09,
     6.460182985e-11,
 )
-"""(Phi(x) - 1/2) / x for |x| <= 4.25 as a polynomial in x^2: its Chebyshev interpolant of degree 8. With more than 9
-coefficients `mx.compile` cuts the loop in two: 6.7 instead of 3.4 ns an element."""
+"""(Phi(x) - 1/2) / x for |x| <= 4.25 as a polynomial in x^2: its Chebyshev interpolant of degree 8."""
 
 
 @mx.compile
 def _gelu_exact(x: mx.array) -> mx.array:
     """To 7e-5 of max(1, |x|)."""
-    z = mx.where(x < -PHI_EDGE, -PHI_EDGE, mx.where(x > PHI_EDGE, PHI_EDGE, x))
-    s = z * z
-    p = PHI[-1]
-    for c in PHI[-2::-1]:
-        p = p * s + c
-    return x * (0.5 + z * p)
+    z = mx.minimum(mx.maximum(x, -PHI_EDGE), PHI_EDGE)
+    return x * (0.5 + z * _by_pairs(PHI, z * z))
 
 
 def gelu_exact(x: mx.array) -> mx.array:
