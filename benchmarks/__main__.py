@@ -13,7 +13,7 @@ import json
 
 import click
 
-from benchmarks.run import BENCHMARKS, PEAKS, add_peaks, measure, present_devices, print_machine, show, show_header, write
+from benchmarks.run import BENCHMARKS, PEAKS, add_peaks, begin, measure, present_devices, show, write
 from benchmarks.sizes import SIZES
 from benchmarks.texts import CACHE, make_embeddings
 
@@ -38,7 +38,6 @@ def main(names, size, devices, peers, rounds, json_file, compare) -> None:
         with_older = json.load(open(compare)) if compare else []
     except ValueError:
         raise click.UsageError(f"--compare {compare}: not a file that --json wrote") from None
-    print_machine()
     if "kmeans" in names and SIZES[size].embedding == 384:
         make_embeddings()
     wanted = [name for name in BENCHMARKS if not names or name in names or name in PEAKS]
@@ -46,7 +45,7 @@ def main(names, size, devices, peers, rounds, json_file, compare) -> None:
         wanted.remove("kmeans")
         print("kmeans is left out: name it, and embeddings of 50,000 texts are made first (half an hour on two cores)")
     rows: list[dict] = []
-    show_header()
+    begin()
     for name in wanted:
         own = measure(name, SIZES[size], chosen, rounds, peers)
         rows += own

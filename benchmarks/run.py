@@ -94,7 +94,9 @@ def key_of(row: dict) -> tuple:
     return row["name"], row["size"], row["device"], row["peer"]
 
 
-def show_header() -> None:
+def begin() -> None:
+    """Print the machine and the names of the columns."""
+    print_machine()
     print(f"{'benchmark':<18}{'on':<22}{'median':>12}{'quartiles, ms':>20}{'rate':>22}", end="")
     print(f"{'TFLOP/s':>9}{'GB/s':>7}{'of peak':>9}{'MLX peak':>10}{'first is':>10}{'before':>9}")
 

@@ -9,7 +9,9 @@ the cost would be if it were proportional, drawn through the last point. `--draw
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -103,10 +105,7 @@ FIGURES = {
 
 def growth(rows: list[dict]) -> list[float]:
     """Between neighbours, the exponent of the cost: 1 is proportional, 0 constant."""
-    import math
-
-    pairs = zip(rows, rows[1:], strict=False)
-    return [math.log(b["median_s"] / a["median_s"]) / math.log(b["x"] / a["x"]) for a, b in pairs]
+    return [math.log(b["median_s"] / a["median_s"]) / math.log(b["x"] / a["x"]) for a, b in pairwise(rows)]
 
 
 def draw(rows: list[dict], directory: Path) -> list[Path]:

@@ -11,13 +11,15 @@ import mlx.core as mx
 from mlx_slm.models.ops import exp_shifted
 from mlx_slm.models.transformer import Transformer
 
-CHUNK_LOGITS = 2 << 20
-"""Logits that exist at a time: 8 MB in fp32; half of that is slower, twice is no faster (docs/decisions.md)."""
+CHUNK_LOGITS, CHUNK_ROWS = 2 << 20, 256
+"""The logits of a chunk are 8 MB in fp32, or 256 rows if that is more: each chunk adds to the gradient of the whole
+head, which with fewer rows costs more than the logits (docs/decisions.md)."""
 
 
 def chunk_rows(rows: int, vocab_size: int) -> int:
-    """Rows per chunk: chunks of equal size, as few as fit `CHUNK_LOGITS`."""
-    chunks = max(1, -(-rows * vocab_size // CHUNK_LOGITS))
+    """Rows per chunk: chunks of equal size, as few as fit `CHUNK_LOGITS` or `CHUNK_ROWS`."""
+    most = max(CHUNK_ROWS, CHUNK_LOGITS // vocab_size)
+    chunks = max(1, -(-rows // most))
     return -(-rows // chunks)
 
 

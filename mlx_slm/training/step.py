@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 from mlx_slm import runtime
 from mlx_slm.errors import SlmError
 from mlx_slm.models.transformer import Shape, Transformer, initialise
-from mlx_slm.training.loss import CHUNK_LOGITS, next_token_loss
+from mlx_slm.training.loss import chunk_rows, next_token_loss
 from mlx_slm.training.optimizer import AdamW
 
 Lane = tuple[mx.Stream, Callable]
@@ -104,7 +104,7 @@ def training_bytes(shape: Shape, rows: int, checkpoint_layers: bool = False) -> 
     per_layer = 11 * shape.dims + 4 * shape.hidden_dims + shape.num_heads * shape.context_length
     layers = per_layer + shape.num_layers * shape.dims if checkpoint_layers else per_layer * shape.num_layers
     tokens = rows * shape.context_length
-    head = 12 * min(CHUNK_LOGITS, tokens * shape.vocab_size) + 3 * shape.vocab_size * shape.dims
+    head = 12 * chunk_rows(tokens, shape.vocab_size) * shape.vocab_size + 6 * shape.vocab_size * shape.dims
     return 4 * (7 * shape.num_parameters + tokens * layers + head)
 
 
