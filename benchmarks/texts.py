@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -149,7 +150,7 @@ def preparing(size: Size) -> Case:
     return Case(work, amount, "bytes/s", memory=lambda: scratch and None)
 
 
-def make_store(directory: Path, windows: int, context: int) -> None:
+def make_store(directory: Path, windows: int, context: int, vocab_size: int = 4096) -> None:
     """A store of random tokens: documents of ten windows."""
     import numpy as np
 
@@ -161,7 +162,7 @@ def make_store(directory: Path, windows: int, context: int) -> None:
         with open(path / TOKENS, "wb") as tokens_file, open(path / WINDOWS, "wb") as windows_file:
             for first in range(0, windows, 10**6):
                 count = min(10**6, windows - first)
-                rng.integers(2, 4096, count * context, np.uint16).tofile(tokens_file)
+                rng.integers(2, vocab_size, count * context, np.uint16).tofile(tokens_file)
                 made = np.empty(count, WINDOW)
                 made["offset"] = np.arange(first, first + count) * context
                 made["length"], made["bytes"] = context, 4 * context
@@ -169,6 +170,25 @@ def make_store(directory: Path, windows: int, context: int) -> None:
                 made.tofile(windows_file)
         info.update(tokens=windows * context, documents=-(-windows // 10), bytes=4 * windows * context, dtype="<u2")
         info.update(context_length=context, eos_id=1)
+
+
+def evaluation(size: Size) -> Case:
+    """The loss of the small model on 64 whole windows of a store."""
+    import numpy as np
+
+    from mlx_slm.models.transformer import Transformer, initialise
+    from mlx_slm.scoring import validation_loss
+    from mlx_slm.text.store import Store
+
+    with tempfile.TemporaryDirectory() as scratch:
+        make_store(Path(scratch) / "store", 64, size.context, size.vocab_size)
+        store = Store(Path(scratch) / "store")
+        store.windows[:]
+    loss, parameters = validation_loss(Transformer(size.shape), store, np.arange(64)), initialise(size.shape, 0)
+    tokens = 64 * size.context
+    return Case(
+        lambda: math.exp(loss(parameters)) and None, tokens, "tokens/s", size.shape.forward_flops_per_token * tokens
+    )
 
 
 def clustered(store, k: int):
@@ -242,4 +262,4 @@ def help(size: Size) -> Case:
     return Case(lambda: subprocess.run(command, check=True, capture_output=True), 1, "starts/s", memory=no_memory)
 
 
-TEXTS = named(kmeans, encoder, tokenising, preparing, row_loading, opening, help)
+TEXTS = named(evaluation, kmeans, encoder, tokenising, preparing, row_loading, opening, help)

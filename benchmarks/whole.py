@@ -18,7 +18,8 @@ def training(size: Size, rows: int) -> Case:
     from mlx_slm.training.step import TrainingStep, rows_that_fit
 
     shape = size.shape
-    step = TrainingStep(Transformer(shape), AdamW(), rows_that_fit(shape, rows), initialise(shape, 0))
+    micro, again = rows_that_fit(shape, rows)
+    step = TrainingStep(Transformer(shape, again), AdamW(), micro, initialise(shape, 0))
     tokens, weights = batch(size, rows)
 
     def work():
@@ -59,8 +60,8 @@ def pn_step(size: Size) -> Case:
     from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit
 
     shape, config = network_of(size)
-    micro = groups_that_fit(shape, size.groups, size.pn_rows // size.groups)
-    step = ProjectedStep(Transformer(shape.base), AdamW(), micro, initialise_network(shape, config, 0))
+    micro, again = groups_that_fit(shape, size.groups, size.pn_rows // size.groups)
+    step = ProjectedStep(Transformer(shape.base, again), AdamW(), micro, initialise_network(shape, config, 0))
     tokens, weights = batch(size, size.pn_rows)
     clusters = np.arange(size.groups) % size.h
 

@@ -214,8 +214,9 @@ class TrainingConfig(Section):
     """Rows of context_length tokens per step. Inferred from the paper: 57k tokens a step."""
     micro_rows: PositiveSize | None = None
     """Rows per forward and backward; the step accumulates gradients. Default: as many as fit the memory."""
-    checkpoint_layers: bool = False
-    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    checkpoint_layers: bool | None = None
+    """Recompute each layer in the backward pass: less memory, a quarter more time. Default: where a step would not fit
+    the memory otherwise."""
     report_every: PositiveSize = 10
     """Steps between lines."""
     eval_every: PositiveSize = 500

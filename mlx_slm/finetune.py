@@ -47,9 +47,11 @@ class Finetuning:
 
     def work(self, run: Run, parameters: dict) -> None:
         """Fine-tune in the directory of `run`, and record the outcome."""
-        rows, recompute = self.config.finetuning.batch_rows, self.config.training.checkpoint_layers
-        model, optimizer = Transformer(self.shape, recompute), AdamW.of(self.config.training)
-        fit = self.config.finetuning.micro_rows or rows_that_fit(self.shape, rows, recompute, self.extra_bytes)
+        tuning, training = self.config.finetuning, self.config.training
+        fit, again = rows_that_fit(
+            self.shape, tuning.batch_rows, tuning.micro_rows, training.checkpoint_layers, self.extra_bytes
+        )
+        model, optimizer = Transformer(self.shape, again), AdamW.of(training)
         start = partial(TrainingStep, model, optimizer, fit, loss=self.loss, plain=self.plain)
         score = validation_loss(model, self.valid, self.valid_windows)
         trainer = Trainer(

@@ -128,8 +128,8 @@ def plain_job(
 ) -> Job:
     """One transformer on rows that are drawn from a distribution over streams."""
     shape, training = ground.shape, ground.config.training
-    model = Transformer(shape, training.checkpoint_layers)
-    micro_rows = training.micro_rows or rows_that_fit(shape, training.batch_rows, training.checkpoint_layers)
+    micro_rows, again = rows_that_fit(shape, training.batch_rows, training.micro_rows, training.checkpoint_layers)
+    model = Transformer(shape, again)
     return Job(
         path,
         inputs,
@@ -188,10 +188,10 @@ def network_job(ground: Ground, path: Path, report: Report) -> Job:
     def parameters() -> dict:
         return initialise_network(shape, projection, training.seed, ground.start())
 
-    model = Transformer(ground.shape, training.checkpoint_layers)
     rate = projection.tensor_rate or tensor_rate(parameters())
     given = training.micro_rows and training.micro_rows // rows
-    micro = given or groups_that_fit(shape, projection.clusters_per_step, rows, training.checkpoint_layers)
+    micro, again = groups_that_fit(shape, projection.clusters_per_step, rows, given, training.checkpoint_layers)
+    model = Transformer(ground.shape, again)
     step = partial(ProjectedStep, model, AdamW.of(training), micro, tensor_rate=rate)
     place = clusters.assigned(generic, "valid").clusters[:][ground.windows]
     return Job(

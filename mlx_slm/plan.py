@@ -124,12 +124,13 @@ def _most_tokens(config: Config, domain_tokens: int) -> float:
 def _memory(config: Config, small: Shape, large: Shape, network: ProjectedShape) -> dict[str, float]:
     """Bytes that training takes at the least, one row (SLM-pn: one group) at a time."""
     training, groups = config.training, config.projection.clusters_per_step
-    one, two = (training_bytes(shape, 1, training.checkpoint_layers) for shape in (small, large))
+    again = training.checkpoint_layers is not False
+    one, two = (training_bytes(shape, 1, again) for shape in (small, large))
     rows = max(1, training.batch_rows // groups)
     spared = Lora(large, min(LORA_RANK, large.dims), 1.0).bytes_spared
     return {
         **dict.fromkeys(("slm", "nopt", "is", "mix"), one),
-        "pn": network_bytes(network, groups, rows, 1, training.checkpoint_layers),
+        "pn": network_bytes(network, groups, rows, 1, again),
         "d": max(two, one + 4 * large.num_parameters),
         "llm": two,
         "lora": two - spared,

@@ -269,10 +269,10 @@ def _horizon_tokens(
 
 def calibrated_speed(shape: Shape, training: TrainingConfig, seconds: float) -> float:
     """Tokens per second of training, measured in about so many seconds on as many rows as memory and time allow."""
-    fit = training.micro_rows or rows_that_fit(shape, training.batch_rows, training.checkpoint_layers)
+    fit, again = rows_that_fit(shape, training.batch_rows, training.micro_rows, training.checkpoint_layers)
     in_ten_seconds = 10 * likely_flops() / (shape.flops_per_token * shape.context_length)
     rows = min(fit, max(len(runtime.lanes()), int(in_ten_seconds)))
-    return measure_speed(shape, rows, seconds, training.checkpoint_layers)
+    return measure_speed(shape, rows, seconds, again)
 
 
 def likely_flops() -> float:

@@ -120,12 +120,15 @@ def causal_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.
     return _blocked_attention(*map(mx.contiguous, (q * scale, k, v)))[0]
 
 
-BLOCK = 128
-"""Queries and keys at a time; the keys after a block's end are never touched."""
+def block_length(length: int) -> int:
+    """Queries and keys at a time: few enough that little is computed that no query sees, and at most eight blocks, as
+    with more the lanes of a step no longer overlap (docs/decisions.md)."""
+    return max(128, min(512, length // 4), -(-length // 8))
 
 
 def _cut(x: mx.array) -> list[mx.array]:
-    return [x[:, :, start : start + BLOCK] for start in range(0, x.shape[2], BLOCK)]
+    block = block_length(x.shape[2])
+    return [x[:, :, start : start + block] for start in range(0, x.shape[2], block)]
 
 
 def _join(blocks: list[mx.array]) -> mx.array:
@@ -147,7 +150,7 @@ def _blocked_attention(q: mx.array, k: mx.array, v: mx.array):
     the backward pass needs no exp. Nothing of the size of the scores is divided by the sums.
     """
     outs, totals, kept = [], [], []
-    n = min(BLOCK, q.shape[2])
+    n = min(block_length(q.shape[2]), q.shape[2])
     visible = _alone((mx.arange(n)[:, None] <= mx.arange(n)).astype(q.dtype))
     hidden = _alone((visible - 1) * 1e30)
     keys, values = _cut(k), _cut(v)

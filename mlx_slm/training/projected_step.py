@@ -160,8 +160,10 @@ def network_bytes(shape: ProjectedShape, groups: int, rows: int, micro_groups: i
     return plain + 4 * (3 * shape.num_parameters + 3 * largest + stacks)
 
 
-def groups_that_fit(shape: ProjectedShape, groups: int, rows: int, checkpoint_layers: bool = False) -> int:
-    """The largest divisor of `groups` whose step takes at most 0.8 of the memory; raises SlmError if none does."""
+def groups_that_fit(
+    shape: ProjectedShape, groups: int, rows: int, given: int | None = None, checkpoint_layers: bool | None = None
+) -> tuple[int, bool]:
+    """(groups of a micro-batch, whether layers are computed again in the backward pass): see `largest_that_fits`."""
     advice = ", a smaller projection.h, or more projection.clusters_per_step with fewer rows each"
-    bytes_of = lambda micro: network_bytes(shape, groups, rows, micro, checkpoint_layers)  # noqa: E731
-    return largest_that_fits(groups, bytes_of, shape.num_parameters, advice)
+    bytes_of = lambda micro, again: network_bytes(shape, groups, rows, micro, again)  # noqa: E731
+    return largest_that_fits(groups, bytes_of, given, checkpoint_layers, shape.num_parameters, advice)

@@ -108,22 +108,43 @@ def training_bytes(shape: Shape, rows: int, checkpoint_layers: bool = False) -> 
     return 4 * (7 * shape.num_parameters + tokens * layers + head)
 
 
-def rows_that_fit(shape: Shape, batch_rows: int, checkpoint_layers: bool = False, extra_bytes: int = 0) -> int:
-    """The largest divisor of `batch_rows` whose step takes at most 0.8 of the memory; raises SlmError if none does."""
-    advice = "" if checkpoint_layers else ", or set training.checkpoint_layers=true"
-    bytes_of = lambda rows: training_bytes(shape, rows, checkpoint_layers) + extra_bytes  # noqa: E731
-    return largest_that_fits(batch_rows, bytes_of, shape.num_parameters, advice)
+def rows_that_fit(
+    shape: Shape,
+    batch_rows: int,
+    given: int | None = None,
+    checkpoint_layers: bool | None = None,
+    extra_bytes: int = 0,
+) -> tuple[int, bool]:
+    """(rows of a micro-batch, whether layers are computed again in the backward pass): see `largest_that_fits`."""
+    bytes_of = lambda rows, again: training_bytes(shape, rows, again) + extra_bytes  # noqa: E731
+    return largest_that_fits(batch_rows, bytes_of, given, checkpoint_layers, shape.num_parameters)
 
 
-def largest_that_fits(whole: int, bytes_of: Callable[[int], int], parameters: int, advice: str = "") -> int:
-    """The largest divisor of `whole` of which `bytes_of` is at most 0.8 of the memory; raises SlmError if none is."""
-    memory = runtime.memory_bytes()
-    for part in range(whole, 0, -1):
-        if whole % part == 0 and bytes_of(part) <= 0.8 * memory:
-            return part
+def largest_that_fits(
+    whole: int,
+    bytes_of: Callable[[int, bool], int],
+    given: int | None,
+    checkpoint_layers: bool | None,
+    parameters: int,
+    advice: str = "",
+) -> tuple[int, bool]:
+    """(the largest divisor of `whole` with which `bytes_of` is at most 0.8 of the memory, whether with checkpointing).
+
+    What is `given` is taken. Without a wish for `checkpoint_layers` the layers are computed again only where nothing
+    fits otherwise. Raises SlmError if nothing does.
+    """
+    room, wishes = 0.8 * runtime.memory_bytes(), (False, True) if checkpoint_layers is None else (checkpoint_layers,)
+    if given:
+        return given, next((again for again in wishes if bytes_of(given, again) <= room), wishes[-1])
+    for again in wishes:
+        for part in range(whole, 0, -1):
+            if whole % part == 0 and bytes_of(part, again) <= room:
+                return part, again
+    if checkpoint_layers is False:
+        advice += ", or leave training.checkpoint_layers out"
     raise SlmError(
-        f"a step of this model ({parameters:,} parameters) needs about {bytes_of(1) / 2**30:.1f} GB at the least, and "
-        f"{memory / 2**30:.1f} GB are there: choose a smaller model{advice}"
+        f"a step of this model ({parameters:,} parameters) needs about {bytes_of(1, wishes[-1]) / 2**30:.1f} GB at the "
+        f"least, and {room / 0.8 / 2**30:.1f} GB are there: choose a smaller model{advice}"
     )
 
 

@@ -40,7 +40,7 @@ def test_swiglu_and_gelu():
     check_gradients(ops.gelu, nn.gelu_approx, [gate], 4e-6)
 
 
-@pytest.mark.parametrize(("length", "heads"), [(1, 4), (37, 4), (128, 4), (300, 2)])
+@pytest.mark.parametrize(("length", "heads"), [(1, 4), (37, 4), (128, 4), (300, 2), (601, 2)])
 def test_attention_against_the_definition(length, heads):
     q = mx.random.normal((2, 4, length, 16), key=mx.random.key(0)) * 3
     k, v = (mx.random.normal((2, heads, length, 16), key=mx.random.key(i)) for i in (1, 2))

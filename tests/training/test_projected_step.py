@@ -123,8 +123,9 @@ def test_groups_that_fit_divide_those_of_a_step(monkeypatch):
     shape = ProjectedShape.of(ProjectionConfig(layers=[1, 2, 3, 4, 5]), Shape.of(ModelConfig(), 32_000, 1024))
     for gigabytes in (40, 48, 64, 192):
         monkeypatch.setattr(runtime, "memory_bytes", lambda g=gigabytes: g << 30)
-        fit = groups_that_fit(shape, 8, 4)
-        assert 8 % fit == 0 and network_bytes(shape, 8, 4, fit, False) <= 0.8 * (gigabytes << 30)
+        fit, again = groups_that_fit(shape, 8, 4)
+        assert again == (network_bytes(shape, 8, 4, 1, False) > 0.8 * (gigabytes << 30))
+        assert 8 % fit == 0 and network_bytes(shape, 8, 4, fit, again) <= 0.8 * (gigabytes << 30)
     monkeypatch.setattr(runtime, "memory_bytes", lambda: 16 << 30)
     with pytest.raises(SlmError, match=r"1,422,237,696 parameters\) needs about .* projection\.clusters_per_step"):
         groups_that_fit(shape, 8, 4)

@@ -36,10 +36,17 @@ def test_rows_that_fit_divide_the_batch(monkeypatch):
     shape = Shape.of(ModelConfig(), 32_000, 1024)
     for gigabytes in (8, 16, 64, 512):
         monkeypatch.setattr(runtime, "memory_bytes", lambda g=gigabytes: g << 30)
-        rows = rows_that_fit(shape, 56)
-        assert 56 % rows == 0 and training_bytes(shape, rows) <= 0.8 * (gigabytes << 30)
+        rows, again = rows_that_fit(shape, 56)
+        assert again == (training_bytes(shape, 1) > 0.8 * (gigabytes << 30)), "only where nothing fits otherwise"
+        assert 56 % rows == 0 and training_bytes(shape, rows, again) <= 0.8 * (gigabytes << 30)
         bigger = [r for r in range(rows + 1, 57) if 56 % r == 0]
-        assert not bigger or training_bytes(shape, bigger[0]) > 0.8 * (gigabytes << 30)
+        assert not bigger or training_bytes(shape, bigger[0], again) > 0.8 * (gigabytes << 30)
+        assert rows_that_fit(shape, 56, given=14)[0] == 14
+        assert rows_that_fit(shape, 56, checkpoint_layers=True)[1]
+    monkeypatch.setattr(runtime, "memory_bytes", lambda: 6 << 30)
+    assert rows_that_fit(shape, 56) == (2, True)
+    with pytest.raises(SlmError, match="or leave training.checkpoint_layers out"):
+        rows_that_fit(shape, 56, checkpoint_layers=False)
     monkeypatch.setattr(runtime, "memory_bytes", lambda: 2 << 30)
     with pytest.raises(SlmError, match=r"121,992,192 parameters\) needs about .* GB at the least, and 2\.0 GB"):
         rows_that_fit(shape, 56)
