@@ -69,19 +69,19 @@ CURVES = {
     "kmeans-k": Curve(
         "kmeans",
         "k",
-        "k-means, 10 iterations, 100,000 windows, 64 dimensions",
+        "k-means, 10 iterations, 100,000 windows",
         {n: replace(SMALL, points=100_000, clusters=n) for n in (16, 64, 256, 1024, 4096)},
     ),
     "sampler-windows": Curve(
         "row_loading",
         "windows",
-        "sampler, 20 steps of 16 rows of 16 tokens, k = 64",
+        "sampler, 20 steps of 16 rows, k = 64",
         {n: replace(SMALL, points=n) for n in POWERS},
     ),
     "sampler-k": Curve(
         "row_loading",
         "k",
-        "sampler, 20 steps of 16 rows of 16 tokens, 100,000 windows",
+        "sampler, 20 steps of 16 rows, 100,000 windows",
         {n: replace(SMALL, points=100_000, clusters=n) for n in (16, 64, 256, 1024, 4096)},
     ),
     "opening": Curve(
@@ -110,6 +110,8 @@ def growth(rows: list[dict]) -> list[float]:
 
 def draw(rows: list[dict], directory: Path) -> list[Path]:
     """Write a figure for each group of curves that was measured; returns their paths."""
+    from matplotlib.ticker import EngFormatter, NullLocator
+
     from mlx_slm.figures import new_figure, save_figure
 
     written = []
@@ -124,11 +126,16 @@ def draw(rows: list[dict], directory: Path) -> list[Path]:
             own = sorted((row for row in rows if row["curve"] == curve), key=lambda row: row["x"])
             xs, ys = [row["x"] for row in own], [row["median_s"] for row in own]
             axes.plot(xs, [ys[-1] * x / xs[-1] for x in xs], "--", color="0.7", label="proportional")
+            axes.set_ylim(min(ys) / 2, 2 * max(ys))
             errors = [[y - row["quartiles_s"][0] for y, row in zip(ys, own, strict=True)]]
             errors.append([row["quartiles_s"][1] - y for y, row in zip(ys, own, strict=True)])
             axes.errorbar(xs, ys, errors, marker="o", capsize=3, color="C0", label="median, quartiles")
             axes.set(xscale="log", yscale="log", xlabel=CURVES[curve].xlabel, ylabel="seconds")
-            axes.set_title(CURVES[curve].title, fontsize=10)
+            axes.set_title(CURVES[curve].title, fontsize=9)
+            axes.set_xticks(xs, [EngFormatter(places=1 if x % 1000 and x > 10_000 else 0, sep="")(x) for x in xs])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}" if max(ys) < 4 * min(ys) else "")
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
         figure.suptitle(own[0]["device"], fontsize=10)
