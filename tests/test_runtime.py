@@ -1,6 +1,8 @@
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -47,6 +49,45 @@ def test_notices_name_the_fix(monkeypatch):
     monkeypatch.setattr(runtime, "blas", None)
     monkeypatch.setattr(runtime.shutil, "which", lambda _: None)
     assert [("pip install mkl" in n, "install g++" in n) for n in runtime.notices()] == [(True, False), (False, True)]
+
+
+NATIVE = str(Path(runtime.__file__).parent / "native")
+LOOPS = """
+import hashlib, os, sys
+import mlx_slm
+if sys.argv[1:] == ["plain"]:
+    os.environ["PATH"] = os.environ["PATH"].partition(os.pathsep)[2]
+import mlx.core as mx
+from mlx_slm.models.ops import exp_nonpositive, gelu, swiglu
+x, y = (3 * mx.random.normal((1000, 37), key=mx.random.key(i)) for i in range(2))
+found = [mx.compile(f)(*a) for f, a in ((swiglu, (x, y)), (gelu, (x,)), (exp_nonpositive, (-mx.abs(x),)))]
+print(hashlib.sha256(b"".join(bytes(memoryview(a)) for a in found)).hexdigest())
+"""
+
+
+@pytest.mark.skipif(not LINUX_CPU or not shutil.which("g++"), reason="MLX calls g++ on a Linux CPU only")
+def test_loops_for_this_processor_give_the_bits_of_plain_ones(tmp_path):
+    """MLX keeps compiled loops in the temporary directory, so each form gets its own."""
+    assert os.environ["PATH"].split(os.pathsep).count(NATIVE) == 1
+    found = []
+    for form in ("native", "plain"):
+        (tmp_path / form).mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", LOOPS, form],
+            env=os.environ | {"TMPDIR": str(tmp_path / form)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert list((tmp_path / form).rglob("*.so")), "g++ was called"
+        found.append(done.stdout)
+    assert found[0] == found[1]
+
+
+@pytest.mark.skipif(not LINUX_CPU, reason="MLX calls g++ on a Linux CPU only")
+def test_without_a_compiler_ours_gives_up():
+    for path in (NATIVE, f"{NATIVE}:/nowhere", f"/nowhere:{NATIVE}:/nowhere"):
+        assert subprocess.run([f"{NATIVE}/g++", "--version"], env={"PATH": path}, capture_output=True).returncode == 127
 
 
 @pytest.mark.skipif(not LINUX_CPU or not runtime.blas, reason="needs a preloaded BLAS")
