@@ -25,7 +25,7 @@ def main() -> None:
     import numpy as np
     from sklearn.metrics import adjusted_rand_score
 
-    from benchmarks.harness import print_machine, write
+    from benchmarks.run import print_machine, write
     from mlx_slm.clustering.encoder import choose_encoder, window_texts
     from mlx_slm.clustering.kmeans import kmeans, nearest
     from mlx_slm.config import DEFAULT_ENCODER, ClustersConfig

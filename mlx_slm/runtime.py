@@ -88,8 +88,8 @@ def _set_allocator() -> None:
 
 
 def _vectorise_loops() -> None:
-    """Let MLX find our g++ first, which calls the real one with the flags of this processor: an exp takes 0.9 instead of
-    2.7 ns (docs/decisions.md)."""
+    """Let MLX find our g++ first, which calls the real one with the flags of this processor: an exp takes 0.9 in place
+    of 2.7 ns (docs/decisions.md)."""
     ours, path = str(Path(__file__).parent / "native"), os.environ.get("PATH", os.defpath)
     if ours not in path.split(os.pathsep) and shutil.which("g++"):
         os.environ["PATH"] = os.pathsep.join([ours, path])
