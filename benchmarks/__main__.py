@@ -13,7 +13,7 @@ import json
 
 import click
 
-from benchmarks.run import BENCHMARKS, PEAKS, add_peaks, begin, measure, present_devices, show, write
+from benchmarks.run import BENCHMARKS, PEAKS, add_peaks, begin, measure, present_devices, show, writable, write
 from benchmarks.sizes import SIZES
 from benchmarks.texts import CACHE, make_embeddings
 
@@ -24,7 +24,7 @@ from benchmarks.texts import CACHE, make_embeddings
 @click.option("--devices", help="cpu, gpu or both, the first being what ratios are of. [default: all there are]")
 @click.option("--peers", is_flag=True, help="Also mlx-lm, PyTorch and others, those that are installed.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, writable=True), help="Write the records here.")
+@click.option("--json", "json_file", callback=writable, help="Write the records to this file.")
 @click.option("--compare", type=click.Path(exists=True, dir_okay=False), help="An older such file.")
 def main(names, size, devices, peers, rounds, json_file, compare) -> None:
     if unknown := [name for name in names if name not in BENCHMARKS]:

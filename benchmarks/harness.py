@@ -38,8 +38,11 @@ class Turn:
 
 
 def _child(runner, size, pipe, stock: bool) -> None:
+    import signal
     import warnings
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its daemons ...
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # ... and they remove their temporary files
     if stock:
         import mlx.core  # noqa: F401  (before mlx_slm, which then cannot load a BLAS)
 

@@ -6,6 +6,8 @@ import functools
 import json
 import statistics
 
+import click
+
 from benchmarks.harness import play
 from benchmarks.micro import MICRO
 from benchmarks.peers import STOCK
@@ -121,6 +123,16 @@ def show(rows: list[dict], before: list[dict]) -> None:
             f"{f'{low:.2f} - {high:.2f}':>20}{row['value']:>12,.0f} {row['unit']:<9}{columns}",
             flush=True,
         )
+
+
+def writable(context, parameter, path: str | None) -> str | None:
+    """For click: a file that can be written, found out before anything is measured."""
+    try:
+        if path:
+            open(path, "a").close()
+    except OSError as error:
+        raise click.BadParameter(f"{path}: {error.strerror}") from None
+    return path
 
 
 def write(path: str | None, rows: list[dict]) -> None:

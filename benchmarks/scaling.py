@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.run import measure, present_devices, print_machine, write
+from benchmarks.run import measure, present_devices, print_machine, writable, write
 from benchmarks.sizes import LAPTOP, Size
 
 POWERS = (10_000, 100_000, 1_000_000, 10_000_000)
@@ -146,7 +146,7 @@ def draw(rows: list[dict], directory: Path) -> list[Path]:
 @click.command(help=__doc__)
 @click.argument("curves", nargs=-1)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Turns at each point.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, writable=True), help="Write the records here.")
+@click.option("--json", "json_file", callback=writable, help="Write the records to this file.")
 @click.option("--figures", type=click.Path(file_okay=False, path_type=Path), help="Draw figures in this directory.")
 @click.option("--draw", "drawn", type=click.Path(exists=True, dir_okay=False), help="Measure nothing, draw this file.")
 def main(curves, rounds, json_file, figures, drawn) -> None:

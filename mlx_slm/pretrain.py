@@ -276,7 +276,7 @@ def calibrated_speed(shape: Shape, training: TrainingConfig, seconds: float) -> 
 
 
 def likely_flops() -> float:
-    """FLOP/s that training reaches about, from the measured matrix product: MFU is 0.2 to 0.5 (docs/decisions.md)."""
+    """FLOP/s that training reaches about, from the measured matrix product: MFU is 0.2 to 0.6 (docs/decisions.md)."""
     return 0.3e9 * runtime.matmul_gflops()
 
 
