@@ -9,13 +9,25 @@ what fits a cache can have more. A file that --json wrote can be given to --comp
 
 from __future__ import annotations
 
-import json
+import subprocess
+import sys
 
 import click
 
-from benchmarks.run import BENCHMARKS, PEAKS, add_peaks, begin, measure, present_devices, show, writable, write
+from benchmarks.run import (
+    BENCHMARKS,
+    PEAKS,
+    add_peaks,
+    begin,
+    measure,
+    present_devices,
+    read_records,
+    show,
+    writable,
+    write,
+)
 from benchmarks.sizes import SIZES
-from benchmarks.texts import CACHE, make_embeddings
+from benchmarks.texts import CACHE
 
 
 @click.command(help=__doc__)
@@ -34,12 +46,9 @@ def main(names, size, devices, peers, rounds, json_file, compare) -> None:
         raise click.UsageError(
             f"--devices {missing[0]}: MLX has no such device here; there are: {', '.join(present_devices())}"
         )
-    try:
-        with_older = json.load(open(compare)) if compare else []
-    except ValueError:
-        raise click.UsageError(f"--compare {compare}: not a file that --json wrote") from None
+    with_older = read_records(compare, {"name", "size", "device", "peer", "median_s"})
     if "kmeans" in names and SIZES[size].embedding == 384:
-        make_embeddings()
+        subprocess.run([sys.executable, "-c", "import benchmarks.texts as t; t.make_embeddings()"], check=True)
     wanted = [name for name in BENCHMARKS if not names or name in names or name in PEAKS]
     if not names and not CACHE.exists() and SIZES[size].embedding == 384:
         wanted.remove("kmeans")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import ENVIRONMENT
 
 
 class Turn:
@@ -22,8 +28,7 @@ class Turn:
         return self.pipe.recv()
 
     def report(self, seconds: float, peak: int | None) -> None:
-        unit = 1 if sys.platform == "darwin" else 1024
-        self.pipe.send((seconds, peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
+        self.pipe.send((seconds, peak, peak_rss()))
 
     def serve(self, work: Callable[[], object], memory: Callable[[], int | None], facts: dict | None = None) -> None:
         """Call `work` at each turn; report its seconds (or those that it returns) and the peak of memory in bytes.
@@ -37,13 +42,25 @@ class Turn:
             self.report(own if isinstance(own, float) else time.perf_counter() - start, memory())
 
 
-def _child(runner, size, pipe, stock: bool) -> None:
+def peak_rss() -> int:
+    """Peak resident bytes of this process; on Linux `ru_maxrss` would be the parent's where that had more."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(found.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _child(runner, size, pipe, stock: dict | None) -> None:
     import signal
     import warnings
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its daemons ...
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # ... and they remove their temporary files
-    if stock:
+    if stock is not None:
+        scratch = tempfile.TemporaryDirectory()  # MLX keeps compiled loops there, and ours are made with other flags
+        os.environ.clear()
+        os.environ.update(stock | {"TMPDIR": scratch.name})
         import mlx.core  # noqa: F401  (before mlx_slm, which then cannot load a BLAS)
 
         warnings.simplefilter("ignore")
@@ -66,7 +83,9 @@ def play(
     sides, facts, processes = {}, {}, []
     for side, runner in runners.items():
         ours, theirs = context.Pipe()
-        process = context.Process(target=_child, args=(runner, size, theirs, side == stock), daemon=True)
+        process = context.Process(
+            target=_child, args=(runner, size, theirs, ENVIRONMENT if side == stock else None), daemon=True
+        )
         process.start()
         processes.append(process)
         theirs.close()
@@ -81,14 +100,20 @@ def play(
     found: dict[str, list] = {side: [] for side in sides}
     for turn in range(rounds + 1):
         for side, pipe in sides.items():
-            if side == stock and turn > 1:
+            if side not in found or (side == stock and turn > 1):
                 continue
-            pipe.send(True)
-            result = pipe.recv()
-            if turn:  # the first turn compiles and warms up
+            try:
+                pipe.send(True)
+                result = pipe.recv()
+            except (EOFError, OSError):
+                print(f"{side} is left out: it failed in turn {turn}, see above")
+                found.pop(side, None)
+                continue
+            if turn and side in found:  # the first turn compiles and warms up
                 found[side].append(result)
     for pipe in sides.values():
-        pipe.send(False)
+        with contextlib.suppress(OSError):
+            pipe.send(False)
     for process in processes:
         process.join(timeout=10)
     return found, facts

@@ -55,7 +55,7 @@ def attention_backward(size: Size) -> Case:
 
     function, arrays, flops = _attention(size)
     compiled = mx.compile(mx.value_and_grad(lambda *x: function(*x).astype(mx.float32).sum(), argnums=(0, 1, 2)))
-    return Case(lambda: mx.eval(compiled(*arrays)), size.rows * size.context, "tokens/s", 3.5 * flops)
+    return Case(lambda: mx.eval(compiled(*arrays)), size.rows * size.context, "tokens/s", 3 * flops)
 
 
 def cross_entropy(size: Size) -> Case:

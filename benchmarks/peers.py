@@ -1,8 +1,8 @@
 """What a user would take instead, on the same work: mlx-lm, PyTorch, sentence-transformers, scikit-learn, faiss,
 sentencepiece; and our own simpler forms. A peer whose package is missing is left out.
 
-A peer gives a `Case`, or a function that serves the turns itself. PyTorch computes on CUDA or MPS if it has
-them, in bf16 with fp32 masters, else on the CPU in fp32.
+A peer gives a `Case`, or a function that serves the turns itself. On a GPU mlx-lm trains in bf16 and PyTorch
+in bf16 with fp32 masters (autocast), on a CPU both in fp32.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ RATE = 1e-4
 def mlx_lm_trainer(rows: int, size: Size) -> Callable:
     """Training steps of mlx-lm's own trainer; its loop calls back, so it serves its turns itself."""
 
-    def serve(turn, facts: dict) -> None:
+    def serve(turn) -> None:
         import mlx.optimizers as optim
         from mlx_lm.tuner import trainer
         from mlx_lm.utils import _get_classes
 
+        from mlx_slm import runtime
         from mlx_slm.export import huggingface_config
 
         class Turns(trainer.TrainingCallback):
@@ -37,6 +38,7 @@ def mlx_lm_trainer(rows: int, size: Size) -> Callable:
         config = huggingface_config(size.shape, 0)
         model_class, arguments_class = _get_classes(config)
         model = model_class(arguments_class.from_dict(config))
+        model.set_dtype(runtime.compute_dtype())
         tokens, _ = batch(size, rows)
         arguments = trainer.TrainingArgs(
             batch_size=rows,
@@ -46,7 +48,7 @@ def mlx_lm_trainer(rows: int, size: Size) -> Callable:
             max_seq_length=size.context + 1,
             adapter_file=os.devnull,
         )
-        turn.ready(facts)
+        turn.ready(facts_of(Case(no_memory, rows * size.context, "tokens/s")))
         if turn.wait():
             sys.stdout = open(os.devnull, "w")
             data = [(row.tolist(), 0) for row in tokens]
@@ -64,10 +66,10 @@ def torch_step(rows: int, size: Size, compiled: bool = False) -> Case:
 
     from mlx_slm.export import huggingface_config
 
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch_device()
     torch.manual_seed(0)
     config = huggingface_config(size.shape, 0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).to(device)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, use_cache=False)).to(device)
     run = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0)
     tokens = torch.tensor(batch(size, rows)[0], dtype=torch.long, device=device)
@@ -83,6 +85,27 @@ def torch_step(rows: int, size: Size, compiled: bool = False) -> Case:
         loss.item()
 
     return Case(work, rows * size.context, "tokens/s", memory=no_memory)
+
+
+def torch_device() -> str:
+    """Where PyTorch computes: on the GPU if MLX does and PyTorch can, else on the CPU; the record then names that."""
+    import mlx.core as mx
+    import torch
+
+    if mx.default_device() != mx.Device(mx.cpu):
+        if torch.cuda.is_available():
+            return "cuda"
+        if torch.backends.mps.is_available():
+            return "mps"
+    on_cpu()
+    return "cpu"
+
+
+def on_cpu() -> None:
+    """For a peer that knows no other device: its record then names the CPU."""
+    import mlx.core as mx
+
+    mx.set_default_device(mx.cpu)
 
 
 def plain_slm(size: Size) -> Case:
@@ -143,6 +166,7 @@ def faiss_kmeans(size: Size) -> Case:
 
     from benchmarks.texts import ITERATIONS, points_and_start
 
+    on_cpu()
     points, start = points_and_start(size)
 
     def work():
@@ -160,6 +184,7 @@ def sklearn_kmeans(size: Size) -> Case:
 
     from benchmarks.texts import ITERATIONS, points_and_start
 
+    on_cpu()
     points, start = points_and_start(size)
     work = lambda: KMeans(size.clusters, init=start, n_init=1, max_iter=ITERATIONS, tol=0).fit(points)  # noqa: E731
     return Case(work, len(points) * ITERATIONS, "points/s", memory=no_memory)
@@ -189,7 +214,8 @@ def sentence_transformers(size: Size) -> Case:
     from mlx_slm.clustering.encoder import find_directory
     from mlx_slm.config import DEFAULT_ENCODER
 
-    model, texts = SentenceTransformer(str(find_directory(DEFAULT_ENCODER))), hundred_words(size.texts)
+    model = SentenceTransformer(str(find_directory(DEFAULT_ENCODER)), device=torch_device())
+    texts = hundred_words(size.texts)
     return Case(lambda: model.encode(texts, show_progress_bar=False), len(texts), "texts/s", memory=no_memory)
 
 
@@ -203,6 +229,7 @@ def bare_sentencepiece(size: Size) -> Case:
     from benchmarks.texts import documents_of, tokenizer_in
     from mlx_slm.text.tokenizer import MODEL_FILE
 
+    on_cpu()
     with tempfile.TemporaryDirectory() as directory:
         made = tokenizer_in(Path(directory), size).directory / MODEL_FILE
         model = sentencepiece.SentencePieceProcessor(model_file=str(made))
@@ -213,7 +240,8 @@ def bare_sentencepiece(size: Size) -> Case:
 
 
 STOCK = "mlx-lm as installed"
-"""Without the BLAS and the allocator settings of `mlx_slm.runtime`: a step takes most of a minute on a Linux CPU."""
+"""In the environment that the benchmark was started in, without anything of `mlx_slm.runtime` (its BLAS, allocator and
+compiler): a step takes most of a minute on a Linux CPU."""
 
 
 def steps(rows: Callable[[Size], int]) -> dict[str, Callable]:
@@ -237,13 +265,26 @@ PEERS: dict[str, dict[str, Callable]] = {
 }
 
 
-def run_peer(name: str, peer: str, size: Size, turn) -> None:
-    """One peer's side of a benchmark."""
+def facts_of(case: Case) -> dict:
+    """What a side says about itself: its work, its device and its dtype."""
+    from mlx_slm import runtime
+
+    facts = {key: getattr(case, key) for key in ("amount", "unit", "flops", "bytes", "size")}
+    return facts | {"device": runtime.device_name(), "dtype": str(runtime.compute_dtype()).removeprefix("mlx.core.")}
+
+
+def run_peer(name: str, peer: str, device: str, size: Size, turn) -> None:
+    """One peer's side of a benchmark, on the device that ours is on, if it can."""
+    import mlx.core as mx
+
+    mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
     side = PEERS[name][peer](size)
     if isinstance(side, Case):
-        turn.serve(side.work, side.memory)
+        turn.serve(side.work, side.memory, facts_of(side))
     else:
-        side(turn, {})
+        side(turn)
 
 
-runners = {name: {peer: functools.partial(run_peer, name, peer) for peer in peers} for name, peers in PEERS.items()}
+def peers_of(name: str, device: str) -> dict[str, Callable]:
+    """The sides of a benchmark's peers."""
+    return {peer: functools.partial(run_peer, name, peer, device) for peer in PEERS.get(name, {})}

@@ -10,8 +10,7 @@ import click
 
 from benchmarks.harness import play
 from benchmarks.micro import MICRO
-from benchmarks.peers import STOCK
-from benchmarks.peers import runners as peers_of
+from benchmarks.peers import STOCK, facts_of, peers_of
 from benchmarks.sizes import Size
 from benchmarks.texts import TEXTS
 from benchmarks.whole import WHOLE
@@ -25,12 +24,8 @@ def run_case(name: str, device: str, size: Size, turn) -> None:
     import mlx.core as mx
 
     mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
-    from mlx_slm import runtime
-
     case = BENCHMARKS[name](size)
-    facts = {key: getattr(case, key) for key in ("amount", "unit", "flops", "bytes", "size")}
-    facts |= {"device": runtime.device_name(), "dtype": str(runtime.compute_dtype()).removeprefix("mlx.core.")}
-    turn.serve(case.work, case.memory, facts)
+    turn.serve(case.work, case.memory, facts_of(case))
 
 
 def present_devices() -> list[str]:
@@ -43,10 +38,10 @@ def present_devices() -> list[str]:
 def measure(name: str, size: Size, devices: list[str], rounds: int, peers: bool = False) -> list[dict]:
     """A record for each device and peer (DESIGN, "The commands"); `ratio`: how many times as fast the first device is.
 
-    Records of peers have the FLOPs and bytes of the same work in ours, and no device of their own.
+    Records of peers have the FLOPs and bytes of the same work in ours.
     """
     sides = {device: functools.partial(run_case, name, device) for device in devices}
-    found, facts = play(sides | (peers_of.get(name, {}) if peers else {}), size, rounds, STOCK)
+    found, facts = play(sides | (peers_of(name, devices[0]) if peers else {}), size, rounds, STOCK)
     if devices[0] not in found:
         return []
     ours, rows = facts[devices[0]], []
@@ -54,7 +49,7 @@ def measure(name: str, size: Size, devices: list[str], rounds: int, peers: bool 
     for side, turns in found.items():
         times = [turn[0] for turn in turns]
         low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-        own, is_peer = facts[side] or ours, side not in devices
+        own, is_peer = facts[side], side not in devices
         rate = lambda work, median=median: work / median / 1e9 if work else None  # noqa: E731
         flops = rate(ours["flops"])
         rows.append(
@@ -66,8 +61,8 @@ def measure(name: str, size: Size, devices: list[str], rounds: int, peers: bool 
                 "dtype": own["dtype"],
                 "median_s": median,
                 "quartiles_s": [low, high],
-                "value": ours["amount"] / median,
-                "unit": ours["unit"],
+                "value": own["amount"] / median,
+                "unit": own["unit"],
                 "peer": side if is_peer else None,
                 "ratio": median / fastest if len(found) > 1 else None,
                 "tflops": flops and flops / 1e3,
@@ -133,6 +128,17 @@ def writable(context, parameter, path: str | None) -> str | None:
     except OSError as error:
         raise click.BadParameter(f"{path}: {error.strerror}") from None
     return path
+
+
+def read_records(path: str | None, keys: set[str]) -> list[dict]:
+    """Records that --json wrote; raises click.UsageError for anything else."""
+    try:
+        rows = json.load(open(path)) if path else []
+    except ValueError:
+        rows = None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and keys <= set(row) for row in rows):
+        raise click.UsageError(f"{path}: not a file that --json of this command wrote")
+    return rows
 
 
 def write(path: str | None, rows: list[dict]) -> None:

@@ -8,7 +8,6 @@ the cost would be if it were proportional, drawn through the last point. `--draw
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.run import measure, present_devices, print_machine, writable, write
+from benchmarks.run import measure, present_devices, print_machine, read_records, writable, write
 from benchmarks.sizes import LAPTOP, Size
 
 POWERS = (10_000, 100_000, 1_000_000, 10_000_000)
@@ -152,7 +151,7 @@ def draw(rows: list[dict], directory: Path) -> list[Path]:
 def main(curves, rounds, json_file, figures, drawn) -> None:
     if unknown := [name for name in curves if name not in CURVES]:
         raise click.UsageError(f"no curve {unknown[0]!r}; there are: {', '.join(CURVES)}")
-    rows = json.load(open(drawn)) if drawn else []
+    rows = read_records(drawn, {"curve", "x", "median_s", "quartiles_s", "device"})
     if not drawn:
         print_machine()
         for name in curves or CURVES:

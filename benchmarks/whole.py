@@ -70,7 +70,7 @@ def pn_step(size: Size) -> Case:
             mx.eval(step(tokens, weights, 1e-4, clusters), step.parameters)
 
     flops = shape.flops_per_token(weights.size) * weights.size
-    return Case(work, weights.size, "tokens/s", flops, size=f"h={size.h}")
+    return Case(work, weights.size, "tokens/s", flops, size=f"{size.name}, h={size.h}")
 
 
 def _served(size: Size, bits: int | None):

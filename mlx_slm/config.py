@@ -215,7 +215,7 @@ class TrainingConfig(Section):
     micro_rows: PositiveSize | None = None
     """Rows per forward and backward; the step accumulates gradients. Default: as many as fit the memory."""
     checkpoint_layers: bool | None = None
-    """Recompute each layer in the backward pass: less memory, a quarter more time. Default: where a step would not fit
+    """Recompute each layer in the backward pass: less memory, a fifth more time. Default: where a step would not fit
     the memory otherwise."""
     report_every: PositiveSize = 10
     """Steps between lines."""

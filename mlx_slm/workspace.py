@@ -274,10 +274,14 @@ class MappedFile:
     def __getitem__(self, index):
         """An element or a slice with step 1, as numpy would give it."""
         if isinstance(index, slice):
-            start, stop, _ = index.indices(len(self))
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                raise IndexError("a mapped file has no slices with a step")
         else:
             start = index + len(self) if index < 0 else index
             stop = start + 1
+            if not 0 <= start < len(self):
+                raise IndexError(f"element {index} of {len(self)}")
         size = self.dtype.itemsize
         if stop > start:
             first, last = start * size // self._block, (stop * size - 1) // self._block

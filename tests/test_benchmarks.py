@@ -7,6 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.__main__ import main
+from benchmarks.case import no_memory
+from benchmarks.harness import play
 from benchmarks.peers import PEERS
 from benchmarks.run import BENCHMARKS, add_peaks
 from benchmarks.sizes import SIZES
@@ -30,15 +32,15 @@ def test_peers_do_the_same_work(name, tmp_path):
     assert done.exit_code == 0, done.output
     rows = [row for row in json.loads(file.read_text()) if row["name"] == name]
     peers = {row["peer"] for row in rows} - {None}
-    assert peers <= set(PEERS[name])
-    for package, peer in {"torch": "torch", "sklearn": "scikit-learn", "faiss": "faiss"}.items():
-        if peer in PEERS[name] and importlib.util.find_spec(package):
-            assert peer in peers
+    packages = {"torch": "torch", "torch, compiled": "torch", "scikit-learn": "sklearn", "faiss": "faiss"}
+    installed = {peer for peer in PEERS[name] if importlib.util.find_spec(packages.get(peer, "mlx"))}
+    assert peers == installed
     ours = rows[0]
     assert ours["peer"] is None and ours["ratio"] == 1
     for row in rows[1:]:
         assert row["ratio"] == pytest.approx(row["median_s"] / ours["median_s"])
         assert row["value"] * row["median_s"] == pytest.approx(ours["value"] * ours["median_s"]), "the same amount"
+        assert (row["unit"], row["dtype"]) == (ours["unit"], ours["dtype"])
 
 
 def test_records_and_comparison(tmp_path):
@@ -58,6 +60,25 @@ def test_records_and_comparison(tmp_path):
     again = CliRunner().invoke(main, [*arguments, "--compare", file])
     assert again.exit_code == 0 and "before" in again.output
     assert CliRunner().invoke(main, ["nothing"]).exit_code == 2
+    for wrong in ('{"a": 1}', "[1]", "[{}]", "no JSON"):
+        (tmp_path / "wrong.json").write_text(wrong)
+        done = CliRunner().invoke(main, ["help", "--compare", str(tmp_path / "wrong.json")])
+        assert done.exit_code == 2 and "wrong.json: not a file that --json of this command wrote" in done.output
+    assert CliRunner().invoke(main, ["help", "--json", str(tmp_path / "no" / "x.json")]).exit_code == 2
+
+
+def _fails(size, turn):
+    turn.serve(lambda: 1 / 0, no_memory, {})
+
+
+def _works(size, turn):
+    turn.serve(lambda: 0.5, no_memory, {})
+
+
+def test_a_side_that_fails_is_left_out(capfd):
+    found, _ = play({"fails": _fails, "works": _works}, SIZES["tiny"], 2)
+    assert [turn[0] for turn in found["works"]] == [0.5, 0.5] and "fails" not in found
+    assert "fails is left out: it failed in turn 0" in capfd.readouterr().out
 
 
 def test_a_share_of_the_peak_is_the_larger_of_computing_and_moving():

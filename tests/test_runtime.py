@@ -69,6 +69,7 @@ print(hashlib.sha256(b"".join(bytes(memoryview(a)) for a in found)).hexdigest())
 def test_loops_for_this_processor_give_the_bits_of_plain_ones(tmp_path):
     """MLX keeps compiled loops in the temporary directory, so each form gets its own."""
     assert os.environ["PATH"].split(os.pathsep).count(NATIVE) == 1
+    assert shutil.which("g++") == f"{NATIVE}/g++", "it can be run"
     found = []
     for form in ("native", "plain"):
         (tmp_path / form).mkdir()

@@ -46,13 +46,13 @@ def exp_nonpositive(x: mx.array) -> mx.array:
 
 
 def _alone(x: mx.array) -> mx.array:
-    """Keep an operation out of a fused loop: one with a broadcast operand is not vectorised, and one of more than about
-    two dozen operations is cut where more passes through memory."""
+    """Keep an operation out of a fused loop: one with a broadcast operand is not vectorised, and a long one is cut by
+    `mx.compile` where more passes through memory."""
     return mx.contiguous(x)
 
 
 def _by_pairs(coefficients: tuple[float, ...], x: mx.array) -> mx.array:
-    """The polynomial c0 + c1 x + ..., by Estrin's scheme: `mx.compile` cuts a chain as long as Horner's in two."""
+    """The polynomial c0 + c1 x + ..., by Estrin's scheme: `mx.compile` cuts a chain as long as Horner's in parts."""
     terms = list(coefficients)
     while len(terms) > 1:
         terms = [a + b * x if b is not None else a for a, b in zip_longest(terms[::2], terms[1::2])]
