@@ -130,8 +130,8 @@ def largest_that_fits(
 ) -> tuple[int, bool]:
     """(the largest divisor of `whole` with which `bytes_of` is at most 0.8 of the memory, whether with checkpointing).
 
-    What is `given` is taken, whether it fits or not. Without a wish for `checkpoint_layers` the layers are computed again
-    only where nothing fits otherwise. Raises SlmError if nothing is given and nothing fits.
+    What is `given` is taken, whether it fits or not. Without a wish for `checkpoint_layers` the layers are computed
+    again only where nothing fits otherwise. Raises SlmError if nothing is given and nothing fits.
     """
     room, wishes = 0.8 * runtime.memory_bytes(), (False, True) if checkpoint_layers is None else (checkpoint_layers,)
     if given:
