@@ -21,7 +21,8 @@ def mlx_peak() -> int:
 class Case:
     """`work` does it once and waits; it takes `flops` operations and moves at least `bytes`.
 
-    `memory` gives the peak in bytes; `size` names the size where the benchmark's own does not.
+    `memory` gives the peak in bytes; `size` names the size where the benchmark's own does not; `timed`: `work` returns
+    its own seconds; `keep` is what must live as long as the case.
     """
 
     work: Callable[[], object]
@@ -31,6 +32,8 @@ class Case:
     bytes: float | None = None
     memory: Callable[[], int | None] = mlx_peak
     size: str | None = None
+    timed: bool = False
+    keep: object = None
 
 
 def random(*shape: int, seed: int = 0):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import ENVIRONMENT
+from benchmarks.case import Case
 
 
 class Turn:
@@ -30,16 +31,16 @@ class Turn:
     def report(self, seconds: float, peak: int | None) -> None:
         self.pipe.send((seconds, peak, peak_rss()))
 
-    def serve(self, work: Callable[[], object], memory: Callable[[], int | None], facts: dict | None = None) -> None:
-        """Call `work` at each turn; report its seconds (or those that it returns) and the peak of memory in bytes.
+    def serve(self, case: Case, facts: dict) -> None:
+        """Do the work of a case at each turn; report its seconds and the peak of memory in bytes.
 
         `facts`: what the side has to say about itself before its first turn.
         """
-        self.ready(facts or {})
+        self.ready(facts)
         while self.wait():
             start = time.perf_counter()
-            own = work()
-            self.report(own if isinstance(own, float) else time.perf_counter() - start, memory())
+            own = case.work()
+            self.report(own if case.timed else time.perf_counter() - start, case.memory())
 
 
 def peak_rss() -> int:

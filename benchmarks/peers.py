@@ -280,7 +280,7 @@ def run_peer(name: str, peer: str, device: str, size: Size, turn) -> None:
     mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
     side = PEERS[name][peer](size)
     if isinstance(side, Case):
-        turn.serve(side.work, side.memory, facts_of(side))
+        turn.serve(side, facts_of(side))
     else:
         side(turn)
 

@@ -25,7 +25,7 @@ def run_case(name: str, device: str, size: Size, turn) -> None:
 
     mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
     case = BENCHMARKS[name](size)
-    turn.serve(case.work, case.memory, facts_of(case))
+    turn.serve(case, facts_of(case))
 
 
 def present_devices() -> list[str]:
@@ -148,21 +148,14 @@ def write(path: str | None, rows: list[dict]) -> None:
             json.dump(rows, file, indent=1)
 
 
-def machine() -> dict:
-    """Chip, memory, backend, BLAS, its speed, operating system and versions."""
+def print_machine() -> None:
+    """Chip, memory, operating system, backend, its speed, versions and BLAS, in three lines."""
     import platform
 
     from mlx_slm import runtime
 
-    return runtime.describe() | {"os": platform.platform(terse=True)}
-
-
-def print_machine() -> None:
-    """The same in three lines."""
-    this = machine()
-    print(
-        f"{this['device']}, {this['memory_gb']} GB, {this['os']}, {this['backend']}, {this['gflops']} GFLOP/s (1024^3)"
-    )
+    this, system = runtime.describe(), platform.platform(terse=True)
+    print(f"{this['device']}, {this['memory_gb']} GB, {system}, {this['backend']}, {this['gflops']} GFLOP/s (1024^3)")
     print(", ".join(f"{name} {version}" for name, version in this["versions"].items()))
     if this["blas"]:
         print(f"BLAS: {this['blas']}")

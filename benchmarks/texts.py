@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 import tempfile
@@ -70,10 +69,6 @@ def points_and_start(size: Size):
     return points, points[rng.choice(len(points), size.clusters, replace=False)].copy()
 
 
-def kmeans_flops(size: Size, points: int) -> float:
-    return 2.0 * points * size.clusters * size.embedding * ITERATIONS
-
-
 def kmeans(size: Size) -> Case:
     """Ten iterations from given centroids, on embeddings of real texts."""
     from mlx_slm.clustering.kmeans import State
@@ -84,7 +79,7 @@ def kmeans(size: Size) -> Case:
     def work():
         run(points, size.clusters, iterations=ITERATIONS, tolerance=-1, state=State(centroids=start))
 
-    return Case(work, len(points) * ITERATIONS, "points/s", kmeans_flops(size, len(points)))
+    return Case(work, len(points) * ITERATIONS, "points/s", 2 * start.size * len(points) * ITERATIONS)
 
 
 def encoder(size: Size) -> Case:
@@ -147,7 +142,7 @@ def preparing(size: Size) -> Case:
             pieces = ["--config", "laptop", "--set", f"tokenizer.vocab_size={min(4096, max(600, size.vocab_size))}"]
             subprocess.run([*command, *pieces], check=True, capture_output=True)
 
-    return Case(work, amount, "bytes/s", memory=lambda: scratch and None)
+    return Case(work, amount, "bytes/s", memory=no_memory, keep=scratch)
 
 
 def make_store(directory: Path, windows: int, context: int, vocab_size: int = 4096) -> None:
@@ -183,12 +178,9 @@ def evaluation(size: Size) -> Case:
     with tempfile.TemporaryDirectory() as scratch:
         make_store(Path(scratch) / "store", 64, size.context, size.vocab_size)
         store = Store(Path(scratch) / "store")
-        store.windows[:]
     loss, parameters = validation_loss(Transformer(size.shape), store, np.arange(64)), initialise(size.shape, 0)
     tokens = 64 * size.context
-    return Case(
-        lambda: math.exp(loss(parameters)) and None, tokens, "tokens/s", size.shape.forward_flops_per_token * tokens
-    )
+    return Case(lambda: loss(parameters), tokens, "tokens/s", size.shape.forward_flops_per_token * tokens)
 
 
 def clustered(store, k: int):
@@ -218,8 +210,8 @@ def row_loading(size: Size) -> Case:
     streams = [Stream(store, order, ends, int(a), int(b)) for a, b in pairwise(bounds)]
     sampler, steps = Sampler(streams, np.ones(len(streams)), size.rows, 0), count()
     amount = 20 * size.rows * size.context
-    work = lambda: [sampler.rows(next(steps)) for _ in range(20)] and scratch  # noqa: E731
-    return Case(work, amount, "tokens/s", memory=no_memory)
+    work = lambda: [sampler.rows(next(steps)) for _ in range(20)]  # noqa: E731
+    return Case(work, amount, "tokens/s", memory=no_memory, keep=scratch)
 
 
 OPENING = """
@@ -253,7 +245,7 @@ def opening(size: Size) -> Case:
         grown.append(int(memory))
         return float(seconds)
 
-    return Case(work, size.windows, "windows/s", memory=lambda: max(grown, default=None))
+    return Case(work, size.windows, "windows/s", memory=lambda: max(grown, default=None), timed=True)
 
 
 def help(size: Size) -> Case:

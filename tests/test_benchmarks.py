@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.__main__ import main
-from benchmarks.case import no_memory
+from benchmarks.case import Case, no_memory
 from benchmarks.harness import play
 from benchmarks.peers import PEERS
 from benchmarks.run import BENCHMARKS, add_peaks
@@ -68,11 +68,11 @@ def test_records_and_comparison(tmp_path):
 
 
 def _fails(size, turn):
-    turn.serve(lambda: 1 / 0, no_memory, {})
+    turn.serve(Case(lambda: 1 / 0, 1, "times/s", memory=no_memory), {})
 
 
 def _works(size, turn):
-    turn.serve(lambda: 0.5, no_memory, {})
+    turn.serve(Case(lambda: 0.5, 1, "times/s", memory=no_memory, timed=True), {})
 
 
 def test_a_side_that_fails_is_left_out(capfd):

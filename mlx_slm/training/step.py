@@ -133,18 +133,18 @@ def largest_that_fits(
     What is `given` is taken, whether it fits or not. Without a wish for `checkpoint_layers` the layers are computed
     again only where nothing fits otherwise. Raises SlmError if nothing is given and nothing fits.
     """
-    room, wishes = 0.8 * runtime.memory_bytes(), (False, True) if checkpoint_layers is None else (checkpoint_layers,)
+    memory, wishes = runtime.memory_bytes(), (False, True) if checkpoint_layers is None else (checkpoint_layers,)
     if given:
-        return given, next((again for again in wishes if bytes_of(given, again) <= room), wishes[-1])
+        return given, next((again for again in wishes if bytes_of(given, again) <= 0.8 * memory), wishes[-1])
     for again in wishes:
         for part in range(whole, 0, -1):
-            if whole % part == 0 and bytes_of(part, again) <= room:
+            if whole % part == 0 and bytes_of(part, again) <= 0.8 * memory:
                 return part, again
     if checkpoint_layers is False:
         advice += ", or leave training.checkpoint_layers out"
     raise SlmError(
         f"a step of this model ({parameters:,} parameters) needs about {bytes_of(1, wishes[-1]) / 2**30:.1f} GB at the "
-        f"least, and {room / 0.8 / 2**30:.1f} GB are there: choose a smaller model{advice}"
+        f"least, and {memory / 2**30:.1f} GB are there: choose a smaller model{advice}"
     )
 
 
