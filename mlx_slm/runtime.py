@@ -1,8 +1,6 @@
 """The machine: a fast BLAS and an allocator without page faults on Linux, the wired limit on Metal, what the device is.
 
-`prepare` runs on `import mlx_slm`, before anything imports `mlx.core`: on Linux the mlx-cpu wheel links a reference
-BLAS (5 GFLOP/s on two cores), and a CBLAS that is loaded first with global symbols takes its place (180-300 GFLOP/s).
-Nothing here imports mlx at module level.
+`prepare` runs on `import mlx_slm`, before anything imports `mlx.core`. Nothing here imports mlx at module level.
 """
 
 from __future__ import annotations
@@ -13,17 +11,19 @@ import functools
 import os
 import platform
 import shutil
-import site
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
+from mlx_slm import blas as blases
+
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
-blas: str | None = None
+blas: blases.Blas | None = None
 """The library that was loaded in front of MLX's own, or None."""
 _blas_library: ctypes.CDLL | None = None
 _threads: int | None = None
@@ -41,20 +41,12 @@ def prepare() -> None:
         return
     _set_allocator()
     _vectorise_loops()
-    # Reproducible sums whatever the alignment of a buffer: a resumed run equals an uninterrupted one bit for bit.
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
     # How far MLX looks for work that can run beside other work: at its default of 20 the lanes run one after the other.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "200")
-    for path in _blas_candidates():
-        try:
-            _blas_library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-        except OSError as error:
-            if path == os.environ.get("MLX_SLM_BLAS"):
-                warnings.warn(f"$MLX_SLM_BLAS={path} cannot be loaded: {error}", stacklevel=3)
-            continue
-        blas = path
-        return
+    chosen = blases.find(_processor(), cores())
+    _blas_library = blases.load(chosen)
+    blas = chosen if _blas_library else None
 
 
 def _installed(package: str) -> bool:
@@ -68,13 +60,6 @@ def _installed(package: str) -> bool:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _blas_candidates() -> list[str]:
-    prefixes = dict.fromkeys([sys.prefix, sys.base_prefix, site.getuserbase() or sys.prefix])
-    mkl = [str(p) for prefix in prefixes for p in sorted(Path(prefix, "lib").glob("libmkl_rt.so*"))]
-    named = os.environ.get("MLX_SLM_BLAS")
-    return ([named] if named else []) + mkl + ["libopenblas.so.0", "libopenblas.so"]
 
 
 def _set_allocator() -> None:
@@ -102,7 +87,7 @@ def notices() -> list[str]:
     found = []
     if not blas:
         found.append(
-            "no fast BLAS found, matrix products are 30x slower: pip install mkl (x86-64), "
+            "no fast BLAS found, matrix products are 30x slower: pip install scipy-openblas32 (x86-64, needs g++), "
             "or apt install libopenblas0-pthread, or set MLX_SLM_BLAS to a CBLAS library"
         )
     if not shutil.which("g++"):
@@ -128,22 +113,31 @@ def backend() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-@functools.cache
+def on_gpu() -> bool:
+    """Whether computations take the form that fits a GPU: bf16, one stream, MLX's own fused kernels, large chunks."""
+    return backend() != "cpu"
+
+
+_of_thread = threading.local()
+
+
 def lanes() -> list:
-    """Streams that share the rows of a batch. Two on a Linux CPU, where MLX works on element-wise operations with one
-    thread per stream (measured on two cores: 1.3x); one elsewhere."""
+    """Streams that share the rows of a batch, of this thread alone: MLX binds a stream to the thread that made it. Two
+    on a Linux CPU, where MLX works on element-wise operations with one thread per stream (measured on two cores:
+    1.3x); one elsewhere."""
     import mlx.core as mx
 
-    if sys.platform == "linux" and backend() == "cpu" and cores() > 1:
-        return [mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)]
-    return [mx.default_stream(mx.default_device())]
+    if not hasattr(_of_thread, "lanes"):
+        several = sys.platform == "linux" and not on_gpu() and cores() > 1
+        more = [mx.new_stream(mx.cpu)] if several else []
+        _of_thread.lanes = [mx.default_stream(mx.default_device()), *more]
+    return _of_thread.lanes
 
 
 @contextlib.contextmanager
 def sharing_cores(lanes_used: int) -> Iterator[None]:
     """While lanes run side by side, give the products of each its part of the cores, so that they do not compete."""
-    setters = ("MKL_Set_Num_Threads", "openblas_set_num_threads")
-    setter = next((getattr(_blas_library, name) for name in setters if hasattr(_blas_library, name)), None)
+    setter = next((getattr(_blas_library, name) for name in blases.THREADS if hasattr(_blas_library, name)), None)
     if lanes_used < 2 or setter is None:
         yield
         return
@@ -182,7 +176,7 @@ def compute_dtype():
     """fp32 on a CPU, where bf16 products are a scalar loop (40x slower); bf16 on a GPU."""
     import mlx.core as mx
 
-    return mx.float32 if backend() == "cpu" else mx.bfloat16
+    return mx.bfloat16 if on_gpu() else mx.float32
 
 
 def memory_bytes() -> int:
@@ -200,12 +194,16 @@ def device_name() -> str:
 
     if backend() != "cpu":
         return str(mx.device_info().get("device_name", backend()))
+    return f"{_processor()}, {cores()} core{'s' if cores() > 1 else ''}"
+
+
+def _processor() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {cores()} core{'s' if cores() > 1 else ''}"
+    return name
 
 
 @functools.cache
@@ -233,12 +231,16 @@ def versions() -> dict[str, str]:
 
 
 def describe() -> dict:
-    """Return `{"backend", "device", "memory_gb", "blas", "gflops", "versions"}`."""
+    """Return `{"backend", "device", "memory_gb", "blas", "blas_measured", "gflops", "versions"}`.
+
+    `blas_measured`: GFLOP/s of each BLAS that was there to choose from, by name, in a trial of half a second.
+    """
     return {
         "backend": backend(),
         "device": device_name(),
         "memory_gb": round(memory_bytes() / 2**30, 1),
-        "blas": (blas or "MLX's own") if backend() == "cpu" else None,
+        "blas": (f"{blas.name} ({blas.path})" if blas else "MLX's own") if backend() == "cpu" else None,
+        "blas_measured": blas.measured if blas else {},
         "gflops": round(matmul_gflops(), 1),
         "versions": versions(),
     }

@@ -54,6 +54,9 @@ def info(session: Session, run, verify) -> None:
         ]
         if result["blas"]:
             lines.append(f"BLAS      {result['blas']}")
+        if result["blas_measured"]:
+            measured = ", ".join(f"{name} {value:,.0f}" for name, value in result["blas_measured"].items())
+            lines.append(f"          measured once, GFLOP/s in the shapes of a training step: {measured}")
         lines.append("versions  " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()))
         session.report.line("\n".join(lines))
         rows = [[f"{m['section']} ({m['family']})", f"{m['parameters']:,}", m["paper"]] for m in result["models"]]

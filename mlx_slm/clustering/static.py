@@ -92,7 +92,7 @@ def distil(source: SentenceEncoder, sample: list[str], dims: int, directory: Pat
             vectors.append(source.embed(rows, length_step=1))
             advance(len(rows))
     table = np.concatenate(vectors)
-    table -= table.mean(axis=0)
+    table -= table.mean(axis=0, dtype=np.float64).astype(np.float32)
     _, directions = np.linalg.eigh(table.T @ table)
     table = table @ directions[:, ::-1][:, :dims]
     encoded = source._tokenizer.encode_batch_fast(sample, add_special_tokens=False)

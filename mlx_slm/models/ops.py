@@ -14,7 +14,7 @@ from itertools import zip_longest
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_slm import runtime
+from mlx_slm import runtime, sums
 
 FLOOR = -24.0
 SQUARINGS = 4
@@ -31,10 +31,9 @@ COEFFICIENTS = (
 """exp(x / 16) on [-24, 0] to 2e-8 relative: the best polynomial of degree 7."""
 
 
-@functools.cache
 def scalar_exp() -> bool:
     """Whether this backend computes exp one element at a time."""
-    return sys.platform == "linux" and runtime.backend() == "cpu"
+    return sys.platform == "linux" and not runtime.on_gpu()
 
 
 def exp_nonpositive(x: mx.array) -> mx.array:
@@ -139,7 +138,7 @@ def _join(blocks: list[mx.array]) -> mx.array:
 def exp_shifted(x: mx.array) -> tuple[mx.array, mx.array]:
     """Return (exp(x - top), top), top the maximum over axis -2 (kept): there reductions are vectorised."""
     top = x.max(axis=-2, keepdims=True)
-    return exp_nonpositive(_alone(x - top)), top
+    return exp_nonpositive(_alone(x - top) if scalar_exp() else x - top), top
 
 
 @mx.custom_function
@@ -186,6 +185,36 @@ def _blocked_attention_backward(primals, cotangents, outputs):
             dv[j].append(e @ d)
         dq.append(functools.reduce(mx.add, parts))
     return _join(dq), *(_join([functools.reduce(mx.add, parts) for parts in d]) for d in (dk, dv))
+
+
+@mx.custom_function
+def added(x: mx.array, bias: mx.array) -> mx.array:
+    """x + bias in the dtype of x, for x [..., d] and an fp32 bias [d], whose gradient is summed in fp32: autodiff would
+    sum that of x over all tokens in bf16."""
+    return x + bias.astype(x.dtype)
+
+
+@added.vjp
+def _added_backward(primals, cotangent, _):
+    return cotangent, _over_tokens(cotangent).astype(primals[1].dtype)
+
+
+@mx.custom_function
+def scaled(x: mx.array, weight: mx.array) -> mx.array:
+    """x * weight in the dtype of x, for x [..., d] and an fp32 weight [d], whose gradient is summed in fp32."""
+    return x * weight.astype(x.dtype)
+
+
+@scaled.vjp
+def _scaled_backward(primals, cotangent, _):
+    x, weight = primals
+    products = cotangent.astype(mx.float32) * x.astype(mx.float32)
+    return cotangent * weight.astype(x.dtype), _over_tokens(products).astype(weight.dtype)
+
+
+def _over_tokens(x: mx.array) -> mx.array:
+    """[..., d] summed over all axes but the last, fp32 [d]."""
+    return sums.summed(x.reshape(-1, x.shape[-1]))
 
 
 PHI_EDGE = 4.25

@@ -90,7 +90,7 @@ def initialise_network(shape: ProjectedShape, config: ProjectionConfig, seed: in
         if m < h:  # the tensors beyond m get a part in the coefficients of every number but the first
             M[name][1:, m:] = mx.random.normal((m - 1, h - m), key=key) * max(1, m - 1) ** -0.5
         rest = (h - 1, *first.shape)
-        scale = 0.0 if anchored else mx.std(first).item()
+        scale = 0.0 if anchored else float(np.std(np.array(first), dtype=np.float64))
         T[name] = mx.concatenate([first[None], scale * mx.random.normal(rest, key=key)])
     return {"shared": tree_unflatten(list(plain.items())), "E": E, "M": M, "T": T}
 

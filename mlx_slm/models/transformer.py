@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from mlx_slm.config import ModelConfig
-from mlx_slm.models.ops import causal_attention, gelu, swiglu
+from mlx_slm.models.ops import added, causal_attention, gelu, scaled, swiglu
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,21 @@ class Linear(nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.weight.ndim == 2:
-            return super().__call__(x)
-        grouped = x.reshape(self.weight.shape[0], -1, x.shape[-1]) @ self.weight.swapaxes(-1, -2)
-        out = grouped.reshape(*x.shape[:-1], -1)
-        return out + self.bias if "bias" in self else out
+            out = x @ self.weight.T
+        else:
+            grouped = x.reshape(self.weight.shape[0], -1, x.shape[-1]) @ self.weight.swapaxes(-1, -2)
+            out = grouped.reshape(*x.shape[:-1], -1)
+        return added(out, self.bias) if "bias" in self else out
+
+
+class RMSNorm(nn.RMSNorm):
+    def __call__(self, x: mx.array) -> mx.array:
+        return scaled(mx.fast.rms_norm(x, None, self.eps), self.weight)
+
+
+class LayerNorm(nn.LayerNorm):
+    def __call__(self, x: mx.array) -> mx.array:
+        return added(scaled(mx.fast.layer_norm(x, None, None, self.eps), self.weight), self.bias)
 
 
 class LlamaAttention(nn.Module):
@@ -100,10 +111,10 @@ class LlamaAttention(nn.Module):
         d, self.num_heads, self.num_kv_heads = shape.dims, shape.num_heads, shape.num_kv_heads
         head_dims = d // shape.num_heads
         self.scale = head_dims**-0.5
-        self.q_proj = nn.Linear(d, d, bias=False)
-        self.k_proj = nn.Linear(d, shape.num_kv_heads * head_dims, bias=False)
-        self.v_proj = nn.Linear(d, shape.num_kv_heads * head_dims, bias=False)
-        self.o_proj = nn.Linear(d, d, bias=False)
+        self.q_proj = Linear(d, d, bias=False)
+        self.k_proj = Linear(d, shape.num_kv_heads * head_dims, bias=False)
+        self.v_proj = Linear(d, shape.num_kv_heads * head_dims, bias=False)
+        self.o_proj = Linear(d, d, bias=False)
         self.rope = nn.RoPE(head_dims, base=shape.rope_theta)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -129,8 +140,8 @@ class LlamaBlock(nn.Module):
         super().__init__()
         self.self_attn = LlamaAttention(shape)
         self.mlp = LlamaMLP(shape)
-        self.input_layernorm = nn.RMSNorm(shape.dims, eps=shape.norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(shape.dims, eps=shape.norm_eps)
+        self.input_layernorm = RMSNorm(shape.dims, eps=shape.norm_eps)
+        self.post_attention_layernorm = RMSNorm(shape.dims, eps=shape.norm_eps)
 
     def __call__(self, x: mx.array) -> mx.array:
         h = x + self.self_attn(self.input_layernorm(x))
@@ -142,10 +153,10 @@ class LlamaBody(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.dims)
         self.layers = [LlamaBlock(shape) for _ in range(shape.num_layers)]
-        self.norm = nn.RMSNorm(shape.dims, eps=shape.norm_eps)
+        self.norm = RMSNorm(shape.dims, eps=shape.norm_eps)
 
     def __call__(self, tokens: mx.array, run_layer) -> mx.array:
-        h = self.embed_tokens(tokens)
+        h = self.embed_tokens(tokens).astype(self.layers[0].self_attn.q_proj.weight.dtype)
         for layer in self.layers:
             h = run_layer(layer, h)
         return self.norm(h)
@@ -155,8 +166,8 @@ class GPT2Attention(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         self.num_heads, self.scale = shape.num_heads, (shape.dims // shape.num_heads) ** -0.5
-        self.c_attn = nn.Linear(shape.dims, 3 * shape.dims)
-        self.c_proj = nn.Linear(shape.dims, shape.dims)
+        self.c_attn = Linear(shape.dims, 3 * shape.dims)
+        self.c_proj = Linear(shape.dims, shape.dims)
 
     def __call__(self, x: mx.array) -> mx.array:
         q, k, v = (split_heads(part, self.num_heads) for part in mx.split(self.c_attn(x), 3, axis=-1))
@@ -178,8 +189,8 @@ class GPT2Block(nn.Module):
         super().__init__()
         self.attn = GPT2Attention(shape)
         self.mlp = GPT2MLP(shape)
-        self.ln_1 = nn.LayerNorm(shape.dims, eps=shape.norm_eps)
-        self.ln_2 = nn.LayerNorm(shape.dims, eps=shape.norm_eps)
+        self.ln_1 = LayerNorm(shape.dims, eps=shape.norm_eps)
+        self.ln_2 = LayerNorm(shape.dims, eps=shape.norm_eps)
 
     def __call__(self, x: mx.array) -> mx.array:
         h = x + self.attn(self.ln_1(x))
@@ -192,10 +203,11 @@ class GPT2Body(nn.Module):
         self.wte = nn.Embedding(shape.vocab_size, shape.dims)
         self.wpe = nn.Embedding(shape.context_length, shape.dims)
         self.h = [GPT2Block(shape) for _ in range(shape.num_layers)]
-        self.ln_f = nn.LayerNorm(shape.dims, eps=shape.norm_eps)
+        self.ln_f = LayerNorm(shape.dims, eps=shape.norm_eps)
 
     def __call__(self, tokens: mx.array, run_layer) -> mx.array:
         h = self.wte(tokens) + self.wpe(mx.arange(tokens.shape[1]))
+        h = h.astype(self.h[0].attn.c_attn.weight.dtype)
         for layer in self.h:
             h = run_layer(layer, h)
         return self.ln_f(h)
@@ -205,7 +217,7 @@ BODIES = {"llama": LlamaBody, "gpt2": GPT2Body}
 
 
 class Transformer(nn.Module):
-    """tokens int [B, L] -> hidden states [B, L, dims]. `head` is the output matrix [vocab_size, dims]."""
+    """tokens int [B, L] -> hidden states [B, L, dims], in the dtype of its matrices (`for_products`)."""
 
     def __init__(self, shape: Shape, checkpoint_layers: bool = False):
         super().__init__()
@@ -220,13 +232,28 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> mx.array:
+        """The output matrix [vocab_size, dims]; that of a tied model is the embeddings', in fp32 (`for_products`)."""
         if not self.shape.tied:
             return self.lm_head.weight
         return (self.model.embed_tokens if self.shape.family == "llama" else self.model.wte).weight
 
     def logits(self, tokens: mx.array) -> mx.array:
         """All logits [B, L, vocab_size]: for small inputs and tests."""
-        return self(tokens) @ self.head.T
+        hidden = self(tokens)
+        return hidden @ self.head.astype(hidden.dtype).T
+
+
+LOOKED_UP = ("embed_tokens.weight", "wte.weight", "wpe.weight")
+
+
+def for_products(parameters: dict, dtype: mx.Dtype) -> dict:
+    """Parameters of a transformer that computes in `dtype`: its matrices are cast, what is looked up or added is not.
+
+    Autodiff adds up the gradients of embeddings, positions, biases and norms over all tokens in their own dtype; in
+    bf16 a sum of a few hundred numbers stands still (docs/gpu.md).
+    """
+    cast = lambda name, p: p if p.ndim == 1 or name.endswith(LOOKED_UP) else p.astype(dtype)  # noqa: E731
+    return tree_map_with_path(cast, parameters)
 
 
 def split_heads(x: mx.array, num_heads: int) -> mx.array:
@@ -258,7 +285,8 @@ def run_checkpointed(layer: nn.Module, x: mx.array) -> mx.array:
 
 def initialise(shape: Shape, seed: int) -> dict:
     """Fresh fp32 parameters as a nested dict, GPT's way: N(0, 0.02), the two projections into the residual stream
-    divided by sqrt(2 * num_layers), biases 0, norms 1. The same for a seed on every backend."""
+    divided by sqrt(2 * num_layers), biases 0, norms 1. For a seed the same random bits on every backend; the normal
+    numbers made of them differ in their last digits."""
     scales = {"c_proj", "o_proj", "down_proj"}
     key = mx.random.key(seed)
     found = []

@@ -9,11 +9,10 @@ states and head are made in the forward pass. The factor tau^2 keeps the gradien
 from __future__ import annotations
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
-from mlx_slm import runtime
+from mlx_slm import runtime, sums
 from mlx_slm.models.ops import exp_nonpositive
-from mlx_slm.models.transformer import Transformer
+from mlx_slm.models.transformer import Transformer, for_products
 from mlx_slm.training.loss import chunk_rows
 
 
@@ -22,8 +21,7 @@ class Distillation:
 
     def __init__(self, teacher: Transformer, a: float, tau: float):
         self.teacher, self.a, self.tau = teacher, a, tau
-        dtype = runtime.compute_dtype()
-        teacher.update(tree_map(lambda p: p.astype(dtype), teacher.parameters()))
+        teacher.update(for_products(teacher.parameters(), runtime.compute_dtype()))
         mx.eval(teacher.parameters())
 
     def __call__(self, model: Transformer, tokens: mx.array, weights: mx.array) -> mx.array:
@@ -60,6 +58,7 @@ def linear_distillation(
 
     @mx.custom_function
     def run(hidden, head, teacher_hidden, teacher_head, targets, weights):
+        head, teacher_head = head.astype(hidden.dtype), teacher_head.astype(teacher_hidden.dtype)
         loss, d_head, d_hidden = mx.zeros((), mx.float32), None, []
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
@@ -70,10 +69,8 @@ def linear_distillation(
             loss = loss + value
             d_logits = d_logits.astype(head.dtype)
             dw = (d_logits @ h).astype(mx.float32)
-            dh = (d_logits.T @ head).astype(mx.float32) - (a * w)[:, None] * head[t]
             d_head = dw if d_head is None else d_head + dw
-            d_hidden.append(dh.astype(hidden.dtype))
-        d_head = d_head.at[targets].add(-(a * weights)[:, None] * hidden.astype(mx.float32))
+            d_hidden.append((d_logits.T @ head).astype(hidden.dtype))
         return loss, mx.concatenate(d_hidden), d_head
 
     @run.vjp
@@ -91,21 +88,21 @@ def linear_distillation(
 
 
 def _chunk(head, h, teacher_head, ht, t, w, a: float, tau: float) -> tuple[mx.array, mx.array]:
-    """(loss of the chunk, its gradient with respect to the student's logits [V, n] but for the target's -a w)."""
+    """(loss of the chunk, its gradient with respect to the student's logits, fp32 [V, n])."""
     logits = (head @ h.T).astype(mx.float32)
     chosen = mx.take_along_axis(logits, t[None], axis=0)[0]
     top = logits.max(axis=0)
     e = exp_nonpositive(logits - top)
-    total = e.sum(axis=0)
+    total = sums.summed(e)
     soft = e if tau == 1 else exp_nonpositive((logits - top) * (1 / tau))
-    soft_total = total if tau == 1 else soft.sum(axis=0)
+    soft_total = total if tau == 1 else sums.summed(soft)
     theirs = (teacher_head @ ht.T).astype(mx.float32)
     their_top = theirs.max(axis=0)
     et = exp_nonpositive((theirs - their_top) * (1 / tau))
-    their_total = et.sum(axis=0)
-    apart = (et * ((theirs - their_top) - (logits - top))).sum(axis=0) / (tau * their_total)
+    their_total = sums.summed(et)
+    apart = sums.summed(et * ((theirs - their_top) - (logits - top))) / (tau * their_total)
     kl = apart - mx.log(their_total) + mx.log(soft_total)
     loss = a * (mx.log(total) + top - chosen) + (1 - a) * tau**2 * kl
     of_soft = (1 - a) * tau * w
     gradient = e * (a * w / total) + soft * (of_soft / soft_total) - et * (of_soft / their_total)
-    return mx.inner(loss, w), gradient
+    return sums.dot(loss, w), gradient.at[t, mx.arange(len(t))].add(-a * w)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_slm import sums
 from mlx_slm.models.ops import exp_shifted
 from mlx_slm.models.transformer import Transformer
 
@@ -29,7 +30,8 @@ def linear_cross_entropy(
     """Sum over positions of weights * cross-entropy(softmax(hidden @ head.T), targets), fp32 scalar.
 
     hidden [N, D], head [V, D], targets int [N], weights fp32 [N] (0 leaves a position out). `rows`: chunk size.
-    Differentiable with respect to hidden and head; the gradients are those of the sum.
+    Differentiable with respect to hidden and head; the gradients are those of the sum. Products are in the dtype of
+    hidden; the head, and so its gradient, may be fp32 where that is bf16.
     """
     loss, _, _ = _cross_entropy_with_gradients(
         hidden, head, targets, weights, rows or chunk_rows(len(targets), len(head))
@@ -49,6 +51,7 @@ def _cross_entropy_with_gradients(hidden, head, targets, weights, rows: int):
 
     @mx.custom_function
     def run(hidden, head, targets, weights):
+        head = head.astype(hidden.dtype)
         loss, d_head, d_hidden = mx.zeros((), mx.float32), None, []
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
@@ -56,15 +59,14 @@ def _cross_entropy_with_gradients(hidden, head, targets, weights, rows: int):
             if d_hidden:  # without this the scheduler keeps the logits of all chunks
                 h, _ = mx.depends([h, h], [d_head, d_hidden[-1]])
             (e, total), log_total, chosen = _exp_logits(h, head, t)
-            e = e.astype(head.dtype)
-            loss = loss + mx.inner(log_total - chosen, w)
-            # d logits = w (e / total - onehot(target)): the factors go to the small side of the products.
-            w, share = w[:, None], (w / total)[:, None]
-            dh = (e.T @ head).astype(mx.float32) * share - w * head[t]
-            dw = (e @ (h * share).astype(h.dtype)).astype(mx.float32)
+            loss = loss + sums.dot(log_total - chosen, w)
+            # d logits = (w / total) (e - total onehot(target)): the first factor goes to the small side of the products,
+            # and what is nearly equal is subtracted before anything is rounded to their dtype.
+            d_logits = e.at[t, mx.arange(len(t))].add(-total).astype(h.dtype)
+            share = (w / total)[:, None]
+            dw = (d_logits @ (h * share).astype(h.dtype)).astype(mx.float32)
             d_head = dw if d_head is None else d_head + dw
-            d_hidden.append(dh.astype(hidden.dtype))
-        d_head = d_head.at[targets].add(-weights[:, None] * hidden.astype(mx.float32))
+            d_hidden.append(((d_logits.T @ head).astype(mx.float32) * share).astype(hidden.dtype))
         return loss, mx.concatenate(d_hidden), d_head
 
     @run.vjp
@@ -84,7 +86,7 @@ def _cross_entropy_with_gradients(hidden, head, targets, weights, rows: int):
 def token_nll(hidden: mx.array, head: mx.array, targets: mx.array, rows: int | None = None) -> mx.array:
     """Negative log-likelihood in nats of each target, fp32 [N], to 2e-6; forward only. Shapes as above."""
     rows = rows or chunk_rows(len(targets), len(head))
-    found: list[mx.array] = []
+    head, found = head.astype(hidden.dtype), []
     for start in range(0, len(targets), rows):
         h, t = hidden[start : start + rows], targets[start : start + rows]
         if found:
@@ -96,9 +98,9 @@ def token_nll(hidden: mx.array, head: mx.array, targets: mx.array, rows: int | N
 
 def _exp_logits(h: mx.array, head: mx.array, t: mx.array) -> tuple[tuple[mx.array, mx.array], mx.array, mx.array]:
     """Return ((e, total), log sum exp of the logits, logit of the target): e = exp(logits - their maximum), fp32 [V, n]
-    with the vocabulary first, where reductions are vectorised; total = e.sum(0)."""
+    with the vocabulary first, where reductions are vectorised; total = sum of e over it."""
     logits = (head @ h.T).astype(mx.float32)
     chosen = mx.take_along_axis(logits, t[None], axis=0)[0]
     e, top = exp_shifted(logits)
-    total = e.sum(axis=0)
+    total = sums.summed(e)
     return (e, total), mx.log(total) + top[0], chosen

@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_slm import runtime
+from mlx_slm import runtime, sums
 from mlx_slm.models.projected import ProjectedShape, coefficients, combined, network_of
-from mlx_slm.models.transformer import Transformer
+from mlx_slm.models.transformer import Transformer, for_products
 from mlx_slm.training.loss import next_token_loss
 from mlx_slm.training.optimizer import AdamW, global_norm
 from mlx_slm.training.step import add_trees, compiled_lanes, largest_that_fits, shared_out, training_bytes
@@ -119,7 +119,7 @@ class ProjectedStep:
     def _loss_and_gradients(self, shared: dict, T: dict, C: dict, tokens: mx.array, weights: mx.array):
         def loss(shared, stacks):
             parameters = tree_unflatten(tree_flatten(shared) + list(stacks.items()))
-            self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
+            self.model.update(for_products(parameters, self.dtype))
             return next_token_loss(self.model, tokens, weights)
 
         stacks = {name: combined(T[name], c) for name, c in C.items()}
@@ -135,10 +135,10 @@ class ProjectedStep:
             dC = flat @ T[name].reshape(len(T[name]), -1).T
             dM[name] = rows.T @ dC
             dE_rows = dE_rows + dC @ M[name].T
-            squares.append(((C[name] @ C[name].T) * (flat @ flat.T)).sum())
+            squares.append(sums.dot(C[name] @ C[name].T, _gram(dW[name])))
         dE = mx.zeros_like(E).at[ids].add(dE_rows)
         small = global_norm({"shared": shared, "E": dE, "M": dM})
-        return dE, dM, mx.sqrt(mx.square(small) + mx.stack(squares).sum())
+        return dE, dM, mx.sqrt(mx.square(small) + sums.summed(mx.stack(squares)))
 
     def _update_small(self, parameters, m, v, updates, bad, gradients, norm, total, loss, rate):
         norm = norm / total
@@ -149,6 +149,12 @@ class ProjectedStep:
     def _update_tensor(self, T, m, v, C, dW, now):
         gradient = (C.T @ dW.reshape(len(C), -1)).reshape(T.shape)
         return self.optimizer.moved(T, m, v, gradient, now, self.tensor_rate)
+
+
+def _gram(stack: mx.array) -> mx.array:
+    """Inner products of the matrices of a stack [groups, out, in] with each other, row by row: fp32 [groups, groups]."""
+    rows = mx.contiguous(stack.swapaxes(0, 1))
+    return sums.summed(rows @ rows.swapaxes(1, 2))
 
 
 def network_bytes(shape: ProjectedShape, groups: int, rows: int, micro_groups: int, checkpoint_layers: bool) -> int:

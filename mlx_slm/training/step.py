@@ -13,7 +13,7 @@ from mlx.utils import tree_map
 
 from mlx_slm import runtime
 from mlx_slm.errors import SlmError
-from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.models.transformer import Shape, Transformer, for_products, initialise
 from mlx_slm.training.loss import chunk_rows, next_token_loss
 from mlx_slm.training.optimizer import AdamW
 
@@ -89,7 +89,7 @@ class TrainingStep:
 
     def _loss_and_gradients(self, parameters: dict, tokens: mx.array, weights: mx.array) -> tuple[mx.array, dict]:
         def loss(parameters):
-            self.model.update(tree_map(lambda p: p.astype(self.dtype), self.plain(parameters)))
+            self.model.update(for_products(self.plain(parameters), self.dtype))
             return self.loss(self.model, tokens, weights)
 
         return mx.value_and_grad(loss)(parameters)

@@ -41,18 +41,51 @@ def test_swiglu_and_gelu():
     check_gradients(ops.gelu, nn.gelu_approx, [gate], 4e-6)
 
 
+U = 2.0**-24
+EXP = 5e-6
+"""Relative error of an exp that is not negligible (test_exp_against_float64)."""
+
+
+def attention_in_float64(q, k, v, d, scale):
+    """((out, dq, dk, dv), bounds of the errors of fp32): what a sum of n terms loses is n u times their magnitudes.
+
+    The scores are off by D u scale |q||k|, so probabilities by twice that and the error of exp.
+    """
+    length, width = q.shape[2:]
+    visible = np.tri(length, dtype=bool)
+    scores = np.where(visible, scale * q @ k.swapaxes(-1, -2), -np.inf)
+    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    out = p @ v
+    ds = p * (d @ v.swapaxes(-1, -2) - (d * out).sum(axis=-1, keepdims=True))
+    found = out, scale * ds @ k, scale * ds.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ d
+    q, k, v, d = map(np.abs, (q, k, v, d))
+    largest = scale * (q @ k.swapaxes(-1, -2) * visible).max()
+    of_p = 2 * (EXP + (width + 2) * U * largest)
+    of_sums = (2 * width + length + 10) * U
+    ds = p * (d @ v.swapaxes(-1, -2) + (d * (p @ v)).sum(axis=-1, keepdims=True))
+    sizes = p @ v, scale * ds @ k, scale * ds.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ d
+    return found, [(2 * of_p + of_sums) * size for size in sizes]
+
+
 @pytest.mark.parametrize(("length", "heads"), [(1, 4), (37, 4), (128, 4), (300, 2), (601, 2)])
 def test_attention_against_the_definition(length, heads):
-    q = mx.random.normal((2, 4, length, 16), key=mx.random.key(0)) * 3
-    k, v = (mx.random.normal((2, heads, length, 16), key=mx.random.key(i)) for i in (1, 2))
-
-    def plain(q, k, v):
-        k, v = (mx.repeat(x, 4 // heads, axis=1) for x in (k, v))
-        scores = q @ k.swapaxes(-1, -2) * 0.25
-        hidden = mx.arange(length)[:, None] < mx.arange(length)
-        return mx.softmax(mx.where(hidden, -mx.inf, scores), axis=-1) @ v
-
-    check_gradients(lambda q, k, v: ops.causal_attention(q, k, v, 0.25), plain, [q, k, v], 5e-6)
+    rng = np.random.default_rng(length)
+    q, d = (rng.normal(size=(2, 4, length, 16)).astype(np.float32) for _ in range(2))
+    k, v = (rng.normal(size=(2, heads, length, 16)).astype(np.float32) for _ in range(2))
+    q *= 3
+    arrays = [mx.array(x) for x in (q, k, v)]
+    attend = lambda *x: ops.causal_attention(*x, 0.25)  # noqa: E731
+    _, gradients = mx.value_and_grad(lambda *x: (attend(*x) * mx.array(d)).sum(), (0, 1, 2))(*arrays)
+    q, k, v, d = (x.astype(np.float64) for x in (q, k, v, d))
+    k, v = (np.repeat(x, 4 // heads, axis=1) for x in (k, v))
+    expected, bounds = attention_in_float64(q, k, v, d, 0.25)
+    joined = lambda x: x.reshape(2, heads, 4 // heads, length, 16).sum(axis=2)  # noqa: E731
+    for place, (found, exact, bound) in enumerate(zip((attend(*arrays), *gradients), expected, bounds, strict=True)):
+        if place > 1:
+            exact, bound = joined(exact), joined(bound)
+        assert (np.abs(np.array(found, np.float64) - exact) <= bound).all(), ("out", "dq", "dk", "dv")[place]
+        assert bound.max() < 0.02 * max(1, np.abs(exact).max()), "the bound says something"
 
 
 def test_attention_sees_no_future_bit():
