@@ -155,7 +155,7 @@ def print_machine() -> None:
     from mlx_slm import runtime
 
     this, system = runtime.describe(), platform.platform(terse=True)
-    print(f"{this['device']}, {this['memory_gb']} GB, {system}, {this['backend']}, {this['gflops']} GFLOP/s (1024^3)")
+    print(f"{this['device']}, {this['memory_gb']} GB, {system}, {this['backend']}, {this['gflops']} GFLOP/s")
     print(", ".join(f"{name} {version}" for name, version in this["versions"].items()))
     if this["blas"]:
         print(f"BLAS: {this['blas']}")

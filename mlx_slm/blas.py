@@ -1,9 +1,9 @@
 """The BLAS in front of MLX's own on a Linux CPU: which ones are there, and which is the fastest on this machine.
 
-MLX's wheel for CPUs links a reference BLAS (5 GFLOP/s on two cores); a CBLAS that is loaded before it with global symbols
-takes its place (130 - 300). Which one is best depends on the processor (docs/benchmarks.md), so where there are several
-each does for some tenths of a second what a training step does, in a process of its own (only one can be loaded), once
-per machine: the outcome is kept in the cache. Nothing here imports mlx at module level.
+MLX's wheel for CPUs links a reference BLAS (5 GFLOP/s on two cores); a CBLAS that is loaded before it with global
+symbols takes its place (130 - 300). Which one is best depends on the processor (docs/benchmarks.md), so where there are
+several each does for some tenths of a second what a training step does, in a process of its own (only one can be
+loaded), once per machine: the outcome is kept in the cache. Nothing here imports mlx at module level.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TRIAL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Blas:
-    """A library to load. `measured`: GFLOP/s of each candidate in the trial, by name; empty where nothing was chosen."""
+    """A library to load. `measured`: GFLOP/s of each candidate in the trial, by name; empty without a trial."""
 
     name: str
     path: str
@@ -118,7 +118,9 @@ def _with_plain_names() -> str | None:
             source, made = Path(scratch, "jumps.s"), Path(scratch, "jumps.so")
             source.write_text(code)
             linked = [f"-L{folder}", "-lscipy_openblas", f"-Wl,-rpath,{folder}"]
-            subprocess.run(["g++", "-shared", "-nostdlib", "-o", made, source, *linked], check=True, capture_output=True)
+            subprocess.run(
+                ["g++", "-shared", "-nostdlib", "-o", made, source, *linked], check=True, capture_output=True
+            )
             os.replace(made, shim)
     except (OSError, subprocess.CalledProcessError):
         return None

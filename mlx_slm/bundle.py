@@ -25,6 +25,7 @@ from mlx_slm.training.runs import Run, expert_path, find_run, open_expert
 from mlx_slm.workspace import (
     MANIFEST,
     Workspace,
+    is_litter,
     load_manifest,
     new_artifact,
     read_json,
@@ -85,7 +86,7 @@ def bundle_at(workspace: Workspace, name: str) -> Path | None:
 
 def _require_ours(directory: Path) -> None:
     """Raise SlmError for a directory that holds more than a bundle."""
-    there = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
+    there = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file() and not is_litter(p)}
     ours = {MANIFEST, *load_manifest(directory, KIND)["files"]} if is_bundle(directory) else set()
     if there - ours:
         raise SlmError(f"--bundle {directory}: there is something else ({min(there - ours)}); name a new directory")
@@ -96,7 +97,9 @@ def install_bundle(workspace: Workspace, directory: Path, report: Report) -> Non
     every byte; raises SlmError for a workspace that has others."""
     manifest = load_manifest(directory, KIND)
     parts = [("tokenizer", TOKENIZER), (f"clusters/{manifest['info']['k']}", CLUSTERS)]
-    parts += [(path.relative_to(directory).as_posix(), ENCODER) for path in (directory / "encoder").glob("*")]
+    parts += [
+        (path.parent.relative_to(directory).as_posix(), ENCODER) for path in directory.glob(f"encoder/*/{MANIFEST}")
+    ]
     missing = []
     for name, kind in parts:
         there = workspace.root / name

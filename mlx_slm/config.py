@@ -225,6 +225,8 @@ class TrainingConfig(Section):
     """Tokens of the validation set that are read at each evaluation."""
     checkpoint_every: PositiveSize = 500
     """Steps between checkpoints."""
+    checkpoint_minutes: float = Field(10, gt=0)
+    """Save at least so often, in both stages: a GPU's watchdog ends a process without a chance to save."""
     milestones: list[PositiveSize] = []
     """Tokens after which a checkpoint is kept for good: `specialize --from RUN@5M` starts from it."""
     seed: int = 0

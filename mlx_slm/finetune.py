@@ -111,6 +111,7 @@ def plan_of(config: Config, recipe: Recipe, rate: float, per_pass: float) -> Pla
         eval_every=cadence,
         report_every=cadence,
         checkpoint_every=4 * cadence,
+        checkpoint_seconds=60 * config.training.checkpoint_minutes,
         patience=finetuning.patience,
     )
 

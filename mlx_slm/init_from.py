@@ -11,7 +11,7 @@ from mlx_slm.errors import SlmError
 from mlx_slm.export import from_huggingface, to_huggingface
 from mlx_slm.models.transformer import Shape, Transformer
 from mlx_slm.training.checkpoint import read_safetensors
-from mlx_slm.workspace import fingerprint, read_json, sha256
+from mlx_slm.workspace import fingerprint, is_litter, read_json, sha256
 
 GPT2 = {"activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True}
 LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
@@ -26,7 +26,7 @@ class Pretrained:
         if not (self.directory / "config.json").exists():
             raise SlmError(f"--init-from {directory}: no config.json there; name a model directory")
         self.config = read_json(self.directory / "config.json")
-        self._files = sorted(self.directory.glob("*.safetensors"))
+        self._files = sorted(p for p in self.directory.glob("*.safetensors") if not is_litter(p))
         if not self._files:
             raise SlmError(f"--init-from {directory}: no safetensors weights there")
         if "quantization" in self.config or "quantization_config" in self.config:

@@ -31,7 +31,7 @@ from mlx_slm.training.runs import IMPORTANCE, expert_path
 from mlx_slm.training.step import TrainingStep, rows_that_fit
 from mlx_slm.workspace import Workspace, fingerprint
 
-UNSEEN = {"report_every", "checkpoint_every", "milestones"}
+UNSEEN = {"report_every", "checkpoint_every", "checkpoint_minutes", "milestones"}
 """Settings of a training that change nothing of the model."""
 
 
@@ -209,20 +209,24 @@ def network_job(ground: Ground, path: Path, report: Report) -> Job:
     )
 
 
-def expert_job(ground: Ground, run: Path, clusters: Clusters, inputs: dict, expert: int) -> Job:
-    """An expert of SLM-mix: all mass on one cluster, validated on the held-out windows of that cluster."""
-    config, generic = ground.config, ground.config.data.generic
-    stream = clusters.assigned(generic, "train").streams(ground.store)[expert]
-    own = ground.windows[clusters.assigned(generic, "valid").clusters[:][ground.windows] == expert]
-    windows = own if len(own) else ground.windows
+def expert_jobs(ground: Ground, run: Path, clusters: Clusters, inputs: dict, experts: list[int]) -> dict[int, Job]:
+    """Experts of SLM-mix: all mass on one cluster each, validated on the held-out windows of that cluster."""
+    generic = ground.config.data.generic
+    streams = clusters.assigned(generic, "train").streams(ground.store)
+    places = clusters.assigned(generic, "valid").clusters[:][ground.windows]
     share = max(1, ground.tokens // clusters.k) if ground.tokens else None
-    tokens = config.mixture.tokens or share
-    return plain_job(
-        ground,
-        expert_path(run, expert),
-        inputs | {"expert": expert},
-        [stream],
-        np.ones(1),
-        ground.steps(stream.num_rows, tokens),
-        evaluate=validation_loss(Transformer(ground.shape), ground.valid, windows),
-    )
+    tokens = ground.config.mixture.tokens or share
+
+    def job(expert: int) -> Job:
+        own = ground.windows[places == expert]
+        return plain_job(
+            ground,
+            expert_path(run, expert),
+            inputs | {"expert": expert},
+            [streams[expert]],
+            np.ones(1),
+            ground.steps(streams[expert].num_rows, tokens),
+            evaluate=validation_loss(Transformer(ground.shape), ground.valid, own if len(own) else ground.windows),
+        )
+
+    return {expert: job(expert) for expert in experts}

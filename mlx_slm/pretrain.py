@@ -17,7 +17,7 @@ from mlx_slm.methods import (
     Ground,
     Job,
     check_method,
-    expert_job,
+    expert_jobs,
     experts_inputs,
     generic_clusters,
     generic_job,
@@ -81,7 +81,7 @@ def _pretrain_mixture(ground: Ground, path: Path, fresh: bool, experts: list[int
     empty = [number for number in wanted if number not in possible]
     if empty:
         raise SlmError(f"--experts {empty[0]}: cluster {empty[0]} of the generic set is empty; it has no expert")
-    jobs = {number: expert_job(ground, path, clusters, inputs, number) for number in wanted}
+    jobs = expert_jobs(ground, path, clusters, inputs, wanted)
     again = fresh and experts is None
     remedy = "start the whole mixture anew with --fresh and without --experts" if fresh else "start anew with --fresh"
     with alone_in(path):
@@ -165,6 +165,7 @@ def _trainer(job: Job, training: TrainingConfig, context_length: int, report: Re
         eval_every=training.eval_every,
         report_every=training.report_every,
         checkpoint_every=training.checkpoint_every,
+        checkpoint_seconds=60 * training.checkpoint_minutes,
         milestones=milestones,
     )
     return Trainer(job.step, job.parameters(), job.sampler, plan, job.path, job.evaluate, report, job.flops_per_token)

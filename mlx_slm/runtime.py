@@ -96,10 +96,11 @@ def notices() -> list[str]:
 
 
 def configure_device() -> None:
-    """Wire as much memory as Metal recommends, so that weights are not paged; nothing on other backends."""
+    """Wire as much memory as Metal recommends, so that weights are not paged; nothing on other backends, or with
+    $MLX_SLM_WIRED=0 (docs/gpu.md: several processes that each wire the memory of one machine can bring it down)."""
     import mlx.core as mx
 
-    if backend() == "metal":
+    if backend() == "metal" and os.environ.get("MLX_SLM_WIRED") != "0":
         mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
 
 
@@ -114,8 +115,19 @@ def backend() -> str:
 
 
 def on_gpu() -> bool:
-    """Whether computations take the form that fits a GPU: bf16, one stream, MLX's own fused kernels, large chunks."""
-    return backend() != "cpu"
+    """Whether computations take the form that fits a GPU: bf16, one stream, MLX's own fused kernels, large chunks.
+
+    $MLX_SLM_AS_GPU=1 asks for that form on a CPU, to test it (docs/gpu.md).
+    """
+    return backend() != "cpu" or os.environ.get("MLX_SLM_AS_GPU") == "1"
+
+
+def release_cache() -> None:
+    """Give a GPU's cached buffers back after work of other shapes than what follows."""
+    import mlx.core as mx
+
+    if backend() != "cpu":
+        mx.clear_cache()
 
 
 _of_thread = threading.local()
@@ -206,19 +218,25 @@ def _processor() -> str:
     return name
 
 
+PEAK_SECONDS = 0.5
+
+
 @functools.cache
-def matmul_gflops(size: int = 1024) -> float:
-    """GFLOP/s of a `size`^3 product in the compute dtype, the best of five: the peak that MFU is measured against."""
+def matmul_gflops() -> float:
+    """GFLOP/s of square products in the compute dtype, several in one evaluation, the best of half a second: the peak
+    that MFU is measured against. The products are so large that starting them does not count."""
     import mlx.core as mx
 
+    size, together = (4096, 8) if backend() != "cpu" else (1024, 4)
     a, b = (mx.random.normal((size, size), key=mx.random.key(i)).astype(compute_dtype()) for i in range(2))
     mx.eval(a, b, a @ b)
-    best = float("inf")
-    for _ in range(5):
+    best, begun = float("inf"), time.perf_counter()
+    while best == float("inf") or time.perf_counter() - begun < PEAK_SECONDS:
         start = time.perf_counter()
-        mx.eval(a @ b)
+        mx.eval([a @ b for _ in range(together)])
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
+    release_cache()
+    return 2 * size**3 * together / best / 1e9
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ import mmap
 import os
 import re
 import shutil
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,22 +42,22 @@ class Workspace:
         self.results = self.root / "results"
 
     def data(self, name: str, split: str) -> Path:
-        return self.root / "data" / plain_name(name) / split
+        return _named(self.root / "data", name) / split
 
     def embeddings(self, encoder: str, name: str, split: str) -> Path:
-        return self.root / "embeddings" / encoder / plain_name(name) / split
+        return _named(self.root / "embeddings" / encoder, name) / split
 
     def clusters(self, k: int) -> Path:
         return self.root / "clusters" / str(k)
 
     def run(self, name: str) -> Path:
-        return self.root / "runs" / plain_name(name)
+        return _named(self.root / "runs", name)
 
     def model(self, name: str) -> Path:
-        return self.root / "models" / plain_name(name)
+        return _named(self.root / "models", name)
 
     def adapter(self, name: str) -> Path:
-        return self.root / "adapters" / plain_name(name)
+        return _named(self.root / "adapters", name)
 
     def sets(self) -> list[str]:
         """Names of the prepared sets."""
@@ -130,6 +131,22 @@ def plain_name(name: str) -> str:
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise SlmError(f"{name!r} is not a name: a set, a run or a model is named with letters, digits and . _ + -")
     return name
+
+
+def _named(folder: Path, name: str) -> Path:
+    """The directory of this name; raises SlmError where a disk that ignores case has it under another one."""
+    path = folder / plain_name(name)
+    if path.exists():
+        known = {unicodedata.normalize("NFC", entry) for entry in os.listdir(folder)}
+        if unicodedata.normalize("NFC", name) not in known:
+            other = next((entry for entry in known if entry.casefold() == name.casefold()), "another one")
+            raise SlmError(f"{name!r} is {other!r} in {folder} on this disk, which ignores case: choose another name")
+    return path
+
+
+def is_litter(path: Path) -> bool:
+    """Whether a file is one that macOS leaves in any folder."""
+    return path.name == ".DS_Store" or path.name.startswith("._")
 
 
 def fingerprint(value) -> str:

@@ -36,7 +36,17 @@ from mlx_slm.training.runs import find_run
 from mlx_slm.workspace import Workspace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # CUDA and M5: products of fp32 would keep 10 bits
 CORPORA = Path(os.environ.get("MLX_SLM_CORPORA", Path(__file__).parents[2] / "shared" / "corpora"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--as-gpu", action="store_true", help="take the forms for a GPU (bf16, one stream) on this device")
+
+
+def pytest_configure(config):
+    if config.getoption("--as-gpu"):
+        os.environ["MLX_SLM_AS_GPU"] = "1"
 
 
 class Recorder(Report):

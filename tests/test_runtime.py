@@ -39,7 +39,8 @@ def test_mlx_before_us_is_warned_about_once():
 
 @pytest.mark.skipif(not LINUX_CPU or not runtime.blas, reason="needs a BLAS to name")
 def test_the_named_blas_comes_first_and_a_wrong_one_is_named():
-    assert python("import mlx_slm.runtime as r; print(r.blas)", MLX_SLM_BLAS=runtime.blas).stdout == runtime.blas + "\n"
+    path = runtime.blas.path
+    assert python("import mlx_slm.runtime as r; print(r.blas.path)", MLX_SLM_BLAS=path).stdout == path + "\n"
     found = python("import mlx_slm", MLX_SLM_BLAS="gone.so")
     assert "$MLX_SLM_BLAS=gone.so cannot be loaded" in found.stderr
 
@@ -48,7 +49,10 @@ def test_the_named_blas_comes_first_and_a_wrong_one_is_named():
 def test_notices_name_the_fix(monkeypatch):
     monkeypatch.setattr(runtime, "blas", None)
     monkeypatch.setattr(runtime.shutil, "which", lambda _: None)
-    assert [("pip install mkl" in n, "install g++" in n) for n in runtime.notices()] == [(True, False), (False, True)]
+    assert [("pip install scipy-openblas32" in n, "install g++" in n) for n in runtime.notices()] == [
+        (True, False),
+        (False, True),
+    ]
 
 
 NATIVE = str(Path(runtime.__file__).parent / "native")

@@ -50,7 +50,7 @@ def info(session: Session, run, verify) -> None:
             f"backend   {result['backend']}",
             f"device    {result['device']}",
             f"memory    {result['memory_gb']} GB",
-            f"matmul    {result['gflops']:,.0f} GFLOP/s (1024^3)",
+            f"matmul    {result['gflops']:,.0f} GFLOP/s",
         ]
         if result["blas"]:
             lines.append(f"BLAS      {result['blas']}")

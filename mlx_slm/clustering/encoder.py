@@ -20,7 +20,17 @@ from mlx_slm.errors import SlmError
 from mlx_slm.report import Report
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
-from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, load_manifest, new_artifact, read_json, sha256, verify
+from mlx_slm.workspace import (
+    MANIFEST,
+    Workspace,
+    fingerprint,
+    is_litter,
+    load_manifest,
+    new_artifact,
+    read_json,
+    sha256,
+    verify,
+)
 
 REVISION = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -120,7 +130,8 @@ def _key(facts: dict) -> str:
 
 def _identity(directory: Path) -> str:
     """Of all files that decide an embedding, wherever the directory lies."""
-    files = sorted(p for p in directory.rglob("*") if p.suffix in (".json", ".safetensors") and p.is_file())
+    found = (p for p in directory.rglob("*") if p.suffix in (".json", ".safetensors"))
+    files = sorted(p for p in found if p.is_file() and not is_litter(p))
     return fingerprint([[p.relative_to(directory).as_posix(), sha256(p)] for p in files])
 
 

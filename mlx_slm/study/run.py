@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from mlx_slm import runtime
 from mlx_slm.errors import Busy, Interrupted, SlmError
 from mlx_slm.models.transformer import Shape
 from mlx_slm.pretrain import likely_flops
@@ -31,6 +32,10 @@ def run_study(study: Study, jobs: int = 1, command: list[str] | None = None) -> 
 
     With several `jobs` as many processes run `command`, this study with one job, each on its part of the cores.
     """
+    if jobs > 1 and runtime.on_gpu():
+        raise SlmError(
+            f"--jobs {jobs}: there is one GPU, and each process would take its memory as if alone: leave --jobs out"
+        )
     study.prepare()
     study.file.parent.mkdir(parents=True, exist_ok=True)
     if todo := _left(study):

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_slm import sums
+from mlx_slm import runtime, sums
 from mlx_slm.models.ops import exp_shifted
 from mlx_slm.models.transformer import Transformer
 
-CHUNK_LOGITS, CHUNK_ROWS = 2 << 20, 256
-"""The logits of a chunk are 8 MB in fp32, or 256 rows if that is more: each chunk adds to the gradient of the whole
+CHUNK_LOGITS, CHUNK_ROWS, CHUNK_ROWS_ON_GPU = 2 << 20, 256, 2048
+"""The logits of a chunk are 8 MB in fp32, or so many rows if that is more: each chunk adds to the gradient of the whole
 head, which with fewer rows costs more than the logits (docs/decisions.md)."""
 
 
 def chunk_rows(rows: int, vocab_size: int) -> int:
-    """Rows per chunk: chunks of equal size, as few as fit `CHUNK_LOGITS` or `CHUNK_ROWS`."""
-    most = max(CHUNK_ROWS, CHUNK_LOGITS // vocab_size)
+    """Rows per chunk: chunks of equal size, as few as fit `CHUNK_LOGITS` or the rows of this device."""
+    most = max(CHUNK_ROWS_ON_GPU if runtime.on_gpu() else CHUNK_ROWS, CHUNK_LOGITS // vocab_size)
     chunks = max(1, -(-rows // most))
     return -(-rows // chunks)
 
@@ -60,8 +60,8 @@ def _cross_entropy_with_gradients(hidden, head, targets, weights, rows: int):
                 h, _ = mx.depends([h, h], [d_head, d_hidden[-1]])
             (e, total), log_total, chosen = _exp_logits(h, head, t)
             loss = loss + sums.dot(log_total - chosen, w)
-            # d logits = (w / total) (e - total onehot(target)): the first factor goes to the small side of the products,
-            # and what is nearly equal is subtracted before anything is rounded to their dtype.
+            # d logits = (w / total) (e - total onehot(target)): the first factor goes to the small side of products.
+            # What is nearly equal is subtracted before anything is rounded to their dtype.
             d_logits = e.at[t, mx.arange(len(t))].add(-total).astype(h.dtype)
             share = (w / total)[:, None]
             dw = (d_logits @ (h * share).astype(h.dtype)).astype(mx.float32)

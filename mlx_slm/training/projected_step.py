@@ -82,19 +82,23 @@ class ProjectedStep:
         dE, dM, norm = self._chain(E, M, T, C, dW, ids, shared)
         total, rate = mx.array(float(weights.sum())), mx.array(rate)
         gradients = {"shared": shared, "E": dE, "M": dM}
-        mx.eval(dW, dE, dM, shared, norm, loss)
+        mx.async_eval(dW, dE, dM, shared, norm, loss)
         small, moments, norm, now = self._small(
             self._without_tensors(self.parameters), *self._small_moments(), gradients, norm, total, loss, rate
         )
-        mx.eval(small, moments, now)
+        mx.async_eval(small, moments, now)
         m, v = (self.moments[part]["T"] for part in "mv")
-        names = list(T)
+        names, before = list(T), []
         for first in range(0, len(names), len(self._tensor_lanes)):
             together = names[first : first + len(self._tensor_lanes)]
             for name, (stream, moved) in zip(together, self._tensor_lanes, strict=False):
                 with mx.stream(stream):
                     T[name], m[name], v[name] = moved(T[name], m[name], v[name], C[name], dW.pop(name), now)
-            mx.eval([(T[name], m[name], v[name]) for name in together])
+            moved_now = [(T[name], m[name], v[name]) for name in together]
+            mx.async_eval(moved_now)
+            # A whole update at once would hold the gradient of all T; a GPU has the next matrix at hand meanwhile.
+            mx.eval(before if runtime.on_gpu() else moved_now)
+            before = moved_now
         self.parameters = small | {"T": T}
         self.moments = {
             "m": moments["m"] | {"T": m},
@@ -152,7 +156,7 @@ class ProjectedStep:
 
 
 def _gram(stack: mx.array) -> mx.array:
-    """Inner products of the matrices of a stack [groups, out, in] with each other, row by row: fp32 [groups, groups]."""
+    """Inner products of the matrices of a stack [groups, out, in] with each other, fp32 [groups, groups]."""
     rows = mx.contiguous(stack.swapaxes(0, 1))
     return sums.summed(rows @ rows.swapaxes(1, 2))
 

@@ -162,4 +162,5 @@ def measure_speed(shape: Shape, rows: int, seconds: float, checkpoint_layers: bo
             start = time.perf_counter()
             mx.eval(step(tokens, weights, 1e-4), step.parameters)
             times.append(time.perf_counter() - start)
+    runtime.release_cache()
     return weights.size / statistics.median(times[1:])

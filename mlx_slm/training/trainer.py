@@ -41,6 +41,7 @@ class Plan:
     eval_every: int
     report_every: int
     checkpoint_every: int
+    checkpoint_seconds: float = 600.0
     schedule: str = "constant"
     patience: int | None = None
     """Stop after so many evaluations without a gain; None: never."""
@@ -109,7 +110,7 @@ class Trainer:
         self.metrics = checkpoint.Metrics(run, self.state.step)
         self.step = start(parameters, moments)
         self._pending: tuple | None = None
-        self._saved_step = self.state.step if found else -1
+        self._saved_step, self._saved_at = self.state.step if found else -1, time.perf_counter()
 
     def run(self) -> State:
         """Train to the horizon or until early stopping; raises Interrupted after saving on SIGINT or SIGTERM."""
@@ -141,6 +142,7 @@ class Trainer:
                 reporting = state.step % plan.report_every == 0 or state.step == plan.steps
                 evaluating = state.step % plan.eval_every == 0 or state.step == plan.steps
                 saving = state.step % plan.checkpoint_every == 0 or state.step in {plan.steps, *plan.milestones}
+                saving = saving or time.perf_counter() - self._saved_at >= plan.checkpoint_seconds
                 if reporting or evaluating or saving or stopping.is_set():
                     self._collect()
                 now = time.perf_counter()
@@ -233,6 +235,7 @@ class Trainer:
         """Evaluate; returns whether it is the best so far."""
         state = self.state
         nll = state.last_nll = self.evaluate(self.step.parameters)
+        runtime.release_cache()
         better = nll < state.best_nll
         if better:
             state.best_nll, state.best_step, state.stale = nll, state.step, 0
@@ -252,7 +255,7 @@ class Trainer:
         checkpoint.save_checkpoint(
             self.run_directory, self.state.step, self.step.parameters, self.step.moments, self.state.to_json(), keep
         )
-        self._saved_step = self.state.step
+        self._saved_step, self._saved_at = self.state.step, time.perf_counter()
 
 
 @contextlib.contextmanager
