@@ -173,10 +173,15 @@ def _tried(path: str) -> float:
 
 
 def trial() -> float:
-    """GFLOP/s of the products of a training step in this process, side by side in its lanes, the best round."""
+    """GFLOP/s of the products of a training step in this process, side by side in its lanes, the best round.
+
+    Raises OSError where the BLAS of this process was not loaded.
+    """
     from mlx_slm import runtime
 
-    import mlx.core as mx  # isort: skip
+    if runtime.blas is None:
+        raise OSError("no BLAS was loaded")
+    import mlx.core as mx
 
     streams = runtime.lanes()
     shapes = [(1024, 256, 704), (256, 256, 8192), (8192, 256, 256), (256, 1024, 704)]

@@ -39,26 +39,50 @@ install() {
     fi || fail "the installation failed: read the lines above, check the network, and run the same command again"
 }
 
+# Says in one sentence, before pip would say it in many, what MLX does not run on.
+check_system() {
+    if [ "$(uname -s)" = Darwin ]; then
+        macos=$(sw_vers -productVersion)
+        [ "${macos%%.*}" -ge 14 ] || fail "MLX needs macOS 14 or newer, this is $macos: update the system"
+        [ "$(sysctl -n hw.optional.arm64 2>/dev/null || true)" = 1 ] || fail "MLX needs a Mac with Apple silicon (M1 or newer); this one has an Intel processor"
+        return
+    fi
+    glibc=$(getconf GNU_LIBC_VERSION 2>/dev/null | sed -n 's/^glibc //p' || true)
+    [ -n "$glibc" ] || fail "MLX needs a Linux with glibc 2.35 or newer (Debian 12, Ubuntu 22.04); this system has another C library"
+    [ "$(printf '%s\n' 2.35 "$glibc" | sort -V | head -n 1)" = 2.35 ] || fail "MLX needs glibc 2.35 or newer (Debian 12, Ubuntu 22.04), this system has $glibc: update it"
+}
+
+# A Mac can run Python for Intel processors under Rosetta: for that there is no MLX.
+check_python() {
+    [ "$(uname -s)" = Darwin ] || return 0
+    machine=$("$venv/bin/python" -c 'import platform; print(platform.machine())')
+    [ "$machine" = arm64 ] || fail "the Python in .venv is for $machine (Rosetta), MLX needs one for arm64: remove .venv, install Python from python.org or with uv, and run this again"
+}
+
 # The packages that MLX needs to run on this platform.
 platform_packages() {
-    [ "$(uname -s)" = Linux ] || {
+    if [ "$(uname -s)" != Linux ]; then
         echo '-e .'
         return
-    }
-    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
-        echo '-e .[cuda]'
-    elif [ "$(uname -m)" != x86_64 ]; then
-        echo '-e .[cpu]'
-    elif [ -n "${MLX_SLM_BLAS:-}" ] || (PATH="$PATH:/sbin:/usr/sbin" ldconfig -p 2>/dev/null || true) | grep -q 'libopenblas\.so'; then
-        echo '-e . mlx[cpu]'
-    else
-        echo "installing mkl, a fast BLAS: a download of about 220 MB (set MLX_SLM_BLAS or install libopenblas to do without)" >&2
-        echo '-e .[cpu]'
     fi
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 || true)
+    case ${driver%%.*} in
+        '' | *[!0-9]*) ;;
+        *)
+            if [ "${driver%%.*}" -ge 580 ]; then
+                echo '-e .[cuda]'
+                return
+            fi
+            echo "the NVIDIA driver is $driver; MLX's CUDA 13 needs 580 or newer, so this installs for the CPU: update the driver, remove .venv and run this again for the GPU" >&2
+            ;;
+    esac
+    echo '-e .[cpu]'
 }
 
 setup() {
+    check_system
     make_venv
+    check_python
     for extra in base "$@"; do
         mark="$venv/.mlx-slm-$extra"
         if ! cmp -s "$root/pyproject.toml" "$mark"; then

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from conftest import call, copy_of
 
-from mlx_slm.bundle import find_source
+from mlx_slm.bundle import find_source, install_bundle
 from mlx_slm.clustering.encoder import window_texts
 from mlx_slm.config_files import load_config
 from mlx_slm.export import load_exported
+from mlx_slm.report import Report
 from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.store import Store
 from mlx_slm.workspace import Workspace, fingerprint
@@ -96,6 +97,10 @@ def test_a_bundle_is_read_only_and_a_run_of_its_name_comes_first(own, tmp_path, 
     assert call(capsys, own, "export", "pn", "--bundle", "pn")[0] == 0
     assert find_source(own, "pn").path == own.run("pn"), "a bare name is a run where there is one"
     assert find_source(own, "./pn").path == tmp_path / "pn"
+    for folder in ("pn", "pn/encoder", "pn/clusters", "pn/checkpoints"):
+        (tmp_path / folder / ".DS_Store").write_bytes(b"what the Finder leaves")
+    install_bundle(Workspace(tmp_path / "w3"), tmp_path / "pn", Report())
+    assert call(capsys, own, "export", "pn", "--bundle", "pn")[0] == 0
     weights = next((tmp_path / "pn").rglob("model.safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

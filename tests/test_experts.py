@@ -14,6 +14,7 @@ from conftest import KILLED, call, copy_of, experts_of
 from mlx.utils import tree_flatten
 from training.test_trainer import assert_same, everything
 
+from mlx_slm import pretrain as pretraining
 from mlx_slm.bundle import export_bundle, find_source
 from mlx_slm.cli import run
 from mlx_slm.clustering.importance import histogram
@@ -73,6 +74,16 @@ def test_a_mixture_goes_on_expert_by_expert(own, expert_config, report):
     assert whole.record["step"] == 4 * 3, "the horizon of 12 steps is shared by four experts"
     with pytest.raises(SlmError, match=r"--experts 4: the mixture has the experts 0 to 3"):
         pretrain(own, expert_config, "mix", report, experts=[4])
+
+
+def test_a_mixture_of_many_opens_no_more_files(own, expert_config, report, monkeypatch):
+    """macOS lets a process have 256 files open; each job had the assignments open for itself."""
+    opened = []
+    monkeypatch.setattr(pretraining, "_work", lambda *_: opened.append(len(os.listdir("/dev/fd"))))
+    for k in (2, 64):
+        config = expert_config.model_copy(update={"mixture": MixtureConfig(k=k)})
+        pretrain(own, config, "mix", report, name=f"mix{k}")
+    assert len(opened) > 40 and max(opened) - opened[0] <= 2, opened
 
 
 def test_an_expert_of_a_mixture_can_start_from_the_generic_run(own, expert_config, report):

@@ -2,6 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -124,6 +125,17 @@ def test_sharing_cores_ends_as_it_began(monkeypatch):
             pass
         assert told[-1] == runtime.cores() // 2, "the training around an evaluation goes on with its share"
     assert told[-1] == runtime.cores()
+
+
+def test_every_thread_has_streams_of_its_own():
+    """MLX binds a stream to the thread that made it."""
+
+    def compute():
+        return [value.item() for _, value in runtime.in_lanes(range(4), lambda lane, batch: mx.array(batch) * 10)]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(compute).result(timeout=60) for _ in range(2)]
+    assert found == [compute()] * 2 == [[0, 10, 20, 30]] * 2
 
 
 def test_in_lanes_gives_each_batch_its_result_in_order():

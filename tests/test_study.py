@@ -13,6 +13,7 @@ import time
 import pytest
 from conftest import call, copy_of, small_config
 
+from mlx_slm import runtime
 from mlx_slm.clustering.clusters import Clusters
 from mlx_slm.config import ClustersConfig, Grid, MixtureConfig, ModelConfig, ProjectionConfig, StudyConfig
 from mlx_slm.config_files import dump_config, find_config, load_config
@@ -157,6 +158,16 @@ def test_a_study_that_was_killed_goes_on_and_gives_the_same_tables(done, prepare
     assert run_study(study) == again, "and then there is nothing to do"
 
 
+on_gpu = pytest.mark.skipif(runtime.on_gpu(), reason="several jobs are refused on a GPU")
+
+
+def test_a_gpu_has_one_job(copy, study_config, report, monkeypatch):
+    monkeypatch.setenv("MLX_SLM_AS_GPU", "1")
+    with pytest.raises(SlmError, match=r"--jobs 2: there is one GPU.*leave --jobs out"):
+        run_study(Study(copy, study_config, "grid", report), 2, ["study", "grid"])
+
+
+@on_gpu
 def test_processes_share_the_cells(prepared, study_config, done, tmp_path, capsys):
     workspace = Workspace(tmp_path / "w")
     shutil.copytree(prepared.root, workspace.root)
@@ -173,6 +184,7 @@ def test_processes_share_the_cells(prepared, study_config, done, tmp_path, capsy
         assert row["specialized"]["nll"] == pytest.approx(whole[row["cell"]]["specialized"]["nll"], rel=1e-5)
 
 
+@on_gpu
 def test_a_job_that_ends_is_told_of_and_the_others_go_on(done, copy, study_config, report):
     study = Study(copy, study_config, "grid", report)
     study.prepare()

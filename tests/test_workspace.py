@@ -82,6 +82,19 @@ def test_names_are_not_paths(tmp_path, name):
             place(name)
 
 
+def test_a_disk_that_ignores_case_has_one_directory_for_two_names(tmp_path, monkeypatch):
+    """Imitated: the directory is found under a name that its folder does not list."""
+    workspace = w.Workspace(tmp_path)
+    for folder in ("runs", "models", "adapters", "data"):
+        (tmp_path / folder / "SLM").mkdir(parents=True)
+    assert workspace.run("SLM").name == "SLM" and workspace.run("slm").name == "slm", "two where case counts"
+    monkeypatch.setattr(os, "listdir", lambda folder: ["slm"])
+    for where in (workspace.run, workspace.model, workspace.adapter, lambda name: workspace.data(name, "train")):
+        with pytest.raises(SlmError, match=r"'SLM' is 'slm' in .* on this disk, which ignores case: choose another"):
+            where("SLM")
+        where("new")
+
+
 def test_fingerprints_follow_the_content(tmp_path):
     first, same, other = make(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "c", b"abd")
     assert first["fingerprint"] == same["fingerprint"] != other["fingerprint"]

@@ -20,7 +20,7 @@ from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.report import Report
 from mlx_slm.scoring import validation_loss
 from mlx_slm.text.store import Store
-from mlx_slm.training import checkpoint
+from mlx_slm.training import checkpoint, trainer
 from mlx_slm.training.checkpoint import checkpoint_steps, load_checkpoint
 from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.step import TrainingStep
@@ -126,6 +126,35 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(point, prepared, tm
     assert done and done[-1] < STEPS
     make_trainer(store, run, report).run()
     assert f"resuming r at step {done[-1]} of {STEPS}" in report.lines
+    assert_same(run, uninterrupted)
+
+
+def test_it_saves_by_time_too_and_that_changes_nothing(prepared, tmp_path, uninterrupted, monkeypatch):
+    """A minute passes at each look at the clock, of which there are at least two a step; five minutes are the limit."""
+    ticks = itertools.count(step=60.0)
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(ticks))
+    saved = []
+    real = checkpoint.save_checkpoint
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda run, step, *a: saved.append(step) or real(run, step, *a))
+    run = tmp_path / "r"
+    made = make_trainer(prepared.data("generic", "train"), run, checkpoint_every=1000, checkpoint_seconds=300.0)
+    real_rows, seen = made.sampler.rows, []
+
+    def rows(step):
+        seen.append(step)
+        if step == 17:
+            raise KeyboardInterrupt
+        return real_rows(step)
+
+    made.sampler.rows = rows
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    apart = np.diff([0, *saved])
+    assert 2 <= apart.max() <= 5 and len(saved) >= 3, saved
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: 0.0)
+    later = make_trainer(prepared.data("generic", "train"), run)
+    assert later.state.step == saved[-1] <= 17
+    later.run()
     assert_same(run, uninterrupted)
 
 
