@@ -6,11 +6,13 @@ import gzip
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 import mlx_slm  # noqa: F401  (before mlx: the BLAS)
+from mlx_slm import runtime
 from mlx_slm.cli import run
 from mlx_slm.config import (
     ClustersConfig,
@@ -45,8 +47,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started this in the background
     if config.getoption("--as-gpu"):
         os.environ["MLX_SLM_AS_GPU"] = "1"
+
+
+def rounding() -> float:
+    """The relative error of one rounding in the compute dtype: what tolerances are multiples of."""
+    return 2.0**-9 if runtime.on_gpu() else 2.0**-24
 
 
 class Recorder(Report):

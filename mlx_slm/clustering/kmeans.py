@@ -17,8 +17,8 @@ import numpy as np
 from mlx_slm import runtime
 from mlx_slm.errors import SlmError
 
-SUMMED_POINTS = 65_536
-"""Points that are gathered at once to be added up."""
+SUMMED_POINTS = 8192
+"""Points that are added up at once in fp32; the sums of those are added in float64."""
 SEEDING_POINTS = 64
 """k-means++ looks at so many points per centroid."""
 
@@ -39,7 +39,7 @@ class State:
     centroids: np.ndarray | None = None
     """fp32 [k, dims]"""
     sums: np.ndarray | None = None
-    """fp32 [k, dims]: the points of each cluster, added up"""
+    """float64 [k, dims]: the points of each cluster, added up"""
     assignments: np.ndarray | None = None
     """int32 [points]"""
     best_inertia: float = math.inf
@@ -109,7 +109,7 @@ def _inertia(squares: float, sums: np.ndarray, counts: np.ndarray, centroids: np
 
 
 def _moved_sums(points: mx.array, assignments: np.ndarray, state: State) -> np.ndarray:
-    """The points of each cluster added up, fp32 [k, dims]; only what moved is added and taken away if that is less."""
+    """The points of each cluster added up, float64 [k, dims]; of what moved only the change, if that is less."""
     k = len(state.centroids)
     if state.assignments is None:
         return _sums(points, assignments, k)
@@ -122,7 +122,7 @@ def _moved_sums(points: mx.array, assignments: np.ndarray, state: State) -> np.n
 def _sums(
     points: mx.array, assignments: np.ndarray, k: int, moved: np.ndarray | None = None, before: np.ndarray | None = None
 ) -> np.ndarray:
-    """Points added up per cluster, fp32 [k, dims]; of `moved` ones the change from where they were `before`."""
+    """Points added up per cluster, float64 [k, dims]; of `moved` ones the change from where they were `before`."""
     count = len(assignments) if moved is None else len(moved)
 
     def part(lane: int, where: slice) -> mx.array:
@@ -135,7 +135,7 @@ def _sums(
         return gained - zeros.at[mx.array(before[chosen])].add(rows)
 
     size = max(1, min(SUMMED_POINTS, -(-count // len(runtime.lanes()))))
-    total = np.zeros((k, points.shape[1]), np.float32)
+    total = np.zeros((k, points.shape[1]))
     chunks = (slice(start, min(start + size, count)) for start in range(0, count, size))
     for _, found in runtime.in_lanes(chunks, part):
         total += np.array(found)

@@ -3,6 +3,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_slm import runtime
 from mlx_slm.models import ops
 from mlx_slm.training.loss import chunk_rows, linear_cross_entropy, token_nll
 
@@ -84,10 +85,13 @@ def test_chunks_halve_the_peak_memory():
     assert chunked < full / 2
 
 
-def test_chunk_rows_are_even_and_bounded():
-    assert chunk_rows(4096, 8192) == chunk_rows(4096, 2**18) == 256 and chunk_rows(4096, 1024) == 2048
-    assert chunk_rows(300, 2**18) == 150
-    assert chunk_rows(10, 100) == 10
+@pytest.mark.skipif(runtime.backend() != "cpu", reason="both forms are asked for")
+def test_chunk_rows_are_even_and_bounded(monkeypatch):
+    for as_gpu, least in (("0", 256), ("1", 2048)):
+        monkeypatch.setenv("MLX_SLM_AS_GPU", as_gpu)
+        assert chunk_rows(4096, 8192) == chunk_rows(4096, 2**18) == least and chunk_rows(4096, 1024) == 2048
+        assert chunk_rows(least + 44, 2**18) == least // 2 + 22
+        assert chunk_rows(10, 100) == 10
 
 
 def test_half_precision_accumulates_in_fp32():
