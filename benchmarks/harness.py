@@ -52,7 +52,7 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _child(runner, size, pipe, stock: dict | None) -> None:
+def _child(runner, size, pipe, stock: dict | None, own_blas: bool) -> None:
     import signal
     import warnings
 
@@ -65,6 +65,8 @@ def _child(runner, size, pipe, stock: dict | None) -> None:
         import mlx.core  # noqa: F401  (before mlx_slm, which then cannot load a BLAS)
 
         warnings.simplefilter("ignore")
+    if own_blas:
+        os.environ["MLX_SLM_BLAS"] = "none"
     import mlx_slm  # noqa: F401
 
     try:
@@ -74,19 +76,19 @@ def _child(runner, size, pipe, stock: dict | None) -> None:
 
 
 def play(
-    runners: dict[str, Callable], size, rounds: int, stock: str | None = None
+    runners: dict[str, Callable], size, rounds: int, stock: str | None = None, own_blas: frozenset[str] = frozenset()
 ) -> tuple[dict[str, list[tuple[float, int | None, int]]], dict[str, dict]]:
     """Return ((seconds, peak bytes or None, RSS bytes) of each turn of each side, the first turn left out; its facts).
 
-    A side whose packages are missing is left out. `stock` names one that runs without our BLAS, and one turn only.
+    A side whose packages are missing is left out. `stock` names one that runs without anything of ours, and one turn
+    only; `own_blas` those that bring a BLAS of their own, in front of which ours would be in the way.
     """
     context = multiprocessing.get_context("spawn")
     sides, facts, processes = {}, {}, []
     for side, runner in runners.items():
         ours, theirs = context.Pipe()
-        process = context.Process(
-            target=_child, args=(runner, size, theirs, ENVIRONMENT if side == stock else None), daemon=True
-        )
+        arguments = (runner, size, theirs, ENVIRONMENT if side == stock else None, side in own_blas)
+        process = context.Process(target=_child, args=arguments, daemon=True)
         process.start()
         processes.append(process)
         theirs.close()

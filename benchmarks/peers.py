@@ -244,6 +244,10 @@ STOCK = "mlx-lm as installed"
 compiler): a step takes most of a minute on a Linux CPU."""
 
 
+OWN_BLAS = frozenset({"torch", "torch, compiled", "faiss", "scikit-learn", "sentence-transformers", "sentencepiece"})
+"""They bring a BLAS of their own; with OpenBLAS in front of it PyTorch is five times slower (two thread pools)."""
+
+
 def steps(rows: Callable[[Size], int]) -> dict[str, Callable]:
     found: dict[str, Callable] = {
         "mlx-lm": lambda size: mlx_lm_trainer(rows(size), size),

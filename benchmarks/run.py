@@ -10,7 +10,7 @@ import click
 
 from benchmarks.harness import play
 from benchmarks.micro import MICRO
-from benchmarks.peers import STOCK, facts_of, peers_of
+from benchmarks.peers import OWN_BLAS, STOCK, facts_of, peers_of
 from benchmarks.sizes import Size
 from benchmarks.texts import TEXTS
 from benchmarks.whole import WHOLE
@@ -41,7 +41,7 @@ def measure(name: str, size: Size, devices: list[str], rounds: int, peers: bool 
     Records of peers have the FLOPs and bytes of the same work in ours.
     """
     sides = {device: functools.partial(run_case, name, device) for device in devices}
-    found, facts = play(sides | (peers_of(name, devices[0]) if peers else {}), size, rounds, STOCK)
+    found, facts = play(sides | (peers_of(name, devices[0]) if peers else {}), size, rounds, STOCK, OWN_BLAS)
     if devices[0] not in found:
         return []
     ours, rows = facts[devices[0]], []
