@@ -115,6 +115,17 @@ def test_lanes_give_the_same_sums_as_one_stream():
     assert all(mx.allclose(x, a @ b, rtol=1e-5, atol=1e-5) for x in found)
 
 
+def test_wiring_memory_can_be_refused(monkeypatch):
+    wired = []
+    monkeypatch.setattr(runtime, "backend", lambda: "metal")
+    monkeypatch.setattr(mx, "device_info", lambda *_: {"max_recommended_working_set_size": 3 << 30})
+    monkeypatch.setattr(mx, "set_wired_limit", wired.append)
+    runtime.configure_device()
+    monkeypatch.setenv("MLX_SLM_WIRED", "0")
+    runtime.configure_device()
+    assert wired == [3 << 30]
+
+
 @pytest.mark.skipif(
     not LINUX_CPU or not runtime.blas or runtime.cores() < 2, reason="needs a preloaded BLAS and 2 cores"
 )
