@@ -10,10 +10,10 @@ SETUP = Path(__file__).parents[1] / "scripts" / "setup.sh"
 
 
 def imitated(tmp_path: Path, script: str, **commands: str) -> subprocess.CompletedProcess:
-    """Run `script` after setup.sh where each of `commands` prints the given text."""
+    """Run `script` after setup.sh where each of `commands` prints the given text, or is the given script."""
     for name, text in commands.items():
         file = tmp_path / name.replace("_", "-")
-        file.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
+        file.write_text(text if text.startswith("#!") else f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
         file.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     return subprocess.run(
@@ -56,7 +56,18 @@ def test_one_sentence_for_what_mlx_does_not_run_on(commands, said, tmp_path):
         ("No devices were found", "-e .[cpu]"),
     ],
 )
-def test_the_drivers_version_decides_about_cuda(driver, packages, tmp_path):
+def test_the_drivers_version_decides_about_cuda(driver, packages, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_SLM_BLAS", "none")
     done = imitated(tmp_path, "platform_packages", uname="Linux", nvidia_smi=driver)
     assert done.stdout.strip() == packages
     assert ("needs 580 or newer" in done.stderr) == driver.startswith("550")
+
+
+@pytest.mark.parametrize(("intel", "packages"), [(True, "-e .[cpu,mkl]"), (False, "-e .[cpu]")])
+def test_mkl_is_for_intel(intel, packages, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLX_SLM_BLAS", raising=False)
+    uname = '#!/bin/sh\n[ "$1" = -m ] && echo x86_64 || echo Linux\n'
+    done = imitated(
+        tmp_path, "platform_packages", uname=uname, grep=f"#!/bin/sh\nexit {int(not intel)}\n", nvidia_smi=""
+    )
+    assert done.stdout.strip() == packages and ("220 MB" in done.stderr) == intel
