@@ -162,7 +162,8 @@ def _tried(path: str) -> float:
     """The outcome of `trial` with a library, 0 where it failed."""
     script = "import mlx_slm.blas; print(mlx_slm.blas.trial())"
     root = str(Path(__file__).parents[1])
-    environment = os.environ | {VARIABLE: path, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    search = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {VARIABLE: path, "PYTHONPATH": search, "MLX_SLM_AS_GPU": "0"}
     try:
         done = subprocess.run(
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=10, check=True
