@@ -81,16 +81,17 @@ def candidates() -> dict[str, str]:
     return found
 
 
-def load(blas: Blas | None) -> ctypes.CDLL | None:
-    """Load a library with global symbols; warns and returns None where that fails."""
-    if blas is None:
-        return None
-    try:
-        return ctypes.CDLL(blas.path, mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        cause = f"${VARIABLE}={blas.path}" if os.environ.get(VARIABLE) else f"the BLAS {blas.path}"
-        warnings.warn(f"{cause} cannot be loaded: {error}; matrix products are up to 30x slower", stacklevel=4)
-        return None
+def load(blas: Blas | None) -> tuple[Blas, ctypes.CDLL] | tuple[None, None]:
+    """Load a library with global symbols; where that fails, warn and take another one that is here."""
+    others = [Blas(name, path, {}) for name, path in candidates().items()] if blas else []
+    for one in filter(None, [blas, *others]):
+        try:
+            return one, ctypes.CDLL(one.path, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            if one is blas:
+                cause = f"${VARIABLE}={one.path}" if os.environ.get(VARIABLE) else f"the BLAS {one.path}"
+                warnings.warn(f"{cause} cannot be loaded: {error}", stacklevel=4)
+    return None, None
 
 
 def cache() -> Path:
@@ -176,12 +177,12 @@ def _tried(path: str) -> float:
 def trial() -> float:
     """GFLOP/s of the products of a training step in this process, side by side in its lanes, the best round.
 
-    Raises OSError where the BLAS of this process was not loaded.
+    Raises OSError where the BLAS that $MLX_SLM_BLAS names was not loaded.
     """
     from mlx_slm import runtime
 
-    if runtime.blas is None:
-        raise OSError("no BLAS was loaded")
+    if runtime.blas is None or runtime.blas.path != os.environ.get(VARIABLE):
+        raise OSError(f"${VARIABLE} was not loaded")
     import mlx.core as mx
 
     streams = runtime.lanes()

@@ -44,9 +44,7 @@ def prepare() -> None:
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
     # How far MLX looks for work that can run beside other work: at its default of 20 the lanes run one after the other.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "200")
-    chosen = blases.find(_processor(), cores())
-    _blas_library = blases.load(chosen)
-    blas = chosen if _blas_library else None
+    blas, _blas_library = blases.load(blases.find(_processor(), cores()))
 
 
 def _installed(package: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_slm import runtime
+from mlx_slm import blas, runtime
 
 LINUX_CPU = sys.platform == "linux" and runtime.backend() == "cpu"
 
@@ -42,8 +42,9 @@ def test_mlx_before_us_is_warned_about_once():
 def test_the_named_blas_comes_first_and_a_wrong_one_is_named():
     path = runtime.blas.path
     assert python("import mlx_slm.runtime as r; print(r.blas.path)", MLX_SLM_BLAS=path).stdout == path + "\n"
-    found = python("import mlx_slm", MLX_SLM_BLAS="gone.so")
+    found = python("import mlx_slm.runtime as r; print(r.blas.path)", MLX_SLM_BLAS="gone.so")
     assert "$MLX_SLM_BLAS=gone.so cannot be loaded" in found.stderr
+    assert found.stdout.strip() in blas.candidates().values(), "another one takes its place"
 
 
 @pytest.mark.skipif(not LINUX_CPU, reason="notices are for Linux CPUs")
