@@ -76,8 +76,8 @@ platform_packages() {
             echo "the NVIDIA driver is $driver; MLX's CUDA 13 needs 580 or newer, so this installs for the CPU: update the driver, remove .venv and run this again for the GPU" >&2
             ;;
     esac
-    if [ "$(uname -m)" = x86_64 ] && grep -q GenuineIntel /proc/cpuinfo 2>/dev/null && [ -z "${MLX_SLM_BLAS:-}" ]; then
-        echo "an Intel processor: installing mkl too, a download of 220 MB that is a tenth to a sixth faster here (set MLX_SLM_BLAS=none to do without)" >&2
+    if [ "$(uname -m)" = x86_64 ] && grep -q GenuineIntel /proc/cpuinfo 2>/dev/null && [ -z "${MLX_SLM_NO_MKL:-}" ]; then
+        echo "an Intel processor: installing mkl too, a download of 220 MB that is a tenth to a sixth faster here (set MLX_SLM_NO_MKL=1 to do without)" >&2
         echo '-e .[cpu,mkl]'
     else
         echo '-e .[cpu]'

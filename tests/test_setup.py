@@ -57,7 +57,7 @@ def test_one_sentence_for_what_mlx_does_not_run_on(commands, said, tmp_path):
     ],
 )
 def test_the_drivers_version_decides_about_cuda(driver, packages, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_SLM_BLAS", "none")
+    monkeypatch.setenv("MLX_SLM_NO_MKL", "1")
     done = imitated(tmp_path, "platform_packages", uname="Linux", nvidia_smi=driver)
     assert done.stdout.strip() == packages
     assert ("needs 580 or newer" in done.stderr) == driver.startswith("550")
@@ -65,7 +65,7 @@ def test_the_drivers_version_decides_about_cuda(driver, packages, tmp_path, monk
 
 @pytest.mark.parametrize(("intel", "packages"), [(True, "-e .[cpu,mkl]"), (False, "-e .[cpu]")])
 def test_mkl_is_for_intel(intel, packages, tmp_path, monkeypatch):
-    monkeypatch.delenv("MLX_SLM_BLAS", raising=False)
+    monkeypatch.delenv("MLX_SLM_NO_MKL", raising=False)
     uname = '#!/bin/sh\n[ "$1" = -m ] && echo x86_64 || echo Linux\n'
     done = imitated(
         tmp_path, "platform_packages", uname=uname, grep=f"#!/bin/sh\nexit {int(not intel)}\n", nvidia_smi=""
