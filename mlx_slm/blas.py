@@ -83,14 +83,16 @@ def candidates() -> dict[str, str]:
 
 def load(blas: Blas | None) -> tuple[Blas, ctypes.CDLL] | tuple[None, None]:
     """Load a library with global symbols; where that fails, warn and take another one that is here."""
-    others = [Blas(name, path, {}) for name, path in candidates().items()] if blas else []
-    for one in filter(None, [blas, *others]):
-        try:
-            return one, ctypes.CDLL(one.path, mode=ctypes.RTLD_GLOBAL)
-        except OSError as error:
-            if one is blas:
-                cause = f"${VARIABLE}={one.path}" if os.environ.get(VARIABLE) else f"the BLAS {one.path}"
-                warnings.warn(f"{cause} cannot be loaded: {error}", stacklevel=4)
+    if blas is None:
+        return None, None
+    try:
+        return blas, ctypes.CDLL(blas.path, mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        cause = f"${VARIABLE}={blas.path}" if os.environ.get(VARIABLE) else f"the BLAS {blas.path}"
+        warnings.warn(f"{cause} cannot be loaded: {error}", stacklevel=4)
+    for name, path in candidates().items():
+        with contextlib.suppress(OSError):
+            return Blas(name, path, {}), ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     return None, None
 
 
