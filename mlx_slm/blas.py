@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -37,7 +39,18 @@ NAMES = (
 )
 """What MLX's library imports of BLAS and LAPACK."""
 THREADS = ("MKL_Set_Num_Threads", "openblas_set_num_threads")
-SYSTEM = ("/usr/lib/*", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/opt/*/lib")
+SYSTEM = "libopenblas.so.0"
+PROCESSOR = (
+    "vendor_id",
+    "cpu family",
+    "model",
+    "model name",
+    "stepping",
+    "flags",
+    "CPU implementer",
+    "CPU part",
+    "Features",
+)
 TRIAL_SECONDS = 0.2
 
 
@@ -50,9 +63,9 @@ class Blas:
     measured: dict[str, float]
 
 
-def find(model: str, cores: int) -> Blas | None:
-    """The library to load on a processor of this model, or None for MLX's own: the one that $MLX_SLM_BLAS names, else
-    the fastest that is here."""
+def find(cores: int) -> Blas | None:
+    """The library to load for so many cores, or None for MLX's own: the one that $MLX_SLM_BLAS names, else the fastest
+    that is here."""
     named = os.environ.get(VARIABLE)
     if named == NONE:
         return None
@@ -61,7 +74,7 @@ def find(model: str, cores: int) -> Blas | None:
         return Blas(next((name for name, path in there.items() if path == named), named), named, {})
     if len(there) < 2:
         return next((Blas(name, path, {}) for name, path in there.items()), None)
-    measured = _measured(there, f"{model}, {cores} cores")
+    measured = _measured(there, cores)
     best = max(there, key=lambda name: measured.get(name, 0.0))
     return Blas(best, there[best], measured)
 
@@ -75,10 +88,19 @@ def candidates() -> dict[str, str]:
         found["mkl"] = mkl[0]
     if shim := _with_plain_names():
         found["scipy-openblas32"] = shim
-    system = [p for folder in SYSTEM for p in sorted(Path("/").glob(f"{folder[1:]}/libopenblas.so.0"))]
-    if system:
-        found["libopenblas"] = str(system[0])
+    if system := _system_path():
+        found["libopenblas"] = system
     return found
+
+
+def _system_path() -> str | None:
+    """Where the loader finds the system's OpenBLAS, or one that conda put beside Python."""
+    beside = Path(sys.prefix, "lib", SYSTEM)
+    listed = [str(beside)] if beside.exists() else []
+    folders = [*os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep), f"/usr/lib/{platform.machine()}-linux-gnu"]
+    folders += [f"{folders[-1]}/openblas-pthread", "/usr/lib64", "/usr/local/lib64", "/usr/local/lib", "/usr/lib"]
+    listed += [f"{folder}/{SYSTEM}" for folder in folders if folder and os.path.exists(f"{folder}/{SYSTEM}")]
+    return next(iter(listed), None)
 
 
 def load(blas: Blas | None) -> tuple[Blas, ctypes.CDLL] | tuple[None, None]:
@@ -97,7 +119,22 @@ def load(blas: Blas | None) -> tuple[Blas, ctypes.CDLL] | tuple[None, None]:
 
 
 def cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-slm"
+    """Where the shim and the measurements are kept; a folder for temporary files where a user has no home."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        base = Path(tempfile.gettempdir(), f"cache-{os.getuid()}")
+    return Path(base, "mlx-slm")
+
+
+def processor() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first core that tells processors apart; empty without it."""
+    told = {}
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        for line in itertools.takewhile(str.strip, lines):
+            name, _, value = line.partition(":")
+            told[name.strip()] = value.strip()
+    return {name: told[name] for name in PROCESSOR if name in told}
 
 
 def _with_plain_names() -> str | None:
@@ -138,31 +175,52 @@ def _identity(path: str) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
-def _measured(there: dict[str, str], machine: str) -> dict[str, float]:
-    """GFLOP/s of each library in a trial, from the cache where the same ones were tried on this machine."""
-    key = "; ".join([machine, *(f"{name} {path} {_identity(path)}" for name, path in there.items())])
-    file, known = cache() / "blas.json", {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(file.read_text())
-    if isinstance(known, dict) and isinstance(known.get(key), dict):
-        return known[key]
-    temporary = file.with_name(f".blas.{os.getpid()}.tmp")
+def _measured(there: dict[str, str], cores: int) -> dict[str, float]:
+    """GFLOP/s of each library in a trial, from the cache where the same ones were tried on this machine; one process
+    tries at a time. Empty where nothing can be kept: it would be measured at each start."""
+    libraries = [f"{name} {path} {_identity(path)}" for name, path in there.items()]
+    machine = hashlib.sha256(json.dumps(processor(), sort_keys=True).encode()).hexdigest()[:16]
+    key = "; ".join([f"{processor().get('model name', platform.machine())} ({machine}), {cores} cores", *libraries])
+    file = cache() / "blas.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    except OSError:  # what cannot be kept would be measured at each start
+        with open(file.with_name("blas.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            known = _known(file)
+            if isinstance(known.get(key), dict):
+                return known[key]
+            temporary = file.with_name(".blas.tmp")
+            temporary.touch()
+            found, complete = _tried_all(there)
+            if complete:
+                temporary.write_text(json.dumps(known | {key: found}, indent=1))
+                os.replace(temporary, file)
+            return found
+    except OSError:
         return {}
-    found = {name: _tried(path) for name, path in there.items()}
-    for name in found:  # a second turn for those that are close: another process may have disturbed the first
-        if found[name] > 0.75 * max(found.values()):
-            found[name] = max(found[name], _tried(there[name]))
-    temporary.write_text(json.dumps((known if isinstance(known, dict) else {}) | {key: found}, indent=1))
-    os.replace(temporary, file)
-    return found
+
+
+def _known(file: Path) -> dict:
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(file.read_text())
+        return known if isinstance(known, dict) else {}
+    return {}
+
+
+def _tried_all(there: dict[str, str]) -> tuple[dict[str, float], bool]:
+    """(GFLOP/s of each, whether no trial took so long that the machine was too busy to tell)."""
+    try:
+        found = {name: _tried(path) for name, path in there.items()}
+        for name in found:  # a second turn for those that are close: another process may have disturbed the first
+            if found[name] > 0.75 * max(found.values()):
+                found[name] = max(found[name], _tried(there[name]))
+    except subprocess.TimeoutExpired:
+        return {}, False
+    return found, True
 
 
 def _tried(path: str) -> float:
-    """The outcome of `trial` with a library, 0 where it failed."""
+    """The outcome of `trial` with a library, 0 where it failed. Raises TimeoutExpired after ten seconds."""
     script = "import mlx_slm.blas; print(mlx_slm.blas.trial())"
     root = str(Path(__file__).parents[1])
     search = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
@@ -172,7 +230,7 @@ def _tried(path: str) -> float:
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=10, check=True
         )
         return round(float(done.stdout), 1)
-    except (OSError, subprocess.SubprocessError, ValueError):
+    except (OSError, subprocess.CalledProcessError, ValueError):
         return 0.0
 
 

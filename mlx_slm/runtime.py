@@ -26,8 +26,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 blas: blases.Blas | None = None
 """The library that was loaded in front of MLX's own, or None."""
 _blas_library: ctypes.CDLL | None = None
-_threads: int | None = None
-"""Threads that the BLAS was told to use, once it was."""
+_sharing: list[int] = []
+_sharing_lock = threading.Lock()
+"""Threads that each of those asks of the BLAS which share the cores now: it has one number for the whole process."""
 
 
 @functools.cache
@@ -44,7 +45,7 @@ def prepare() -> None:
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
     # How far MLX looks for work that can run beside other work: at its default of 20 the lanes run one after the other.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "200")
-    blas, _blas_library = blases.load(blases.find(_processor(), cores()))
+    blas, _blas_library = blases.load(blases.find(cores()))
 
 
 def _installed(package: str) -> bool:
@@ -138,10 +139,9 @@ def lanes() -> list:
     import mlx.core as mx
 
     if not hasattr(_of_thread, "lanes"):
-        several = sys.platform == "linux" and not on_gpu() and cores() > 1
-        more = [mx.new_stream(mx.cpu)] if several else []
+        more = [mx.new_stream(mx.cpu)] if sys.platform == "linux" and backend() == "cpu" and cores() > 1 else []
         _of_thread.lanes = [mx.default_stream(mx.default_device()), *more]
-    return _of_thread.lanes
+    return _of_thread.lanes[:1] if on_gpu() else _of_thread.lanes
 
 
 @contextlib.contextmanager
@@ -151,14 +151,16 @@ def sharing_cores(lanes_used: int) -> Iterator[None]:
     if lanes_used < 2 or setter is None:
         yield
         return
-    global _threads
-    before, _threads = _threads or cores(), max(1, cores() // lanes_used)
-    setter(_threads)
+    threads = max(1, cores() // lanes_used)
+    with _sharing_lock:
+        _sharing.append(threads)
+        setter(min(_sharing))
     try:
         yield
     finally:
-        _threads = before
-        setter(before)
+        with _sharing_lock:
+            _sharing.remove(threads)
+            setter(min(_sharing, default=cores()))
 
 
 def in_lanes(batches: Iterable, compute: Callable) -> Iterator[tuple]:
@@ -208,12 +210,7 @@ def device_name() -> str:
 
 
 def _processor() -> str:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return name
+    return blases.processor().get("model name") or platform.processor() or platform.machine()
 
 
 PEAK_SECONDS = 0.5
@@ -240,6 +237,16 @@ def matmul_gflops() -> float:
     return 2 * size**3 * together / best / 1e9
 
 
+def same_blas() -> dict[str, str]:
+    """Environment for a process that is to compute with the BLAS of this one, without a trial of its own."""
+    return {blases.VARIABLE: blas.path if blas else blases.NONE} if sys.platform == "linux" else {}
+
+
+def arithmetic() -> str:
+    """What computes products: the BLAS on a CPU, else the backend. With another one the last digits are others."""
+    return (blas.name if blas else "MLX's own BLAS") if backend() == "cpu" else backend()
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide results."""
     packages = ("mlx-slm", "mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "datasets")
@@ -252,7 +259,7 @@ def versions() -> dict[str, str]:
 def describe() -> dict:
     """Return `{"backend", "device", "memory_gb", "blas", "blas_measured", "gflops", "versions"}`.
 
-    `blas_measured`: GFLOP/s of each BLAS that was there to choose from, by name, in a trial of half a second.
+    `blas_measured`: GFLOP/s of each BLAS that was there to choose from, by name, in a trial.
     """
     return {
         "backend": backend(),

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,8 +18,10 @@ pytestmark = pytest.mark.skipif(not CANDIDATES, reason="a BLAS is chosen on Linu
 PLACES = [(0, 0, 0), (16, 0, 0), (0, 16, 0), (0, 0, 16), (48, 32, 16), (8, 8, 8), (4, 12, 60), (40, 24, 56)]
 """Bytes beyond a multiple of 64 that the two factors and the product begin at."""
 SHAPES = [(256, 704, 256), (8, 333, 24), (512, 64, 128), (128, 128, 64), (33, 17, 65), (4, 32, 5000), (1, 1, 5000)]
+SHAPES += [(8192, 128, 64), (64, 128, 8192)]
 BITS = """
 import ctypes, hashlib, sys
+from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 library = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 threads = next(getattr(library, n) for n in ("MKL_Set_Num_Threads", "openblas_set_num_threads") if hasattr(library, n))
@@ -32,28 +36,31 @@ def placed(x, offset):
     view[...] = x
     return view
 
-for count in (1, 2):
+pool = ThreadPoolExecutor(2)
+for count, at_once in ((1, 1), (2, 1), (1, 2)):
     threads(count)
     for m, n, k in {shapes}:
         for turned in range(4):
             a = rng.standard_normal((k, m) if turned & 1 else (m, k)).astype(np.float32)
             b = rng.standard_normal((n, k) if turned & 2 else (k, n)).astype(np.float32)
-            found = set()
-            for at in {places} * 2:
+            def product(at):
                 x, y, z = map(placed, (a, b, np.zeros((m, n), np.float32)), at)
                 library.cblas_sgemm(
                     101, 111 + (turned & 1), 111 + (turned >> 1), m, n, k,
                     1.0, x.ctypes.data, a.shape[1], y.ctypes.data, b.shape[1], 0.0, z.ctypes.data, n,
                 )
-                found.add(hashlib.sha256(z.tobytes()).hexdigest())
+                return hashlib.sha256(z.tobytes()).hexdigest()
+
+            found = set(pool.map(product, {places}) if at_once > 1 else map(product, {places} * 2))
             if len(found) > 1:
-                print(f"{{m}} x {{k}} x {{n}}, {{count}} threads: {{len(found)}} results")
+                print(f"{{m}} x {{k}} x {{n}}, {{count}} threads, {{at_once}} at once: {{len(found)}} results")
 """
 
 
 @pytest.mark.parametrize("name", list(CANDIDATES))
 def test_products_are_the_same_bits_wherever_their_buffers_lie(name):
-    """A resumed run has its buffers elsewhere; with this it equals an uninterrupted one, with one thread or two."""
+    """A resumed run has its buffers elsewhere; with this it equals an uninterrupted one: with one thread or two, and
+    where two lanes call at once."""
     script = BITS.format(shapes=SHAPES, places=PLACES)
     done = subprocess.run([sys.executable, "-c", script, CANDIDATES[name]], capture_output=True, text=True, check=True)
     assert done.stdout == ""
@@ -145,5 +152,56 @@ def test_a_library_that_fails_its_trial_is_not_chosen(tmp_path, monkeypatch):
     monkeypatch.delenv(blas.VARIABLE, raising=False)
     name, path = next(iter(CANDIDATES.items()))
     monkeypatch.setattr(blas, "candidates", lambda: {"broken": str(broken), name: path})
-    found = blas.find("a processor", 2)
+    found = blas.find(2)
     assert found.name == name and found.measured["broken"] == 0 < found.measured[name]
+
+
+def test_a_trial_that_takes_too_long_is_not_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(blas.VARIABLE, raising=False)
+
+    def busy(path):
+        raise subprocess.TimeoutExpired("trial", 10)
+
+    monkeypatch.setattr(blas, "_tried", busy)
+    monkeypatch.setattr(blas, "candidates", lambda: {"one": "/one", "two": "/two"})
+    assert blas.find(2) == blas.Blas("one", "/one", {})
+    assert not (tmp_path / "mlx-slm" / "blas.json").exists()
+    monkeypatch.setattr(blas, "_tried", lambda path: {"/one": 10.0, "/two": 20.0}[path])
+    assert blas.find(2).name == "two"
+    monkeypatch.setattr(blas, "processor", lambda: {"model name": "another", "flags": "avx512f"})
+    monkeypatch.setattr(blas, "_tried", lambda path: {"/one": 20.0, "/two": 10.0}[path])
+    assert blas.find(2).name == "one", "another processor is another key"
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless():
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(blas.Path, "home", homeless)
+    assert blas.cache().is_relative_to(tempfile.gettempdir())
+
+
+def test_a_library_beside_python_or_named_to_the_loader_is_found(tmp_path, monkeypatch):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / blas.SYSTEM).touch()
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"/nowhere:{tmp_path / 'lib'}")
+    assert blas.candidates()["libopenblas"] == str(tmp_path / "lib" / blas.SYSTEM)
+    monkeypatch.delenv("LD_LIBRARY_PATH")
+    monkeypatch.setattr(blas.sys, "prefix", str(tmp_path))
+    assert blas.candidates()["libopenblas"] == str(tmp_path / "lib" / blas.SYSTEM)
+
+
+def test_those_who_share_the_cores_leave_the_blas_as_it_was(monkeypatch):
+    """Two trainings in two threads that end in the order they began."""
+    told = []
+    monkeypatch.setattr(runtime, "_blas_library", SimpleNamespace(openblas_set_num_threads=told.append))
+    monkeypatch.setattr(runtime, "cores", lambda: 8)
+    first, second = runtime.sharing_cores(2), runtime.sharing_cores(4)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert told == [4, 2, 2, 8]

@@ -126,7 +126,10 @@ def _share(study: Study, jobs: int, command: list[str]) -> None:
             path = study.file.with_name(f"{study.name}-job{number}.log")
             with open(path, "w") as log, _on_cores(cores):
                 workers[path] = subprocess.Popen(
-                    [sys.executable, "-m", "mlx_slm", *command], stdout=log, stderr=subprocess.STDOUT
+                    [sys.executable, "-m", "mlx_slm", *command],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | runtime.same_blas(),
                 )
         study.report.line(f"{jobs} jobs; what each does: {', '.join(map(str, workers))}")
         working = True

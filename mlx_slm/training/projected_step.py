@@ -162,12 +162,15 @@ def _gram(stack: mx.array) -> mx.array:
 
 
 def network_bytes(shape: ProjectedShape, groups: int, rows: int, micro_groups: int, checkpoint_layers: bool) -> int:
-    """Memory of a step of `groups` groups of `rows` rows in fp32, an estimate: the plain step's on a micro-batch, the
-    network with its moments, the successors of one matrix, and each group's stacked weights and their gradients."""
+    """Memory of a step of `groups` groups of `rows` rows, an estimate: the plain step's on a micro-batch, the network
+    with its moments, the successors of one matrix and a copy of its groups, and each group's stacked weights and their
+    gradients in fp32; where the compute dtype is another, those of a micro-batch in it as well."""
+    dtype = runtime.compute_dtype()
     plain = training_bytes(shape.base, micro_groups * rows, checkpoint_layers)
-    largest = shape.h * shape.base.dims * shape.base.hidden_dims
+    largest = shape.base.dims * shape.base.hidden_dims
     stacks = shape.projected_parameters * (2 * groups + 2 * micro_groups)
-    return plain + 4 * (3 * shape.num_parameters + 3 * largest + stacks)
+    cast = 0 if dtype == mx.float32 else 2 * dtype.size * micro_groups * shape.projected_parameters
+    return plain + 4 * (3 * shape.num_parameters + (3 * shape.h + groups) * largest + stacks) + cast
 
 
 def groups_that_fit(

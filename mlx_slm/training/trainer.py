@@ -70,6 +70,8 @@ class State:
     """Evaluations since the best."""
     window: dict = field(default_factory=lambda: {"loss": 0.0, "tokens": 0, "steps": 0, "seconds": 0.0})
     """Sums since the last report."""
+    arithmetic: str = ""
+    """`runtime.arithmetic()` of the last step."""
 
     def to_json(self) -> dict:
         found = asdict(self)
@@ -106,7 +108,9 @@ class Trainer:
             parameters, moments, state = found
             self.state = State.from_json(state)
             report.line(f"resuming {run.name} at step {self.state.step:,} of {plan.steps:,}")
+            self._check_arithmetic()
             self._check_best()
+        self.state.arithmetic = runtime.arithmetic()
         self.metrics = checkpoint.Metrics(run, self.state.step)
         self.step = start(parameters, moments)
         self._pending: tuple | None = None
@@ -165,6 +169,13 @@ class Trainer:
     def flops(self) -> float:
         """FLOPs of all steps so far."""
         return self.state.step * self.plan.batch_rows * self.sampler.row_length * self.flops_per_token
+
+    def _check_arithmetic(self) -> None:
+        before, now = self.state.arithmetic, runtime.arithmetic()
+        if before and before != now:
+            self.report.warn(
+                f"trained so far with {before}, now with {now}: the last digits differ from an uninterrupted run's"
+            )
 
     def _check_best(self) -> None:
         """Forget a best checkpoint that cannot be read any more: the best from here on counts."""

@@ -328,3 +328,13 @@ def test_metrics_have_a_record_for_every_report(uninterrupted):
     assert [r["step"] for r in records if "valid_nll" in r] == [7, 14, 21, 26]
     assert records[0]["loss"] > records[-2]["loss"]
     json.dumps(records)
+
+
+def test_another_blas_on_resume_is_said(prepared, tmp_path, report, monkeypatch):
+    store = prepared.data("generic", "train")
+    make_trainer(store, tmp_path / "r", steps=10).run()
+    monkeypatch.setattr(runtime, "arithmetic", lambda: "another BLAS")
+    make_trainer(store, tmp_path / "r", report).run()
+    assert sum("now with another BLAS" in line for line in report.warnings) == 1
+    make_trainer(store, tmp_path / "r", report, steps=30).run()
+    assert len(report.warnings) == 1, "said once"
