@@ -113,7 +113,7 @@ def tokenizer_in(directory: Path, size: Size):
     from mlx_slm.text.tokenizer import train_tokenizer
 
     config = TokenizerConfig(vocab_size=min(4096, max(600, size.vocab_size)))
-    return train_tokenizer(directory / "tokenizer", [" ".join(topics_words())], config, {})
+    return train_tokenizer(directory / "tokenizer", [" ".join(topics_words())], config, {"settings": {}, "text": ""})
 
 
 def tokenising(size: Size) -> Case:

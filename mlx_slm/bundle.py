@@ -1,81 +1,68 @@
-"""A network (or a mixture) to hand over: one directory with which any machine specialises it to text of its own.
+"""A bundle that somebody handed over: read, checked, and its parts taken into a workspace.
 
-Section 7 of the paper: whoever pretrained never sees the private text, and whoever specialises needs no generic text. A
-bundle is a finished run with one checkpoint's weights, and what its domains are prepared and assigned with: tokenizer,
-centroids, and the encoder where it was fitted here.
+Section 7 of the paper: whoever pretrained never sees the private text, and whoever specialises needs no generic text.
+`handover` writes bundles. One may come from anybody, so nothing in it is trusted: only regular files under the names
+that a bundle has are read, all of them in full before the first is used, each in a form that is known, and nothing is
+written but copies of these below the workspace (docs/reliability.md).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_slm.clustering.clusters import KIND as CLUSTERS
+from mlx_slm.clustering.clusters import read_centroids
+from mlx_slm.clustering.encoder import FITTED, key_of, open_fitted
 from mlx_slm.clustering.encoder import KIND as ENCODER
-from mlx_slm.clustering.encoder import recorded_encoder
+from mlx_slm.config import DEFAULT_ENCODER, Config, ProjectionConfig, TokenizerConfig
 from mlx_slm.config_files import dump_config, load_config
 from mlx_slm.errors import SlmError
-from mlx_slm.experts import Experts, has_experts
+from mlx_slm.experts import has_experts
+from mlx_slm.files import Damaged, load_tokenizer_json, open_regular, read_json, regular_files
+from mlx_slm.forms import RunForm, TokenizerSettings
+from mlx_slm.models.projected import ProjectedShape, network_shapes
+from mlx_slm.models.transformer import parameter_shapes
 from mlx_slm.report import Report
+from mlx_slm.text.huggingface import CONFIG_FILE, JSON_FILE, open_tokenizer
 from mlx_slm.text.tokenizer import KIND as TOKENIZER
 from mlx_slm.training.checkpoint import KIND as CHECKPOINT
-from mlx_slm.training.checkpoint import STATE, WEIGHTS, checkpoint_path, save_arrays
-from mlx_slm.training.runs import Run, expert_path, find_run, open_expert
+from mlx_slm.training.checkpoint import WEIGHTS, checkpoint_path, read_safetensors
+from mlx_slm.training.runs import CONFIG, EXPERT, RECORD, Run, find_run, read_run
 from mlx_slm.workspace import (
     MANIFEST,
     Workspace,
     is_litter,
     load_manifest,
-    new_artifact,
-    read_json,
+    plain_name,
     replace_directory,
     verify,
-    write_json,
     write_text,
 )
 
 KIND = "bundle"
-
-
-def export_bundle(workspace: Workspace, run: Run, directory: Path) -> dict:
-    """Write a bundle of a run with experts; returns its facts.
-
-    Raises SlmError for a run without experts or unfinished, and for a directory that holds anything but a bundle.
-    """
-    if not has_experts(run):
-        raise SlmError(f"run {run.name} has no experts to hand over: its model is {workspace.model(run.name)}")
-    if not run.finished and run.milestone is None:
-        raise SlmError(f"run {run.name} is not finished: run its command again, it goes on")
-    _require_ours(directory)
-    experts, inputs = Experts(workspace, run), {"run": run.name, "is": run.identity}
-    missing = sorted({i for i, tokens in enumerate(experts.generic) if tokens} - set(experts.trained))
-    if missing:
-        raise SlmError(f"expert {missing[0]} of run {run.name} is not trained: run its command again, it goes on")
-    encoder = recorded_encoder(workspace, experts.clusters.encoder, "")
-    with new_artifact(directory.absolute(), KIND, inputs) as (path, info):
-        _write_weights(run, path)
-        for number in [] if experts.is_network else experts.trained:
-            _write_weights(open_expert(run, number), expert_path(path, number))
-        config = load_config(run.path / "config.yaml")
-        without_text = config.model_copy(update={"data": config.data.model_copy(update={"sets": {}})})
-        write_text(path / "config.yaml", dump_config(without_text))
-        copy_artifact(workspace.tokenizer, path / "tokenizer", TOKENIZER)
-        copy_artifact(experts.clusters.directory, path / "clusters" / str(experts.k), CLUSTERS)
-        fitted = workspace.root / "encoder" / encoder.key
-        if (fitted / MANIFEST).exists():
-            copy_artifact(fitted, path / "encoder" / encoder.key, ENCODER)
-        tokens = read_json(path / "run.json")["tokens"]
-        info.update(method=run.record["method"], k=experts.k, tokens=tokens, encoder=encoder.facts)
-        info["parameters_of_an_expert"] = run.shape.num_parameters
-        (path / "README.md").write_text(_card(run, info), encoding="utf-8")
-    return load_manifest(directory, KIND)["info"]
+TOKENIZER_FOLDER = "tokenizer"
+NAMES = re.compile(
+    r"manifest\.json|run\.json|config\.yaml|README\.md"
+    r"|tokenizer/(manifest\.json|tokenizer\.model|tokenizer\.json|tokenizer_config\.json)"
+    r"|clusters/\d{1,7}/(manifest\.json|centroids\.safetensors)"
+    r"|encoder/(?P<key>(lsi|static)-[0-9a-f]{8})/"
+    r"(manifest\.json|lsi\.safetensors|model\.safetensors|config\.json|tokenizer\.json)"
+    r"|(expert-\d{1,7}/)?checkpoints/step-\d{1,12}/(manifest\.json|model\.safetensors)"
+    r"|expert-\d{1,7}/run\.json",
+    re.ASCII,
+)
+"""All that a bundle has."""
 
 
 def is_bundle(path: str | os.PathLike) -> bool:
     """Whether a directory is a bundle."""
     manifest = Path(path) / MANIFEST
-    found = read_json(manifest) if manifest.exists() else None
+    found = read_json(manifest, links=False) if os.path.lexists(manifest) else None
     return isinstance(found, dict) and found.get("kind") == KIND
 
 
@@ -84,45 +71,73 @@ def bundle_at(workspace: Workspace, name: str) -> Path | None:
     return Path(name) if name not in workspace.runs() and is_bundle(name) else None
 
 
-def _require_ours(directory: Path) -> None:
-    """Raise SlmError for a directory that holds more than a bundle."""
-    there = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file() and not is_litter(p)}
-    ours = {MANIFEST, *load_manifest(directory, KIND)["files"]} if is_bundle(directory) else set()
-    if there - ours:
-        raise SlmError(f"--bundle {directory}: there is something else ({min(there - ours)}); name a new directory")
+def find_source(workspace: Workspace, name: str) -> Run:
+    """The run of a name in the workspace, or that of a bundle's directory, checked; raises SlmError for neither."""
+    if bundle := bundle_at(workspace, name):
+        manifest = checked(bundle)
+        return _run_of(bundle.absolute(), manifest)
+    if os.sep in name and "@" not in name:
+        raise SlmError(f"{name}: no bundle is there (`mlx-slm export RUN --bundle DIR` writes one)")
+    return find_run(workspace, name)
 
 
 def install_bundle(workspace: Workspace, directory: Path, report: Report) -> None:
     """Put tokenizer, centroids, encoder and configuration of a bundle into a workspace that has none, after checking
-    every byte; raises SlmError for a workspace that has others."""
-    manifest = load_manifest(directory, KIND)
-    parts = [("tokenizer", TOKENIZER), (f"clusters/{manifest['info']['k']}", CLUSTERS)]
-    parts += [
-        (path.parent.relative_to(directory).as_posix(), ENCODER) for path in directory.glob(f"encoder/*/{MANIFEST}")
-    ]
+    all of it; raises SlmError for a workspace that has others."""
+    manifest = checked(directory)
+    parts = _parts(directory, manifest)
     missing = []
-    for name, kind in parts:
+    for name, kind in parts.items():
         there = workspace.root / name
         if not (there / MANIFEST).exists():
-            missing.append((name, kind))
+            missing.append(name)
         elif load_manifest(there, kind)["fingerprint"] != load_manifest(directory / name, kind)["fingerprint"]:
             raise SlmError(f"{there} is another than that of the bundle {directory}: use a new --workspace")
     if missing:
         verify(directory, manifest)
-    for name, kind in missing:
-        copy_artifact(directory / name, workspace.root / name, kind)
+    for name in missing:
+        copy_artifact(directory / name, workspace.root / name, parts[name])
         report.line(f"took {name} from {directory}")
     if not workspace.config_file.exists():
-        write_text(workspace.config_file, (directory / "config.yaml").read_text(encoding="utf-8"))
+        write_text(workspace.config_file, dump_config(_config_of(directory)))
 
 
-def find_source(workspace: Workspace, name: str) -> Run:
-    """The run of a name in the workspace, or that of a bundle's directory; raises SlmError for neither."""
-    if bundle := bundle_at(workspace, name):
-        return Run(bundle.absolute(), read_json(bundle / "run.json"))
-    if os.sep in name and "@" not in name:
-        raise SlmError(f"{name}: no bundle is there (`mlx-slm export RUN --bundle DIR` writes one)")
-    return find_run(workspace, name)
+def checked(directory: Path) -> dict:
+    """The manifest of a bundle whose files are regular, of known names, whole (but for weights, which are verified when
+    they are installed or loaded), of known forms, and fit each other. Raises Damaged or SlmError."""
+    directory = Path(directory)
+    present = set(regular_files(directory, is_litter))
+    manifest = load_manifest(directory, KIND)
+    names = {MANIFEST, *manifest["files"]}
+    if odd := next((name for name in sorted(names) if not NAMES.fullmatch(name)), None):
+        raise Damaged(f"{directory / odd}: a bundle has no file of this name; get the bundle again")
+    if not {MANIFEST, RECORD, CONFIG, f"{TOKENIZER_FOLDER}/{MANIFEST}"} <= names <= present:
+        raise Damaged(f"{directory} lacks files that every bundle has; get the bundle again")
+    verify(directory, manifest, [name for name in manifest["files"] if "/checkpoints/" not in f"/{name}"])
+    run = _run_of(directory, manifest)
+    for name, kind in _parts(directory, manifest).items():
+        load_manifest(directory / name, kind)
+    tokenizer = open_tokenizer(directory / TOKENIZER_FOLDER)
+    of_hub = load_tokenizer_json(directory / TOKENIZER_FOLDER / JSON_FILE)
+    if of_hub.get_vocab_size(with_added_tokens=True) != tokenizer.vocab_size:
+        raise Damaged(f"{directory / TOKENIZER_FOLDER / JSON_FILE}: not the tokenizer beside it; get the bundle again")
+    if f"{TOKENIZER_FOLDER}/{CONFIG_FILE}" in names:
+        read_json(directory / TOKENIZER_FOLDER / CONFIG_FILE, TokenizerSettings)
+    if tokenizer.fingerprint != run.record["inputs"]["tokenizer"] or tokenizer.vocab_size > run.shape.vocab_size:
+        raise Damaged(f"{directory}: its tokenizer is not the one that its run was trained with; get the bundle again")
+    centroids = load_manifest(directory / f"clusters/{manifest['info']['k']}", CLUSTERS)
+    read_centroids(directory / f"clusters/{manifest['info']['k']}", centroids)
+    if centroids["fingerprint"] != run.record["inputs"]["clusters"]:
+        raise Damaged(f"{directory}: its centroids are not those that its run was trained with; get the bundle again")
+    if key := _encoder_key(manifest):
+        facts = centroids["inputs"]["embeddings"]
+        facts = {name: value for name, value in facts.items() if name != "store"}
+        if facts["encoder"] not in FITTED or key != key_of(facts):
+            raise Damaged(f"{directory}: its encoder is not the one of its clusters; get the bundle again")
+        open_fitted(directory / "encoder" / key, facts)
+    _config_of(directory)
+    _require_shapes(directory, run, names)
+    return manifest
 
 
 def copy_artifact(source: Path, path: Path, kind: str) -> None:
@@ -133,51 +148,75 @@ def copy_artifact(source: Path, path: Path, kind: str) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     for name in (*manifest["files"], MANIFEST):
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, temporary / name)
+        with open_regular(source / name, links=False) as found, open(temporary / name, "wb") as copy:
+            shutil.copyfileobj(found, copy, 1 << 20)
     replace_directory(temporary, path)
 
 
-def _write_weights(run: Run, path: Path) -> None:
-    """The run as it is after its last step, or at its milestone, without the moments that only more pretraining would
-    need."""
-    step, record = run.weights_step(), run.record | {"name": run.name}
-    if run.milestone is not None:
-        state = read_json(checkpoint_path(run.path, step) / STATE)
-        record |= {"status": "finished", "step": step, "tokens": state["tokens"], "seconds": state["seconds"]}
-    path.mkdir(parents=True, exist_ok=True)
-    write_json(path / "run.json", record)
-    if step is not None:
-        with new_artifact(checkpoint_path(path, step), CHECKPOINT, {"step": step}) as (directory, _):
-            save_arrays(directory / WEIGHTS, run.weights())
+def _run_of(directory: Path, manifest: dict) -> Run:
+    """The run of a bundle, of what its record says only what a run to start from needs."""
+    record = read_run(directory)
+    inputs, info = record["inputs"], manifest["info"]
+    run = Run(directory, {key: value for key, value in record.items() if key in RunForm.model_fields})
+    wrong = {"from", "importance", "lora", "teacher", "expert"} & set(inputs)
+    if wrong or "name" not in record or not has_experts(run) or not run.finished or record["select"] != "last":
+        raise Damaged(f"{directory / RECORD}: not the record of a network or a mixture to hand over")
+    plain_name(record["name"])
+    if (record["method"], inputs["k"]) != (info["method"], info["k"]):
+        raise Damaged(f"{directory}: its manifest and its record speak of different runs; get the bundle again")
+    return run
 
 
-def _card(run: Run, info: dict) -> str:
-    kind = "projected network" if info["method"] == "pn" else "hard mixture"
-    encoder = "\n".join(f"- {key}: {value}" for key, value in info["encoder"].items())
-    inputs, shape = run.record["inputs"], run.shape
-    mass = sum(inputs["generic"])
-    rows = "\n".join(f"| {i} | {tokens:,} | {tokens / mass:.2%} |" for i, tokens in enumerate(inputs["generic"]))
-    return f"""---
-library_name: mlx
-tags: [mlx, mlx-slm]
----
+def _parts(directory: Path, manifest: dict) -> dict[str, str]:
+    """What is taken into a workspace: {folder: kind}."""
+    parts = {TOKENIZER_FOLDER: TOKENIZER, f"clusters/{manifest['info']['k']}": CLUSTERS}
+    if key := _encoder_key(manifest):
+        parts[f"encoder/{key}"] = ENCODER
+    return parts
 
-# {run.name}
 
-A {kind} of {info["k"]} experts, each a language model of {info["parameters_of_an_expert"]:,} parameters
-({shape.family}, vocabulary {shape.vocab_size:,}, context {shape.context_length:,}), pretrained by mlx-slm on
-{info["tokens"]:,} tokens. With it a small model for a domain is made where the domain's text is, and nothing of that
-text leaves the machine:
+def _encoder_key(manifest: dict) -> str | None:
+    return next((found["key"] for name in manifest["files"] if (found := NAMES.fullmatch(name)) and found["key"]), None)
 
-    mlx-slm specialize --domain notes --from THIS_DIRECTORY notes/*.md
 
-A window of text belongs to the cluster whose centroid is nearest to its embedding by this encoder:
+def _config_of(directory: Path) -> Config:
+    """The configuration of a bundle without paths of the machine that it comes from: it must not name files here."""
+    try:
+        config = load_config(directory / CONFIG)
+    except SlmError as error:
+        raise Damaged(" ".join(str(error).split())[:400]) from error
+    made = load_manifest(directory / TOKENIZER_FOLDER, TOKENIZER)["inputs"]["settings"]
+    encoder = config.clusters.encoder
+    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", encoder, re.ASCII) and ".." not in encoder
+    changes = {
+        "data": config.data.model_copy(update={"sets": {}}),
+        "tokenizer": TokenizerConfig(**made),
+        "clusters": config.clusters.model_copy(
+            update={"encoder": encoder if encoder in FITTED or on_hub else DEFAULT_ENCODER}
+        ),
+    }
+    plain_name(config.data.generic)
+    return config.model_copy(update=changes)
 
-{encoder}
 
-Identity of the run: {run.identity}
-
-| cluster | generic tokens | share |
-|---|---|---|
-{rows}
-"""
+def _require_shapes(directory: Path, run: Run, names: set[str]) -> None:
+    """Raise Damaged where a bundle's weights are missing or not of the shapes that its record says."""
+    inputs = run.record["inputs"]
+    if run.record["method"] == "pn":
+        projected = ProjectedShape.of(ProjectionConfig(**inputs["projection"]), run.shape)
+        models = {run.path: network_shapes(projected)} if projected.k == inputs["k"] else {}
+    else:
+        trained = {name.split("/")[0] for name in names if name.startswith(EXPERT)}
+        models = {directory / name: parameter_shapes(run.shape) for name in trained}
+    for path, shapes in models.items():
+        own = Run(path, read_run(path))
+        weights = checkpoint_path(path, own.record["step"]) / WEIGHTS
+        if weights.relative_to(directory).as_posix() not in names or own.shape != run.shape:
+            raise Damaged(f"{path} lacks its weights, or is of another shape; get the bundle again")
+        load_manifest(weights.parent, CHECKPOINT)
+        found = {name: value.shape for name, value in read_safetensors(weights).items() if value.dtype == mx.float32}
+        if found != shapes:
+            name = min(set(found.items()) ^ set(shapes.items()))[0]
+            raise Damaged(f"{weights}: {name} is missing, or not of the shape that its record says")
+    if not models:
+        raise Damaged(f"{directory}: no weights that fit its record; get the bundle again")

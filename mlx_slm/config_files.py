@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from mlx_slm.config import Config
 from mlx_slm.errors import SlmError, nearest
+from mlx_slm.files import parse_yaml, read_yaml
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -34,17 +35,12 @@ def find_config(name: str) -> Path:
 def known_domains() -> dict[str, list[str]]:
     """Sources of the domains in the shipped domains.yaml."""
     path = shipped_configs().get("domains")
-    return yaml.safe_load(path.read_text()) if path else {}
+    return read_yaml(path) if path else {}
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply `--set a.b=c` overrides, and check it; raises one SlmError with every problem."""
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise SlmError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    except UnicodeDecodeError as error:
-        raise SlmError(f"{path}: not UTF-8 text: {error}") from error
+    raw = read_yaml(path) or {}
     if not isinstance(raw, dict):
         raise SlmError(f"{path}: expected sections ({', '.join(Config.model_fields)}), found a {type(raw).__name__}")
     for override in overrides:
@@ -77,10 +73,7 @@ def _override(raw: dict, override: str) -> None:
     if sections == ["training"] and last in HORIZON:
         for other in HORIZON:
             raw.pop(other, None)
-    try:
-        raw[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise SlmError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from error
+    raw[last] = parse_yaml(value, f"--set {override}")
 
 
 def _explain(item: dict) -> str:

@@ -9,9 +9,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slm.errors import SlmError
 from mlx_slm.export import from_huggingface, to_huggingface
+from mlx_slm.files import read_json
 from mlx_slm.models.transformer import Shape, Transformer
 from mlx_slm.training.checkpoint import read_safetensors
-from mlx_slm.workspace import fingerprint, is_litter, read_json, sha256
+from mlx_slm.workspace import fingerprint, is_litter, sha256
 
 GPT2 = {"activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True}
 LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}

@@ -12,6 +12,7 @@ from mlx_slm.clustering.target import Target, check_target
 from mlx_slm.config import Config, TokenizerConfig, TrainingConfig, format_size
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.export import export_run
+from mlx_slm.forms import Count
 from mlx_slm.init_from import Pretrained
 from mlx_slm.methods import (
     Ground,
@@ -31,10 +32,10 @@ from mlx_slm.scoring import validation_windows
 from mlx_slm.text.huggingface import open_tokenizer, tokenizer_of
 from mlx_slm.text.prepare import ensure_set, sources_of, text_needed
 from mlx_slm.text.store import Store
-from mlx_slm.training.runs import Run, alone_in, milestone_step, open_expert, open_run
+from mlx_slm.training.runs import Run, alone_in, milestone_step, open_expert, open_run, read_run
 from mlx_slm.training.step import measure_speed, rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer
-from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, read_json, write_json
+from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, read_record, write_record
 
 POOL = 4
 """Importance sampling draws some clusters often, so it gets so many times the text that it trains on."""
@@ -86,7 +87,7 @@ def _pretrain_mixture(ground: Ground, path: Path, fresh: bool, experts: list[int
     remedy = "start the whole mixture anew with --fresh and without --experts" if fresh else "start anew with --fresh"
     with alone_in(path):
         known = path / "run.json"
-        old = Run(path, read_json(known)) if known.exists() and not fresh else None
+        old = Run(path, read_run(path)) if known.exists() and not fresh else None
         left = [job for number, job in jobs.items() if number not in (_finished_experts(old, possible) if old else {})]
         announce = lambda: _announce(left, ground.config.training, report)  # noqa: E731
         run = open_run(ground.workspace, path, "mix", inputs, ground.config, again, announce=announce, remedy=remedy)
@@ -140,7 +141,7 @@ def _work(
         method = job.inputs["method"]
         run = open_run(ground.workspace, job.path, method, job.inputs, ground.config, fresh, announce=announce or say)
         for file, value in job.files.items():
-            write_json(job.path / file, value)
+            write_record(job.path / file, value)
         if run.finished:
             report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
         else:
@@ -256,14 +257,14 @@ def _horizon_tokens(
         return None
     file = path.parent / f".{path.name}.horizons.json"
     key = f"{training.hours:g} {fingerprint([shape.to_dict(), slowdown])[:12]}"
-    known = read_json(file) if file.exists() else {}
-    if key in known and not fresh:
+    known = read_record(file, dict[str, Count]) if file.exists() and not fresh else {}
+    if key in known:
         return known[key]
     report.line(f"measuring this machine's speed to turn {training.hours:g} hours into tokens (about a minute)")
     speed = calibrated_speed(shape, training, 60)
     tokens = int(speed / slowdown * training.hours * 3600)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, known | {key: tokens})
+    write_record(file, known | {key: tokens})
     report.line(f"{speed:,.0f} tokens/s: {training.hours:g} hours are {tokens:,} tokens")
     return tokens
 

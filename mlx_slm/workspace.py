@@ -15,6 +15,7 @@ import mmap
 import os
 import re
 import shutil
+import stat
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,14 +23,14 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_slm import forms
 from mlx_slm.errors import Busy, SlmError, nearest
+from mlx_slm.files import Damaged, open_regular, parse_json, read_bytes, read_json, require_form
+from mlx_slm.report import Report
 
 MANIFEST = "manifest.json"
 BLOCK = 4 << 20
-
-
-class Damaged(SlmError):
-    """An artifact whose bytes are not those that were written."""
+LINES_BYTES = 1 << 30
 
 
 class Workspace:
@@ -109,21 +110,39 @@ def alone(lock: Path, busy: str, waiting: Callable[[], None] | None = None) -> I
 
 
 def append_json(file: Path, record: dict) -> None:
-    """Add a line of JSON with one write, on a line of its own even behind one that a kill cut off."""
+    """Add a line of JSON with one write, on a line of its own even behind one that a kill cut off. Its last key is
+    `crc`, of what stands before it."""
     with open(file, "ab+", buffering=0) as out:
         if out.seek(0, os.SEEK_END):
             out.seek(-1, os.SEEK_END)
         whole = out.read(1) in (b"\n", b"")
-        out.write((b"" if whole else b"\n") + json.dumps(record).encode() + b"\n")
+        out.write((b"" if whole else b"\n") + json_line(record).encode())
 
 
-def read_json_lines(file: Path) -> list[dict]:
-    """The records of a file of JSON lines, none if there is no file; lines that a kill cut off are left out."""
-    records = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
+def json_line(record: dict) -> str:
+    """A record as a line of `append_json`."""
+    body = json.dumps(record)
+    return f'{body[:-1]}, "crc": {zlib.crc32(body.encode())}}}\n'
+
+
+def read_json_lines(file: Path, report: Report | None = None) -> list[dict]:
+    """The records of a file that `append_json` wrote, without their `crc`; none if there is no file.
+
+    A last line that a kill cut off is left out; other lines that are damaged are too, and `report` says how many.
+    """
+    *lines, cut_off = read_bytes(file, LINES_BYTES).decode("utf-8", "replace").split("\n") if file.exists() else [""]
+    records = [_record(line) for line in lines]
+    if damaged := report and records.count(None):
+        report.warn(f"{file}: {damaged} damaged lines are left out")
+    return [record for record in [*records, _record(cut_off)] if record is not None]
+
+
+def _record(line: str) -> dict | None:
+    body, mark, crc = line.rpartition(', "crc": ')
+    body += "}"
+    if not mark or crc != f"{zlib.crc32(body.encode())}}}":
+        return None
+    return parse_json(body)
 
 
 def plain_name(name: str) -> str:
@@ -170,6 +189,23 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
+def write_record(path: Path, record: dict) -> None:
+    """Write a dict as JSON with its own checksum; `read_record` gives it back."""
+    record = json.loads(json.dumps(record))
+    write_json(path, record | {"checksum": fingerprint(record)})
+
+
+def read_record(path: Path, form: type | None = None) -> dict:
+    """What `write_record` wrote; raises Damaged where a byte of it changed since, or it is not of a form."""
+    found = read_json(path)
+    checksum = found.pop("checksum", None) if isinstance(found, dict) else None
+    if checksum != fingerprint(found):
+        raise Damaged(f"{path} was changed after it was written; bring it back, or begin anew with --fresh")
+    if form is not None:
+        require_form(found, form, path)
+    return found
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, likewise whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -178,14 +214,6 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def read_json(path: Path):
-    """Read a JSON file; raises Damaged, naming it, where it does not parse."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise Damaged(f"{path} is damaged ({error}); remove it and run the command again") from error
 
 
 @contextlib.contextmanager
@@ -237,7 +265,7 @@ def recover(path: Path) -> None:
 
 
 def load_manifest(path: Path, kind: str) -> dict:
-    """Return the manifest at `path` after checking kind, names and sizes; raises SlmError or Damaged."""
+    """Return the manifest at `path` after checking form, kind, names and sizes; raises SlmError or Damaged."""
     recover(path)
     if not (path / MANIFEST).exists():
         raise SlmError(f"{path} holds no {kind} (no {MANIFEST})")
@@ -247,11 +275,18 @@ def load_manifest(path: Path, kind: str) -> dict:
     body = {key: value for key, value in manifest.items() if key != "checksum"}
     if fingerprint(body) != manifest.get("checksum"):
         raise Damaged(f"{path / MANIFEST} was changed after it was written; remove {path} and make it again")
+    require_form(manifest, forms.Manifest, path / MANIFEST)
+    for part, known in (("info", forms.INFO), ("inputs", forms.INPUTS)):
+        if kind in known:
+            require_form(manifest[part], known[kind], f"{path / MANIFEST}, {part}")
     for name, entry in manifest["files"].items():
         file = path / name
-        if not file.exists() or file.stat().st_size != entry["bytes"]:
-            found = f"has {file.stat().st_size} bytes" if file.exists() else "is missing"
-            raise Damaged(f"{file} {found}, {entry['bytes']} were written; remove {path} and make it again")
+        with contextlib.suppress(OSError):
+            stat_ = file.stat()
+            if stat.S_ISREG(stat_.st_mode) and stat_.st_size == entry["bytes"]:
+                continue
+        found = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
+        raise Damaged(f"{file} {found}, {entry['bytes']} were written; remove {path} and make it again")
     return manifest
 
 
@@ -324,13 +359,13 @@ class MappedFile:
 
 def block_checksums(path: Path, block: int = BLOCK) -> list[int]:
     """crc32 of each block of a file."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return [zlib.crc32(data) for data in iter(lambda: file.read(block), b"")]
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -79,7 +79,7 @@ def test_paper_configuration_has_the_papers_parameter_counts():
 def test_values_that_make_no_sense_are_named(tmp_path):
     path = write(tmp_path, "training: {tokens: 1M}\n")
     for override, message in (
-        ("data.field={", "the value is not YAML"),
+        ("data.field={", "not valid YAML"),
         ("model.dims=.inf", r"model\.dims: inf is not a size"),
         ("finetuning.micro_rows=3", "batch_rows 8 is not a multiple of micro_rows 3"),
         ("data.test_fraction=0.99", "leave no training text"),

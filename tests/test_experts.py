@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from training.test_trainer import assert_same, everything
 
 from mlx_slm import pretrain as pretraining
-from mlx_slm.bundle import export_bundle, find_source
+from mlx_slm.bundle import find_source
 from mlx_slm.cli import run
 from mlx_slm.clustering.importance import histogram
 from mlx_slm.config import MixtureConfig
@@ -24,6 +24,7 @@ from mlx_slm.evaluate import evaluate_models
 from mlx_slm.experts import Experts
 from mlx_slm.export import load_exported
 from mlx_slm.geometry import geometry
+from mlx_slm.handover import export_bundle
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.pretrain import pretrain
 from mlx_slm.report import Report
@@ -33,7 +34,7 @@ from mlx_slm.specialize import specialize
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.checkpoint import checkpoint_steps
 from mlx_slm.training.runs import alone_in, find_run, open_expert
-from mlx_slm.workspace import Workspace, load_manifest
+from mlx_slm.workspace import Workspace, load_manifest, write_record
 
 
 @pytest.fixture
@@ -301,11 +302,10 @@ def test_a_choice_from_more_experts_is_another_run(own, expert_config, report):
     shutil.rmtree(own.run("mix"))
     (own.run("mix")).mkdir()
     shutil.copyfile(own.run("pn") / "config.yaml", own.run("mix") / "config.yaml")
-    record = json.loads((own.run("notes-mix-pretrained-4k") / "run.json").read_text())
+    record = find_run(own, "notes-mix-pretrained-4k").record
     inputs = find_run(own, "pn").record["inputs"]
-    (own.run("mix") / "run.json").write_text(
-        json.dumps(record | {"method": "mix", "status": "running", "inputs": inputs | {"method": "mix"}})
-    )
+    changes = {"method": "mix", "status": "running", "inputs": inputs | {"method": "mix"}}
+    write_record(own.run("mix") / "run.json", record | changes)
     with pytest.raises(SlmError, match="run mix has no trained expert yet"):
         specialize(own, expert_config, "notes", report, "mix", 4000, select="finetuned", name="y")
 

@@ -94,7 +94,8 @@ def _show_experts(session: Session, name: str) -> None:
 
 def _verify(session: Session) -> list[str]:
     from mlx_slm.errors import SlmError
-    from mlx_slm.workspace import Damaged, load_manifest, read_json, verify
+    from mlx_slm.files import Damaged, read_json
+    from mlx_slm.workspace import load_manifest, verify
 
     good, damaged = [], []
     for path in session.workspace.artifacts():

@@ -175,7 +175,8 @@ def specialize(session: Session, domain, sources, from_run, select, lora, fuse, 
 
 def _how_to_use(session: Session, base: dict, adapter: Path) -> str:
     """How to run an adapter: with its base where that is exported at the same step, else fused."""
-    from mlx_slm.workspace import MANIFEST, read_json
+    from mlx_slm.files import read_json
+    from mlx_slm.workspace import MANIFEST
 
     model = session.workspace.model(base["run"])
     exported = read_json(model / MANIFEST)["inputs"] if (model / MANIFEST).exists() else {}

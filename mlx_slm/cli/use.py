@@ -124,7 +124,7 @@ def export(session: Session, run, bundle) -> None:
     """
     from pathlib import Path
 
-    from mlx_slm.bundle import export_bundle
+    from mlx_slm.handover import export_bundle
     from mlx_slm.training.runs import find_run
 
     session.start_computing()

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,11 +15,12 @@ import numpy as np
 
 from mlx_slm import runtime
 from mlx_slm.errors import SlmError
+from mlx_slm.files import Damaged, load_tokenizer_json, read_json, require_form
+from mlx_slm.forms import BertForm, ConfigForm, ModuleForm
 from mlx_slm.models.ops import gelu, gelu_exact, masked_attention
 from mlx_slm.models.transformer import split_heads
 from mlx_slm.text.store import length_batches
 from mlx_slm.training.checkpoint import read_safetensors
-from mlx_slm.workspace import read_json
 
 FAMILIES = {"bert": 0, "roberta": 1, "xlm-roberta": 1}
 """model_type -> whether positions are counted from pad_token_id + 1."""
@@ -115,22 +117,21 @@ class SentenceEncoder:
     shard_windows = 512
 
     def __init__(self, directory: Path, long_windows: str = "mean"):
-        from tokenizers import Tokenizer
-
         self.directory, self.long_windows = Path(directory), long_windows
-        config = _require_json(self.directory / "config.json")
+        config = _require_json(self.directory / "config.json", ConfigForm)
         if config.get("model_type") not in FAMILIES:
             raise SlmError(
                 f"{self.directory}: a sentence encoder of type {config.get('model_type')!r} is not supported; "
                 f"supported: {', '.join(FAMILIES)}"
             )
+        require_form(config, BertForm, self.directory / "config.json")
         if config["hidden_act"] not in ACTIVATIONS or config.get("position_embedding_type", "absolute") != "absolute":
             raise SlmError(f"{self.directory / 'config.json'}: its activation or positions are not supported")
         self.pooling, self.normalize = _modules(self.directory)
         limit = next(filter(None, map(self._limit, LIMITS)), None)
         self.max_pieces = min(limit or 10**9, config["max_position_embeddings"] - first_position(config))
         self.dims = config["hidden_size"]
-        self._tokenizer = Tokenizer.from_file(str(_require(self.directory / "tokenizer.json")))
+        self._tokenizer = load_tokenizer_json(_require(self.directory / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._special = self._tokenizer.encode("").ids
@@ -144,7 +145,10 @@ class SentenceEncoder:
 
     def _limit(self, place: tuple[str, str]) -> int | None:
         file, key = self.directory / place[0], place[1]
-        return read_json(file).get(key) if file.exists() else None
+        found = read_json(file, dict[str, Any]).get(key) if file.exists() else None
+        if found is not None and (not isinstance(found, int) or found < 1):
+            raise Damaged(f"{file}: {key} {found!r} is not a number of word pieces")
+        return found
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Embeddings of texts, fp32 [texts, dims]."""
@@ -195,10 +199,10 @@ class SentenceEncoder:
 def _modules(directory: Path) -> tuple[str, bool]:
     """(pooling, normalised) as modules.json says; raises SlmError for modules that are not known here."""
     pooling, normalize = None, False
-    for module in _require_json(directory / "modules.json"):
+    for module in _require_json(directory / "modules.json", list[ModuleForm]):
         kind = module["type"].rsplit(".", 1)[-1]
         if kind == "Pooling":
-            config = _require_json(directory / module["path"] / "config.json")
+            config = _require_json(directory / module["path"] / "config.json", dict[str, Any])
             modes = [config["pooling_mode"]] if "pooling_mode" in config else []
             modes += [k.split("_")[2] for k, v in config.items() if k.startswith("pooling_mode_") and v is True]
             pooling = modes[0] if len(modes) == 1 else "+".join(modes)
@@ -217,5 +221,5 @@ def _require(path: Path) -> Path:
     return path
 
 
-def _require_json(path: Path):
-    return read_json(_require(path))
+def _require_json(path: Path, form: type):
+    return read_json(_require(path), form)

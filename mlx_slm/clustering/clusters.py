@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +21,8 @@ from mlx_slm.clustering.kmeans import State, assign, kmeans
 from mlx_slm.clustering.sampler import Stream, separated_ends
 from mlx_slm.config import ClustersConfig, Config
 from mlx_slm.errors import SlmError
+from mlx_slm.files import Damaged, read_arrays, read_json
+from mlx_slm.forms import CountsForm
 from mlx_slm.report import Report
 from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.prepare import ensure_set
@@ -58,7 +59,7 @@ class Assigned:
             MappedFile(self.directory / name, dtype, files[name]) for name, dtype in FILES.items()
         )
         verify(self.directory, self.manifest, ["counts.json"])
-        counts = json.loads((self.directory / "counts.json").read_text())
+        counts = read_json(self.directory / "counts.json", CountsForm)
         self.bounds = np.concatenate([[0], np.cumsum(counts["windows"])])
         self.tokens = np.array(counts["tokens"], np.int64)
         self.nearest: list[list[int]] = counts["nearest"]
@@ -77,7 +78,7 @@ class Clusters:
         self.k, self.directory = k, workspace.clusters(k)
         self.manifest = load_manifest(self.directory, KIND)
         verify(self.directory, self.manifest)
-        self.centroids = load_file(self.directory / CENTROIDS)["centroids"]
+        self.centroids = read_centroids(self.directory, self.manifest)
 
     @property
     def fingerprint(self) -> str:
@@ -90,6 +91,14 @@ class Clusters:
 
     def assigned(self, name: str, split: str) -> Assigned:
         return Assigned(self.directory / name / split)
+
+
+def read_centroids(directory: Path, manifest: dict) -> np.ndarray:
+    """fp32 [k, dims]; raises Damaged for numbers that are none, or not as many as the manifest says."""
+    found = read_arrays(directory / CENTROIDS, {"centroids": 2})["centroids"]
+    if found.shape != (manifest["info"]["k"], manifest["info"]["dims"]) or not np.isfinite(found).all():
+        raise Damaged(f"{directory / CENTROIDS}: not the centroids that its manifest speaks of")
+    return found
 
 
 def ensure_clusters(

@@ -17,20 +17,11 @@ from mlx_slm.clustering import lsi, static
 from mlx_slm.clustering.bert import SentenceEncoder
 from mlx_slm.config import DEFAULT_ENCODER, ClustersConfig
 from mlx_slm.errors import SlmError
+from mlx_slm.files import read_json
 from mlx_slm.report import Report
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
-from mlx_slm.workspace import (
-    MANIFEST,
-    Workspace,
-    fingerprint,
-    is_litter,
-    load_manifest,
-    new_artifact,
-    read_json,
-    sha256,
-    verify,
-)
+from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, is_litter, load_manifest, new_artifact, sha256, verify
 
 REVISION = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -58,7 +49,7 @@ class Choice:
 
     @property
     def key(self) -> str:
-        return _key(self.facts)
+        return key_of(self.facts)
 
 
 def choose_encoder(
@@ -88,10 +79,10 @@ def recorded_encoder(workspace: Workspace, facts: dict, name: str) -> Choice:
     def opened() -> Encoder:
         kind = facts["encoder"]
         if kind in FITTED:
-            path = workspace.root / "encoder" / _key(facts)
+            path = workspace.root / "encoder" / key_of(facts)
             if not (path / MANIFEST).exists():
                 raise SlmError(f"{path}, the encoder that the clusters were made with, is not there: bring it back")
-            return _open_fitted(path, facts)
+            return open_fitted(path, facts)
         directory = find_directory(kind if kind == DEFAULT_ENCODER else name)
         if kind != DEFAULT_ENCODER and _identity(directory) != facts["files"]:
             raise SlmError(
@@ -105,7 +96,7 @@ def recorded_encoder(workspace: Workspace, facts: dict, name: str) -> Choice:
 
 def _fitted(workspace: Workspace, facts: dict, generic: Store, tokenizer: Tokenizer, report: Report) -> Encoder:
     name = facts["encoder"]
-    path = workspace.root / "encoder" / _key(facts)
+    path = workspace.root / "encoder" / key_of(facts)
     if not (path / MANIFEST).exists():
         source = SentenceEncoder(find_directory(DEFAULT_ENCODER)) if name == "static" else None
         sample = sample_texts(generic, tokenizer, facts["seed"])
@@ -115,16 +106,18 @@ def _fitted(workspace: Workspace, facts: dict, generic: Store, tokenizer: Tokeni
                 static.distil(source, sample, facts["dims"], directory, report)
             else:
                 lsi.fit(sample, facts["dims"], facts["seed"], directory, report)
-    return _open_fitted(path, facts)
+    return open_fitted(path, facts)
 
 
-def _open_fitted(path: Path, facts: dict) -> Encoder:
+def open_fitted(path: Path, facts: dict) -> Encoder:
+    """An encoder that was fitted on a generic set, checked."""
     verify(path, load_manifest(path, KIND))
     static_one = facts["encoder"] == "static"
     return static.StaticEncoder(path, facts["long_windows"]) if static_one else lsi.LsiEncoder(path)
 
 
-def _key(facts: dict) -> str:
+def key_of(facts: dict) -> str:
+    """The folder of an encoder."""
     return f"{Path(facts['encoder']).name}-{fingerprint(facts)[:8]}"
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from mlx_slm.errors import SlmError
+from mlx_slm.files import read_yaml
 
 
 def histogram(clusters: np.ndarray, lengths: np.ndarray, k: int) -> np.ndarray:
@@ -171,10 +171,7 @@ def read_weights(path: Path, k: int) -> np.ndarray:
 
     They need not sum to 1. Returns float64 [k]; raises SlmError naming the file and the entry.
     """
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SlmError(f"--weights {path}: cannot be read ({' '.join(str(error).split())})") from error
+    found = read_yaml(path)
     pairs = list(enumerate(found) if isinstance(found, list) else getattr(found, "items", list)())
     if not pairs or (isinstance(found, list) and len(found) != k):
         raise SlmError(f"--weights {path}: expected a list of {k} numbers, or a mapping from cluster to number")

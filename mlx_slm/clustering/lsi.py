@@ -12,8 +12,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from mlx_slm.files import Damaged, read_arrays
 from mlx_slm.report import Report
 
 BUCKETS = 1 << 14
@@ -32,8 +33,10 @@ class LsiEncoder:
     long_windows = "mean"
 
     def __init__(self, directory: Path):
-        arrays = load_file(Path(directory) / PROJECTION)
+        arrays = read_arrays(Path(directory) / PROJECTION, {"idf": 1, "projection": 2})
         self._idf = arrays["idf"]
+        if arrays["projection"].shape[0] != BUCKETS or len(self._idf) != BUCKETS:
+            raise Damaged(f"{Path(directory) / PROJECTION} is not the projection of an lsi encoder")
         self._projection = mx.array(arrays["projection"])
         self.dims = arrays["projection"].shape[1]
         self._words = Words()

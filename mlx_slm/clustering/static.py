@@ -11,12 +11,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from mlx_slm.clustering.bert import SentenceEncoder
 from mlx_slm.errors import SlmError
+from mlx_slm.files import Damaged, load_tokenizer_json, read_arrays, read_json
+from mlx_slm.forms import StaticForm
 from mlx_slm.report import Report
-from mlx_slm.workspace import read_json
 
 TABLE = "model.safetensors"
 SIF = 1e-4
@@ -33,24 +34,28 @@ class StaticEncoder:
     max_pieces = 512
 
     def __init__(self, directory: Path, long_windows: str = "mean"):
-        from tokenizers import Tokenizer
-
         self.directory, self.long_windows = Path(directory), long_windows
         for name in (TABLE, "config.json", "tokenizer.json"):
             if not (self.directory / name).exists():
                 raise SlmError(f"{self.directory / name} is missing: a model2vec directory is needed")
-        arrays = load_file(self.directory / TABLE)
+        arrays = read_arrays(self.directory / TABLE)
         if "embeddings" not in arrays or "mapping" in arrays or "weights" in arrays:
             raise SlmError(
                 f"{self.directory / TABLE} has no plain table `embeddings`: a model2vec directory without vocabulary "
                 "quantisation is needed"
             )
-        self.normalize = read_json(self.directory / "config.json").get("normalize", True)
+        self.normalize = read_json(self.directory / "config.json", StaticForm).get("normalize", True)
         table = arrays["embeddings"].astype(np.float32)
+        if table.ndim != 2:
+            raise Damaged(f"{self.directory / TABLE}: `embeddings` is no table [pieces, dims]")
         self.dims = table.shape[1]
         self._nothing = len(table)
         self._table = mx.array(np.concatenate([table, np.zeros((1, self.dims), np.float32)]))
-        self._tokenizer = Tokenizer.from_file(str(self.directory / "tokenizer.json"))
+        self._tokenizer = load_tokenizer_json(self.directory / "tokenizer.json")
+        if self._tokenizer.get_vocab_size(with_added_tokens=True) > len(table):
+            raise Damaged(
+                f"{self.directory / TABLE} has {len(table):,} rows, fewer than tokenizer.json has word pieces"
+            )
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         unknown = json.loads(self._tokenizer.to_str())["model"].get("unk_token")

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slm.config import ProjectionConfig
 from mlx_slm.errors import SlmError
-from mlx_slm.models.transformer import Shape, initialise
+from mlx_slm.models.transformer import Shape, initialise, parameter_shapes
 
 MATRICES = {
     "gpt2": ("model.h.{}.mlp.c_fc", "model.h.{}.mlp.c_proj"),
@@ -93,6 +93,16 @@ def initialise_network(shape: ProjectedShape, config: ProjectionConfig, seed: in
         scale = 0.0 if anchored else float(np.std(np.array(first), dtype=np.float64))
         T[name] = mx.concatenate([first[None], scale * mx.random.normal(rest, key=key)])
     return {"shared": tree_unflatten(list(plain.items())), "E": E, "M": M, "T": T}
+
+
+def network_shapes(shape: ProjectedShape) -> dict[str, tuple[int, ...]]:
+    """The shapes of `initialise_network`'s parameters, by their flat names."""
+    plain = parameter_shapes(shape.base)
+    found: dict[str, tuple[int, ...]] = {"E": (shape.k, shape.m)}
+    for name in shape.matrices:
+        found[f"M.{name}"] = (shape.m, shape.h)
+        found[f"T.{name}"] = (shape.h, *plain.pop(name))
+    return found | {f"shared.{name}": size for name, size in plain.items()}
 
 
 def network_of(tree: dict) -> dict:

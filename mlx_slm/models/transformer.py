@@ -283,6 +283,11 @@ def run_checkpointed(layer: nn.Module, x: mx.array) -> mx.array:
     return mx.checkpoint(inner)(layer.trainable_parameters(), x)
 
 
+def parameter_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Shapes of a transformer's parameters by their flat names."""
+    return {name: value.shape for name, value in tree_flatten(Transformer(shape).parameters())}
+
+
 def initialise(shape: Shape, seed: int) -> dict:
     """Fresh fp32 parameters as a nested dict, GPT's way: N(0, 0.02), the two projections into the residual stream
     divided by sqrt(2 * num_layers), biases 0, norms 1. For a seed the same random bits on every backend; the normal

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from mlx_slm.errors import SlmError
+from mlx_slm.files import Damaged, load_tokenizer_json, read_json
+from mlx_slm.forms import ConfigForm, TokenizerSettings
 from mlx_slm.text.tokenizer import FILES, KIND, MODEL_FILE, SPACE, Tokenizer
-from mlx_slm.workspace import load_manifest, new_artifact, read_json, sha256, verify
+from mlx_slm.workspace import load_manifest, new_artifact, sha256, verify
 
 JSON_FILE, CONFIG_FILE = FILES
 
@@ -22,18 +24,18 @@ class HuggingFaceTokenizer:
     files = FILES
 
     def __init__(self, directory: Path):
-        import tokenizers
-
         self.manifest = load_manifest(directory, KIND)
         verify(directory, self.manifest)
         self.directory = Path(directory)
         self.fingerprint = self.manifest["files"][JSON_FILE]["sha256"]
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(self.directory / JSON_FILE))
+        self._tokenizer = load_tokenizer_json(self.directory / JSON_FILE)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self.eos_id = self.manifest["info"]["eos_id"]
+        self.eos_id = self.manifest["info"].get("eos_id", -1)
+        if not 0 <= self.eos_id < self.vocab_size:
+            raise Damaged(f"{self.directory}: its end-of-text token {self.eos_id} is not one of its tokens")
         self.token_bytes = self._token_bytes()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -69,8 +71,10 @@ class HuggingFaceTokenizer:
 
 def open_tokenizer(directory: Path) -> Tokenizer | HuggingFaceTokenizer:
     """The workspace's tokenizer, trained or taken from a model."""
-    trained = MODEL_FILE in load_manifest(directory, KIND)["files"]
-    return Tokenizer(directory) if trained else HuggingFaceTokenizer(directory)
+    files = load_manifest(directory, KIND)["files"]
+    if JSON_FILE not in files or not all("sha256" in entry for entry in files.values()):
+        raise Damaged(f"{directory} is not a tokenizer with its {JSON_FILE}; remove it and make it again")
+    return Tokenizer(directory) if MODEL_FILE in files else HuggingFaceTokenizer(directory)
 
 
 def import_tokenizer(model: Path, directory: Path, inputs: dict) -> Tokenizer | HuggingFaceTokenizer:
@@ -79,7 +83,7 @@ def import_tokenizer(model: Path, directory: Path, inputs: dict) -> Tokenizer | 
     Raises SlmError if there is no tokenizer.json, or no end-of-text token.
     """
     require_tokenizer_json(model)
-    settings = read_json(model / CONFIG_FILE) if (model / CONFIG_FILE).exists() else {}
+    settings = read_json(model / CONFIG_FILE, TokenizerSettings) if (model / CONFIG_FILE).exists() else {}
     ours = (model / MODEL_FILE).exists() and settings.get("tokenizer_class") == "PreTrainedTokenizerFast"
     with new_artifact(directory, KIND, inputs) as (path, info):
         for name in (MODEL_FILE, *FILES) if ours else FILES:
@@ -94,9 +98,7 @@ def import_tokenizer(model: Path, directory: Path, inputs: dict) -> Tokenizer | 
 
 def _write_config(directory: Path, eos_id: int) -> None:
     """A tokenizer_config.json for a model that has none, so that what is exported has one."""
-    import tokenizers
-
-    end = tokenizers.Tokenizer.from_file(str(directory / JSON_FILE)).id_to_token(eos_id)
+    end = load_tokenizer_json(directory / JSON_FILE).id_to_token(eos_id)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end}
     (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=1))
 
@@ -116,13 +118,11 @@ def require_tokenizer_json(model: Path) -> None:
 
 
 def _end_of_text(model: Path, settings: dict) -> int:
-    import tokenizers
-
     token = settings.get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
-    found = tokenizers.Tokenizer.from_file(str(model / JSON_FILE)).token_to_id(token) if token else None
+    found = load_tokenizer_json(model / JSON_FILE).token_to_id(token) if token else None
     if found is None and (model / "config.json").exists():
-        named = read_json(model / "config.json").get("eos_token_id")
+        named = read_json(model / "config.json", ConfigForm).get("eos_token_id")
         found = named[0] if isinstance(named, list) else named
     if found is None:
         raise SlmError(f"{model}: no end-of-text token: name one as eos_token in {CONFIG_FILE}")

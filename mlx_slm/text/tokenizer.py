@@ -18,6 +18,7 @@ import sentencepiece
 
 from mlx_slm.config import TokenizerConfig
 from mlx_slm.errors import SlmError
+from mlx_slm.files import Damaged, read_bytes
 from mlx_slm.workspace import load_manifest, new_artifact, verify
 
 KIND = "tokenizer"
@@ -26,6 +27,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 SPACE = "\u2581"
 UNKNOWN, END = "<unk>", "</s>"
 PIECE_BYTES = 4000
+MODEL_BYTES = 256 << 20
 
 
 class Tokenizer:
@@ -37,9 +39,17 @@ class Tokenizer:
         self.manifest = load_manifest(directory, KIND)
         verify(directory, self.manifest)
         self.directory = Path(directory)
-        self._model = sentencepiece.SentencePieceProcessor(model_file=str(directory / MODEL_FILE))
+        try:
+            found = read_bytes(self.directory / MODEL_FILE, MODEL_BYTES)
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=found or b"nothing")
+        except RuntimeError as error:
+            raise Damaged(
+                f"{self.directory / MODEL_FILE} is not a sentencepiece model; make the tokenizer again"
+            ) from error
         self.vocab_size = self._model.get_piece_size()
         self.eos_id = self._model.eos_id()
+        if self.eos_id < 0:
+            raise Damaged(f"{self.directory / MODEL_FILE} has no end-of-text token; make the tokenizer again")
         self.fingerprint = self.manifest["files"][MODEL_FILE]["sha256"]
         self.token_bytes = np.array([self._bytes(i) for i in range(self.vocab_size)], np.uint8)
 

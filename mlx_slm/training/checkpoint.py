@@ -6,7 +6,6 @@ before it. `metrics.jsonl` is cut back to the step that training resumes from.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -18,16 +17,18 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from mlx_slm.errors import SlmError
+from mlx_slm.files import Damaged, read_json, require_safetensors
+from mlx_slm.forms import StateForm
 from mlx_slm.report import Report
 from mlx_slm.workspace import (
-    Damaged,
     append_json,
+    json_line,
     load_manifest,
     new_artifact,
-    read_json,
     read_json_lines,
     verify,
     write_json,
+    write_text,
 )
 
 KIND = "checkpoint"
@@ -53,10 +54,8 @@ def load_arrays(path: Path) -> dict:
 
 def read_safetensors(path: Path) -> dict[str, mx.array]:
     """Arrays by name; raises SlmError, naming the file, for one that cannot be read."""
-    try:
-        return mx.load(str(path))
-    except RuntimeError as error:
-        raise SlmError(f"{path} is not a whole safetensors file: {error}") from error
+    require_safetensors(path)
+    return mx.load(str(path))
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -77,14 +76,15 @@ def save_checkpoint(run: Path, step: int, parameters: dict, moments: dict, state
 def checkpoint_steps(run: Path) -> list[int]:
     """Steps of the checkpoints at hand, ascending."""
     found = (run / "checkpoints").glob("step-*/manifest.json")
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+    steps = (path.parent.name.removeprefix("step-") for path in found)
+    return sorted(int(step) for step in steps if step.isascii() and step.isdecimal() and step == str(int(step)))
 
 
 def load_checkpoint(run: Path, step: int) -> tuple[dict, dict, dict]:
     """Return (parameters, moments, state) of one checkpoint after checking every byte; raises Damaged."""
     path = checkpoint_path(run, step)
     verify(path, load_manifest(path, KIND))
-    return load_arrays(path / WEIGHTS), load_arrays(path / MOMENTS), read_json(path / STATE)
+    return load_arrays(path / WEIGHTS), load_arrays(path / MOMENTS), read_json(path / STATE, StateForm)
 
 
 def load_weights(run: Path, step: int) -> dict:
@@ -123,12 +123,10 @@ def load_newest(run: Path, report: Report) -> tuple[dict, dict, dict] | None:
 class Metrics:
     """`metrics.jsonl`: a line per report and per evaluation, each with its step."""
 
-    def __init__(self, run: Path, resumed_step: int):
+    def __init__(self, run: Path, resumed_step: int, report: Report):
         self.path = run / "metrics.jsonl"
-        kept = [line for line in read_json_lines(self.path) if line["step"] <= resumed_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        kept = [line for line in read_json_lines(self.path, report) if line["step"] <= resumed_step]
+        write_text(self.path, "".join(map(json_line, kept)))
 
     def write(self, record: dict) -> None:
         append_json(self.path, record)

@@ -15,14 +15,16 @@ from pathlib import Path
 
 from mlx_slm import runtime
 from mlx_slm.config import Config, parse_size
-from mlx_slm.config_files import dump_config
+from mlx_slm.config_files import dump_config, load_config
 from mlx_slm.errors import OtherSettings, SlmError, nearest
+from mlx_slm.files import Damaged
+from mlx_slm.forms import RunForm
 from mlx_slm.models.transformer import Shape
 from mlx_slm.training import checkpoint
 from mlx_slm.training.trainer import State
-from mlx_slm.workspace import Workspace, alone, fingerprint, read_json, write_json, write_text
+from mlx_slm.workspace import Workspace, alone, fingerprint, read_record, sha256, write_record, write_text
 
-IMPORTANCE = "importance.json"
+RECORD, CONFIG, IMPORTANCE = "run.json", "config.yaml", "importance.json"
 EXPERT = "expert-"
 """A run of several models keeps each in a folder of this name and its number."""
 
@@ -74,11 +76,18 @@ class Run:
 
     def save(self) -> None:
         """Write the record."""
-        write_json(self.path / "run.json", self.record)
+        write_record(self.path / RECORD, self.record)
 
     def importance(self) -> dict:
         """The report of importance sampling, with the distribution that the rows were drawn from."""
-        return read_json(self.path / IMPORTANCE)
+        return read_record(self.path / IMPORTANCE)
+
+    def config(self) -> Config:
+        """The configuration that this run began with; raises Damaged where the file was changed since."""
+        path = self.path / CONFIG
+        if sha256(path) != self.record.get("config"):
+            raise Damaged(f"{path} was changed after it was written; bring it back, or begin anew with --fresh")
+        return load_config(path)
 
     @property
     def label(self) -> str:
@@ -156,7 +165,7 @@ def open_run(
 
     `announce` is called before anything is begun or, with `fresh`, removed; it may raise. Call this in `alone_in`.
     """
-    record = read_json(path / "run.json") if (path / "run.json").exists() and not fresh else None
+    record = read_run(path) if (path / RECORD).exists() and not fresh else None
     if record and record["inputs"] != inputs:
         changed = sorted(k for k in {*inputs, *record["inputs"]} if record["inputs"].get(k) != inputs.get(k))
         what = ", ".join(_difference(k, record["inputs"].get(k), inputs.get(k)) for k in changed)
@@ -176,10 +185,16 @@ def open_run(
             for made in (workspace.model(path.name), workspace.adapter(path.name)):
                 shutil.rmtree(made, ignore_errors=True)
     path.mkdir(parents=True, exist_ok=True)
-    write_text(path / "config.yaml", dump_config(config))
+    write_text(path / CONFIG, dump_config(config))
     record = {"method": method, "inputs": inputs, "status": "running", "select": select, "started": time.time()}
-    write_json(path / "run.json", record)
-    return Run(path, record)
+    run = Run(path, record | {"config": sha256(path / CONFIG)})
+    run.save()
+    return run
+
+
+def read_run(path: Path) -> dict:
+    """The record of the run in a directory; raises Damaged for one that was changed."""
+    return read_record(path / RECORD, RunForm)
 
 
 def expert_path(run: Path, expert: int) -> Path:
@@ -190,7 +205,7 @@ def expert_path(run: Path, expert: int) -> Path:
 def open_expert(run: Run, expert: int) -> Run | None:
     """One model of a run of several; None where it was not begun."""
     path = expert_path(run.path, expert)
-    return Run(path, read_json(path / "run.json")) if (path / "run.json").exists() else None
+    return Run(path, read_run(path)) if (path / RECORD).exists() else None
 
 
 def milestone_step(tokens: int, batch_rows: int, context_length: int) -> int:
@@ -208,7 +223,7 @@ def find_run(workspace: Workspace, name: str) -> Run:
         known = workspace.runs()
         listed = ", ".join(known) or "none; `mlx-slm pretrain` makes the first"
         raise SlmError(f"no run {name!r} in {workspace.root}{nearest(name, known)}; runs: {listed}")
-    return Run(path, read_json(path / "run.json"))
+    return Run(path, read_run(path))
 
 
 def _at(run: Run, tokens: str) -> Run:

@@ -111,7 +111,7 @@ class Trainer:
             self._check_arithmetic()
             self._check_best()
         self.state.arithmetic = runtime.arithmetic()
-        self.metrics = checkpoint.Metrics(run, self.state.step)
+        self.metrics = checkpoint.Metrics(run, self.state.step, report)
         self.step = start(parameters, moments)
         self._pending: tuple | None = None
         self._saved_step, self._saved_at = self.state.step if found else -1, time.perf_counter()

@@ -17,10 +17,11 @@ from mlx_slm.clustering.kmeans import assign
 from mlx_slm.clustering.lsi import LsiEncoder
 from mlx_slm.config_files import dump_config
 from mlx_slm.errors import SlmError
+from mlx_slm.files import Damaged
 from mlx_slm.report import Report
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store
-from mlx_slm.workspace import Damaged, Workspace, alone
+from mlx_slm.workspace import Workspace, alone
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,7 @@ def test_weights_come_from_yaml_or_json(tmp_path, text):
         ("[1, -2, 0]", "1: -2: expected"),
         ("[1, .nan, 0]", "1: nan: expected"),
         ("[0, 0, 0]", "all weights are 0"),
-        ("[1, ", "cannot be read"),
+        ("[1, ", "not valid YAML"),
     ],
 )
 def test_weights_that_make_no_sense_are_refused(tmp_path, text, message):

@@ -5,8 +5,8 @@ from mlx.utils import tree_flatten
 
 from mlx_slm.config import Config, ModelConfig
 from mlx_slm.export import export_model, load_exported
+from mlx_slm.files import Damaged
 from mlx_slm.models.transformer import Shape, Transformer, initialise
-from mlx_slm.workspace import Damaged
 
 CONFIGS = {
     "gpt2": ModelConfig(family="gpt2", num_layers=3, dims=48, num_heads=4),

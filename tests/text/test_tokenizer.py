@@ -18,6 +18,9 @@ PROBES = [
 ]
 
 
+MADE_FROM = {"settings": {}, "text": "by hand"}
+
+
 def huggingface(directory):
     from transformers import AutoTokenizer
 
@@ -77,7 +80,7 @@ def test_pieces_join_to_the_text_and_stay_below_the_limit():
 def test_long_documents_reach_the_trainer(tmp_path):
     # The default limit of 4,192 bytes would skip a document of one long line.
     text = " ".join(f"zyx{i % 50}" for i in range(20_000))
-    made = train_tokenizer(tmp_path / "t", [text], TokenizerConfig(vocab_size=310), {})
+    made = train_tokenizer(tmp_path / "t", [text], TokenizerConfig(vocab_size=310), MADE_FROM)
     assert len(made.encode([text])[0]) < len(text) / 2
 
 
@@ -102,17 +105,17 @@ def test_vocabulary_must_fit_the_text(tmp_path):
             tmp_path / "t", ["a few words of text here, not many"] * 3, TokenizerConfig(vocab_size=9000), {}
         )
     with pytest.raises(SlmError, match=r"vocab_size 200 is too small: .* need \d+ at least"):
-        train_tokenizer(tmp_path / "t", ["a few words"], TokenizerConfig(vocab_size=200), {})
+        train_tokenizer(tmp_path / "t", ["a few words"], TokenizerConfig(vocab_size=200), MADE_FROM)
     assert not (tmp_path / "t").exists()
 
 
 def test_training_is_repeatable(tmp_path, texts, tokenizer):
-    a, b = (train_tokenizer(tmp_path / n, texts[:200], TokenizerConfig(vocab_size=400), {}) for n in "ab")
+    a, b = (train_tokenizer(tmp_path / n, texts[:200], TokenizerConfig(vocab_size=400), MADE_FROM) for n in "ab")
     assert a.fingerprint == b.fingerprint != tokenizer.fingerprint
 
 
 def test_a_damaged_tokenizer_is_noticed(tmp_path, texts):
-    train_tokenizer(tmp_path / "t", texts[:200], TokenizerConfig(vocab_size=400), {})
+    train_tokenizer(tmp_path / "t", texts[:200], TokenizerConfig(vocab_size=400), MADE_FROM)
     path = tmp_path / "t" / "tokenizer.json"
     raw = bytearray(path.read_bytes())
     raw[100] ^= 1
