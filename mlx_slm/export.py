@@ -11,15 +11,18 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slm.errors import SlmError, nearest
+from mlx_slm.files import Damaged, load_tokenizer_json, read_json, require_form, require_safetensors
+from mlx_slm.forms import ConfigForm, Gpt2Form, LlamaForm, TokenizerSettings
 from mlx_slm.models.lora import Lora
-from mlx_slm.models.transformer import Shape, Transformer
+from mlx_slm.models.transformer import Shape, Transformer, parameter_shapes
 from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.tokenizer import Tokenizer
-from mlx_slm.training.checkpoint import save_arrays
+from mlx_slm.training.checkpoint import read_safetensors, save_arrays
 from mlx_slm.training.runs import Run, find_run
-from mlx_slm.workspace import MANIFEST, Workspace, load_manifest, new_artifact, verify, write_json
+from mlx_slm.workspace import MANIFEST, Workspace, is_litter, load_manifest, new_artifact, verify, write_json
 
 KIND, ADAPTER = "model", "adapter"
+FORMS = {"gpt2": Gpt2Form, "llama": LlamaForm}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 """GPT-2's Conv1D matrices: (in, out) on the Hub, (out, in) in memory; mlx-lm's `sanitize` turns them."""
 
@@ -146,7 +149,13 @@ def load_exported(path: Path) -> tuple[Transformer, dict]:
     verify(path, manifest)
     shape = Shape(**manifest["info"]["shape"])
     model = Transformer(shape)
-    model.update(from_huggingface(mx.load(str(path / "model.safetensors")), shape.family))
+    weights = from_huggingface(read_safetensors(path / "model.safetensors"), shape.family)
+    found = {name: value.shape for name, value in tree_flatten(weights)}
+    if found != parameter_shapes(shape):
+        raise Damaged(
+            f"{path / 'model.safetensors'} does not fit the shape in {MANIFEST}; remove {path}, make it again"
+        )
+    model.update(weights)
     return model, manifest
 
 
@@ -181,7 +190,28 @@ def require_model(workspace: Workspace, name: str) -> Path:
         path = Path(name)
     if path is None:
         raise SlmError(_unknown(workspace, name, workspace.models()))
+    check_directory(path)
     return path
+
+
+def check_directory(path: Path) -> None:
+    """Raise SlmError for a model directory that is damaged, of unknown form, or wants to run code of its own."""
+    if (path / MANIFEST).exists():
+        verify(path, load_manifest(path, KIND))
+    config = read_json(path / "config.json", ConfigForm)
+    if {"model_file", "auto_map"} & set(config):
+        raise SlmError(f"{path / 'config.json'}: the model brings code of its own, which is not run here")
+    if config["model_type"] in FORMS:
+        require_form(config, FORMS[config["model_type"]], path / "config.json")
+    weights = sorted(file for file in path.glob("*.safetensors") if not is_litter(file))
+    if not weights:
+        raise SlmError(f"{path}: no safetensors weights there")
+    for file in weights:
+        require_safetensors(file)
+    if (path / "tokenizer.json").exists():
+        load_tokenizer_json(path / "tokenizer.json")
+    if (path / "tokenizer_config.json").exists():
+        read_json(path / "tokenizer_config.json", TokenizerSettings)
 
 
 def _unknown(workspace: Workspace, name: str, known: list[str]) -> str:

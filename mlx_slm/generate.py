@@ -16,7 +16,11 @@ def stream(path: Path, prompt: str, max_tokens: int, temp: float, top_p: float, 
     from mlx_lm.sample_utils import make_sampler
 
     mx.random.seed(seed)
-    model, tokenizer = load(str(path))
+    try:
+        model, tokenizer = load(str(path))
+    except Exception as error:  # whatever mlx-lm or transformers do not like about a directory of somebody else's
+        reason = " ".join(str(error).split())[:300]
+        raise SlmError(f"{path}: mlx-lm cannot load it ({type(error).__name__}: {reason})") from error
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     if tokenizer.eos_token_id is not None:
         ids = [tokenizer.eos_token_id, *ids]

@@ -9,7 +9,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slm.errors import SlmError
 from mlx_slm.export import from_huggingface, to_huggingface
-from mlx_slm.files import read_json
+from mlx_slm.files import read_json, require_form
+from mlx_slm.forms import ConfigForm, Gpt2Form, LlamaForm
 from mlx_slm.models.transformer import Shape, Transformer
 from mlx_slm.training.checkpoint import read_safetensors
 from mlx_slm.workspace import fingerprint, is_litter, sha256
@@ -26,7 +27,7 @@ class Pretrained:
         self.directory = Path(directory)
         if not (self.directory / "config.json").exists():
             raise SlmError(f"--init-from {directory}: no config.json there; name a model directory")
-        self.config = read_json(self.directory / "config.json")
+        self.config = read_json(self.directory / "config.json", ConfigForm)
         self._files = sorted(p for p in self.directory.glob("*.safetensors") if not is_litter(p))
         if not self._files:
             raise SlmError(f"--init-from {directory}: no safetensors weights there")
@@ -73,6 +74,7 @@ def _shape(config: dict, directory: Path, context_length: int) -> Shape:
     family = config.get("model_type")
     if family not in ("gpt2", "llama"):
         raise SlmError(f"--init-from {directory}: a model of type {family!r}; supported: gpt2, llama")
+    require_form(config, Gpt2Form if family == "gpt2" else LlamaForm, directory / "config.json")
     expected = GPT2 if family == "gpt2" else LLAMA
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     refused = [f"{key} is {config[key]}" for key, value in expected.items() if config.get(key, value) != value]
@@ -88,6 +90,12 @@ def _shape(config: dict, directory: Path, context_length: int) -> Shape:
         refused.append("tie_word_embeddings is False")
     if refused:
         raise SlmError(f"--init-from {directory}: not supported: {', '.join(refused)}")
+    if (
+        dims % heads
+        or heads % (config.get("num_key_value_heads") or heads)
+        or (family == "llama" and dims // heads % 2)
+    ):
+        raise SlmError(f"--init-from {directory}: config.json: {heads} heads do not divide {dims} dimensions evenly")
     longest = config.get("n_positions") or config.get("max_position_embeddings", 0)
     if longest < context_length:
         raise SlmError(

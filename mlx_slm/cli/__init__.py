@@ -18,6 +18,12 @@ from mlx_slm.cli import data, info, plan, train, use
 from mlx_slm.errors import Interrupted, SlmError
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OUT_OF_MEMORY = (
+    "out of memory: lower training.micro_rows (in fine-tuning finetuning.micro_rows), data.context_length or the size of the model, "
+    "or end other programs; what was saved is whole, the same command goes on from there"
+)
+NO_MEMORY = ("Unable to allocate", "Insufficient Memory", "out of memory", "can't start new thread")
+"""How MLX (on a CPU, on Metal, on CUDA) and Python say so."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -80,7 +86,13 @@ def run(arguments: list[str]) -> int:
             return _fail(
                 f"error: {error.filename}: {error.strerror}; choose another --workspace or mend the rights", FAILED
             )
-        raise
+        if error.filename is None:
+            raise
+        return _fail(f"error: {str(error.filename)[:200]}: {error.strerror}", FAILED)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in NO_MEMORY):
+            raise
+        return _fail(f"error: {OUT_OF_MEMORY}", FAILED)
     return DONE
 
 
