@@ -60,6 +60,8 @@ class DataConfig(Section):
     """Share of documents held out for validation where a source names no split. Not specified by the paper."""
     test_fraction: Fraction = 0.02
     """Share of documents held out for testing where a source names no split. Not specified by the paper."""
+    max_document_bytes: PositiveSize = 16 << 20
+    """A longer document is an error: it would take some fifty times its size in memory."""
     limit: Size | None = None
     """Stop reading a set after so many bytes of training text. Not specified by the paper."""
     seed: int = 0

@@ -254,7 +254,7 @@ class Gpt2Form(Form):
     n_head: Size
     n_layer: Annotated[StrictInt, Field(ge=1, le=1000)]
     vocab_size: Size
-    n_positions: Size
+    n_positions: Size | None = None
     n_inner: Size | None = None
     layer_norm_epsilon: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)] = 1e-5
     tie_word_embeddings: StrictBool = True
@@ -276,7 +276,7 @@ class LlamaForm(Form):
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
     vocab_size: Size
-    max_position_embeddings: Annotated[StrictInt, Field(ge=1, le=1 << 30)]
+    max_position_embeddings: Annotated[StrictInt, Field(ge=1, le=1 << 30)] | None = None
     rope_theta: Positive | None = None
     rope_parameters: RopeForm | None = None
     rope_scaling: RopeForm | None = None

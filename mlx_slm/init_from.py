@@ -82,6 +82,12 @@ def _shape(config: dict, directory: Path, context_length: int) -> Shape:
         refused.append(f"rope_scaling is {rope}")
     dims = config["n_embd" if family == "gpt2" else "hidden_size"]
     heads = config["n_head" if family == "gpt2" else "num_attention_heads"]
+    if (
+        dims % heads
+        or heads % (config.get("num_key_value_heads") or heads)
+        or (family == "llama" and dims // heads % 2)
+    ):
+        raise SlmError(f"--init-from {directory}: config.json: {heads} heads do not divide {dims} dimensions evenly")
     if (config.get("head_dim") or dims // heads) * heads != dims:
         refused.append(f"head_dim is {config['head_dim']}")
     if family == "gpt2" and config.get("n_inner") not in (None, 4 * dims):
@@ -90,13 +96,7 @@ def _shape(config: dict, directory: Path, context_length: int) -> Shape:
         refused.append("tie_word_embeddings is False")
     if refused:
         raise SlmError(f"--init-from {directory}: not supported: {', '.join(refused)}")
-    if (
-        dims % heads
-        or heads % (config.get("num_key_value_heads") or heads)
-        or (family == "llama" and dims // heads % 2)
-    ):
-        raise SlmError(f"--init-from {directory}: config.json: {heads} heads do not divide {dims} dimensions evenly")
-    longest = config.get("n_positions") or config.get("max_position_embeddings", 0)
+    longest = config.get("n_positions") or config.get("max_position_embeddings") or 0
     if longest < context_length:
         raise SlmError(
             f"--init-from {directory}: it reads {longest} tokens, data.context_length is {context_length}: "

@@ -35,7 +35,7 @@ from mlx_slm.text.store import Store
 from mlx_slm.training.runs import Run, alone_in, milestone_step, open_expert, open_run, read_run
 from mlx_slm.training.step import measure_speed, rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer
-from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, read_record, write_record
+from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, in_use, read_record, write_record
 
 POOL = 4
 """Importance sampling draws some clusters often, so it gets so many times the text that it trains on."""
@@ -145,8 +145,9 @@ def _work(
         if run.finished:
             report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
         else:
-            trainer = _trainer(job, training, ground.shape.context_length, report)
-            run.finish(trainer.run(), trainer.flops)
+            with in_use(ground.workspace, ground.config.data.generic):
+                trainer = _trainer(job, training, ground.shape.context_length, report)
+                run.finish(trainer.run(), trainer.flops)
         if export:
             export_run(ground.workspace, run)
     return run

@@ -30,7 +30,7 @@ from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.distillation import Distillation
 from mlx_slm.training.optimizer import OPTIMIZER_FIELDS
 from mlx_slm.training.runs import EXPERT, Run, alone_in, default_run, open_run
-from mlx_slm.workspace import Workspace, fingerprint
+from mlx_slm.workspace import Workspace, fingerprint, in_use
 
 FROM_NONE = "none"
 
@@ -140,7 +140,8 @@ def specialize(
         if run.finished:
             report.line(f"run {run.name} is finished ({run.record['step']:,} steps); --fresh trains it anew")
         else:
-            _train(workspace, run, job, source, experts, tutor, of_domain)
+            with in_use(workspace, domain):
+                _train(workspace, run, job, source, experts, tutor, of_domain)
         for candidate in run.path.glob(f"{EXPERT}*"):
             shutil.rmtree(candidate)
         export_run(workspace, run, fuse)

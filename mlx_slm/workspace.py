@@ -37,7 +37,7 @@ class Workspace:
     """One directory with everything that a user makes: by default $MLX_SLM_WORKSPACE, else ./workspace."""
 
     def __init__(self, root: str | os.PathLike | None = None):
-        self.root = Path(root or os.environ.get("MLX_SLM_WORKSPACE") or "workspace")
+        self.root = Path(root or os.environ.get("MLX_SLM_WORKSPACE") or "workspace").expanduser()
         self.config_file = self.root / "config.yaml"
         self.tokenizer = self.root / "tokenizer"
         self.results = self.root / "results"
@@ -107,6 +107,34 @@ def alone(lock: Path, busy: str, waiting: Callable[[], None] | None = None) -> I
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def in_use(workspace: Workspace, name: str) -> Iterator[None]:
+    """While a training reads a set nobody makes it anew. Several may read it."""
+    with _set_lock(workspace, name) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
+def unused(workspace: Workspace, name: str) -> Iterator[None]:
+    """While a set is replaced nobody reads it; raises Busy where a training does."""
+    with _set_lock(workspace, name) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(
+                f"set {name!r} is in use by another process, which trains on it: wait until it ends, then run the same "
+                "command again; what was read is kept"
+            ) from error
+        yield
+
+
+def _set_lock(workspace: Workspace, name: str):
+    lock = workspace.root / "data" / f".{plain_name(name)}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    return open(lock, "w")
 
 
 def append_json(file: Path, record: dict) -> None:
@@ -186,7 +214,10 @@ def file_fingerprint(path: Path) -> str:
 
 def write_json(path: Path, value) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    if any("\ud800" <= sign <= "\udfff" for sign in text):  # of a file name that is no UTF-8
+        text = json.dumps(value, indent=1)
+    write_text(path, text)
 
 
 def write_record(path: Path, record: dict) -> None:

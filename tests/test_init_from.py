@@ -120,7 +120,9 @@ def test_its_tokenizer_prepares_the_text_and_the_export_runs_everywhere(tmp_path
 def test_a_model_that_we_exported_starts_where_it_was(tmp_path, prepared, tokenizer, config, family, capsys):
     shape = Shape.of(ModelConfig(family=family, num_layers=2, dims=32, num_heads=4), 400, 32)
     parameters = initialise(shape, 3)
-    made = export_model(tmp_path / "mine", shape, parameters, tokenizer, {"method": "none"}, {})
+    made = export_model(
+        tmp_path / "mine", shape, parameters, tokenizer, {"method": "none", "tokenizer": tokenizer.fingerprint}, {}
+    )
     origin = Pretrained(made, 32)
     assert origin.shape == shape
     for (name, value), (_, expected) in zip(
@@ -139,7 +141,9 @@ def test_a_model_that_we_exported_starts_where_it_was(tmp_path, prepared, tokeni
 def test_mlx_lms_layout_of_gpt2_is_read(tmp_path, tokenizer):
     shape = Shape.of(ModelConfig(family="gpt2", num_layers=2, dims=32, num_heads=4), 400, 64)
     parameters = initialise(shape, 3)
-    made = export_model(tmp_path / "mine", shape, parameters, tokenizer, {"method": "none"}, {})
+    made = export_model(
+        tmp_path / "mine", shape, parameters, tokenizer, {"method": "none", "tokenizer": tokenizer.fingerprint}, {}
+    )
     mx.save_safetensors(str(made / "model.safetensors"), dict(tree_flatten(parameters)))
     found = dict(tree_flatten(Pretrained(made, 16).parameters()))
     for name, expected in tree_flatten(parameters):
@@ -166,7 +170,14 @@ def test_mlx_lms_layout_of_gpt2_is_read(tmp_path, tokenizer):
 )
 def test_a_directory_that_does_not_fit_is_named(tmp_path, tokenizer, changes, message):
     shape = Shape.of(ModelConfig(family="llama", num_layers=2, dims=32, num_heads=4), 400, 32)
-    made = export_model(tmp_path / "mine", shape, initialise(shape, 3), tokenizer, {"method": "none"}, {})
+    made = export_model(
+        tmp_path / "mine",
+        shape,
+        initialise(shape, 3),
+        tokenizer,
+        {"method": "none", "tokenizer": tokenizer.fingerprint},
+        {},
+    )
     config = made / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(SlmError, match=message):

@@ -19,8 +19,8 @@ from mlx_slm.errors import Interrupted, SlmError
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 OUT_OF_MEMORY = (
-    "out of memory: lower training.micro_rows (in fine-tuning finetuning.micro_rows), data.context_length or the size of the model, "
-    "or end other programs; what was saved is whole, the same command goes on from there"
+    "out of memory: lower training.micro_rows (in fine-tuning finetuning.micro_rows), data.context_length or the model,"
+    " or end other programs; what was saved is whole, the same command goes on from there"
 )
 NO_MEMORY = ("Unable to allocate", "Insufficient Memory", "out of memory", "can't start new thread")
 """How MLX (on a CPU, on Metal, on CUDA) and Python say so."""

@@ -12,12 +12,15 @@ from mlx_slm.errors import Interrupted, SlmError, nearest
 from mlx_slm.report import Report
 from mlx_slm.text.documents import Counts, Documents
 from mlx_slm.text.huggingface import import_tokenizer, open_tokenizer
+from mlx_slm.text.readers import Reading
 from mlx_slm.text.shards import merge_shards, start_shards, tokenise
-from mlx_slm.text.sources import SPLITS, Reading, Source
+from mlx_slm.text.sources import SPLITS, Source
 from mlx_slm.text.store import KIND
 from mlx_slm.text.tokenizer import Tokenizer, sample_documents, train_tokenizer
-from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, load_manifest, write_text
+from mlx_slm.workspace import MANIFEST, Workspace, alone, fingerprint, load_manifest, unused, write_text
 
+READ_WITH = ("field", "limit", "valid_fraction", "test_fraction", "max_document_bytes")
+"""Settings of the reading, beside the tokenizer's and the context."""
 BYTES_PER_TOKEN = 4.7
 """Of English text at 32k pieces (4.3), with room to spare: how much text so many tokens need."""
 STREAMED_TOKENS = 8_000_000
@@ -52,7 +55,7 @@ def ensure_set(workspace: Workspace, name: str, config: Config, report: Report, 
     if exists:
         sources = config.data.sets.get(name, [])
         if sources and all(_on_disk(source) for source in sources):
-            prepare(workspace, name, sources, config, report)
+            prepare(workspace, name, sources, _as_prepared(workspace, name, config, report), report)
         return
     sources = sources_of(name, [], workspace, config)
     if name != config.data.generic and not (workspace.tokenizer / MANIFEST).exists():
@@ -69,6 +72,16 @@ def ensure_set(workspace: Workspace, name: str, config: Config, report: Report, 
         if limit > 1e9 and not report.confirm("start the download?"):
             raise Interrupted("not started; nothing was downloaded")
     prepare(workspace, name, sources, config, report, limit=limit if streamed else None)
+
+
+def _as_prepared(workspace: Workspace, name: str, config: Config, report: Report) -> Config:
+    """The configuration with the settings that a set was read with: it is used as it was prepared."""
+    recorded = load_manifest(workspace.data(name, "train"), KIND)["inputs"]["reading"]
+    changed = {key: value for key, value in recorded.items() if getattr(config.data, key) != value}
+    if changed:
+        told = ", ".join(f"data.{key}={value}" for key, value in changed.items())
+        report.line(f"set {name!r} is used as it was prepared, with {told}")
+    return config.model_copy(update={"data": config.data.model_copy(update=changed)})
 
 
 def text_needed(tokens: int) -> int:
@@ -98,6 +111,25 @@ def prepare(
     workspace's. Returns False if all is there already and nothing changed; raises SlmError if the inputs changed,
     unless `fresh`.
     """
+    with alone(workspace.root / ".prepare.lock", _busy(workspace), waiting=lambda: report.line(_busy(workspace))):
+        return _prepare(workspace, name, sources, config, report, strict, fresh, text_field, limit)
+
+
+def _busy(workspace: Workspace) -> str:
+    return f"another process is preparing text in {workspace.root}: waiting for it"
+
+
+def _prepare(
+    workspace: Workspace,
+    name: str,
+    sources: list[str],
+    config: Config,
+    report: Report,
+    strict: bool,
+    fresh: bool,
+    text_field: str | None,
+    limit: int | None,
+) -> bool:
     parsed, whole = [Source.parse(text) for text in sources], config
     changes = {"field": text_field or config.data.field, "limit": limit or config.data.limit}
     config = config.model_copy(update={"data": config.data.model_copy(update=changes)})
@@ -108,7 +140,7 @@ def prepare(
         and not report.confirm(f"stream all of {', '.join(endless)}? (--limit 1B stops)")
     ):
         raise Interrupted("not started; nothing was downloaded")
-    reading = Reading(text_field=config.data.field, strict=strict)
+    reading = _reading(config, strict)
     origin = fingerprint([[s.split, s.fingerprint()] for s in parsed])
     tokenizer = ensure_tokenizer(workspace, name, parsed, origin, config, report, strict, fresh)
     inputs = {
@@ -116,22 +148,28 @@ def prepare(
         "text": origin,
         "tokenizer": tokenizer.fingerprint,
         "context_length": config.data.context_length,
-        "reading": [config.data.field, config.data.limit, config.data.valid_fraction, config.data.test_fraction],
+        "reading": config.data.model_dump(mode="json", include=set(READ_WITH)),
     }
     if not fresh and _up_to_date(workspace, name, inputs, strict):
+        if name == config.data.generic and not workspace.config_file.exists():
+            write_text(workspace.config_file, dump_config(whole))
         return False
     documents = Documents(parsed, config, reading)
     partial = workspace.root / "data" / name / ".partial"
-    start_shards(partial, {k: v for k, v in inputs.items() if k != "sources"}, report)
+    plan = {k: v for k, v in inputs.items() if k != "sources"}
+    start_shards(partial, plan, report)
     shards = tokenise(documents, tokenizer, partial, report, f"tokenising {name}")
     if not documents.counts.documents:
         raise SlmError(_no_text(parsed))
-    warn_about(reading, documents.counts, report)
     if not shards["train"]:
-        raise SlmError(f"{name}: every document fell into a held-out split; add text, or name splits with train=PATH")
-    for split in ("test", "valid", "train"):
-        facts = {"replaced": reading.replaced}
-        merge_shards(shards[split], workspace.data(name, split), tokenizer, config.data.context_length, inputs, facts)
+        documents = documents.with_training_text()
+        start_shards(partial, plan | {"training": "the nearest"}, report)
+        shards = tokenise(documents, tokenizer, partial, report, f"tokenising {name}")
+    warn_about(documents.reading, documents.counts, report)
+    with unused(workspace, name):
+        for split in ("test", "valid", "train"):
+            directory, facts = workspace.data(name, split), {"replaced": documents.reading.replaced}
+            merge_shards(shards[split], directory, tokenizer, config.data.context_length, inputs, facts)
     shutil.rmtree(partial)
     if name == config.data.generic:
         write_text(workspace.config_file, dump_config(whole))
@@ -169,22 +207,26 @@ def ensure_tokenizer(
         report.line(f"taking the tokenizer of {config.tokenizer.path}")
         inputs = {"settings": settings, "text": origin}
         return import_tokenizer(Path(config.tokenizer.path).expanduser(), workspace.tokenizer, inputs)
-    reading = Reading(text_field=config.data.field, strict=strict)
-    documents = Documents(sources, config, reading)
+    documents = Documents(sources, config, _reading(config, strict))
     with report.progress("reading a sample for the tokenizer", None, "B") as advance:
 
-        def training_text():
+        def training_text(documents: Documents):
             for digest, text, split in documents:
                 advance(len(text), documents.expected_bytes())
                 if split == "train":
                     yield digest, text
 
-        texts = sample_documents(training_text(), config.tokenizer)
-    if not documents.counts.documents:
-        raise SlmError(_no_text(sources))
+        texts = sample_documents(training_text(documents), config.tokenizer)
+        if not documents.counts.documents:
+            raise SlmError(_no_text(sources))
+        texts = texts or sample_documents(training_text(documents.with_training_text()), config.tokenizer)
     size = sum(map(len, texts))
     report.line(f"training a tokenizer of {config.tokenizer.vocab_size:,} pieces on {size / 1e6:.1f} MB of text")
     return train_tokenizer(workspace.tokenizer, texts, config.tokenizer, {"settings": settings, "text": origin})
+
+
+def _reading(config: Config, strict: bool) -> Reading:
+    return Reading(config.data.field, strict, config.data.max_document_bytes)
 
 
 def _up_to_date(workspace: Workspace, name: str, inputs: dict, strict: bool) -> bool:
@@ -194,14 +236,16 @@ def _up_to_date(workspace: Workspace, name: str, inputs: dict, strict: bool) -> 
     for path in paths:
         manifest = load_manifest(path, KIND)
         made, replaced = manifest["inputs"], manifest["info"]["replaced"]
-        changed = [key for key in inputs if key != "sources" and made.get(key) != inputs[key]]
+        changed = [key for key in inputs if key not in ("sources", "reading") and made.get(key) != inputs[key]]
+        before, now = made["reading"], inputs["reading"]
+        changed += [f"data.{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
         if strict and replaced:
             raise SlmError(
                 f"{path} holds {replaced:,} documents in which invalid UTF-8 was replaced: mend the text first"
             )
         if changed:
             raise SlmError(
-                f"{path} was made from other inputs ({', '.join(changed)} changed): "
+                f"{path} was made from other inputs (changed: {', '.join(changed)}): "
                 f"run `mlx-slm prepare {name} SOURCE... --fresh` to make it again"
             )
     return True
@@ -210,7 +254,10 @@ def _up_to_date(workspace: Workspace, name: str, inputs: dict, strict: bool) -> 
 def warn_about(reading: Reading, counts: Counts, report: Report) -> None:
     """One line per kind of thing that was mended or left out."""
     if counts.duplicates:
-        report.line(f"left out {counts.duplicates:,} exact duplicates")
+        report.line(f"left out {counts.duplicates:,} duplicates (white space does not count)")
+    if reading.left_out:
+        told = " and ".join(f"{count:,} {why}" for why, count in sorted(reading.left_out.items()))
+        report.line(f"left out files of directories: {told}")
     if reading.replaced:
         report.warn(f"replaced invalid UTF-8 in {reading.replaced:,} documents (--strict fails instead)")
     if reading.empty_files:

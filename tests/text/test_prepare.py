@@ -88,7 +88,7 @@ def test_duplicates_are_kept_where_they_are_held_out(workspace, tmp_path, config
     assert decoded(Store(workspace.data("d", "train")), tokenizer) == ["kept here", "twice", "more text"]
     assert decoded(Store(workspace.data("d", "test")), tokenizer) == ["held out"]
     assert Store(workspace.data("d", "valid")).num_windows == 0
-    assert "left out 4 exact duplicates" in report.lines
+    assert "left out 4 duplicates (white space does not count)" in report.lines
 
 
 def test_nothing_is_done_twice_and_changes_are_refused(workspace, tmp_path, texts, config):
@@ -96,10 +96,10 @@ def test_nothing_is_done_twice_and_changes_are_refused(workspace, tmp_path, text
     assert p.prepare(workspace, "d", [str(source)], config, Report())
     assert not p.prepare(workspace, "d", [str(source)], config, Report())
     write_jsonl(source, texts[:101])
-    with pytest.raises(SlmError, match=r"other inputs \(text changed\): run `mlx-slm prepare d SOURCE\.\.\. --fresh`"):
+    with pytest.raises(SlmError, match=r"other inputs \(changed: text\): run `mlx-slm prepare d SOURCE\.\.\. --fresh`"):
         p.prepare(workspace, "d", [str(source)], config, Report())
     assert p.prepare(workspace, "d", [str(source)], config, Report(), fresh=True)
-    with pytest.raises(SlmError, match=r"other inputs \(context_length, reading changed\)"):
+    with pytest.raises(SlmError, match=r"other inputs \(changed: context_length, data\.valid_fraction 0\.1 -> 0\.02"):
         p.prepare(workspace, "d", [str(source)], small_config(data=DataConfig(context_length=64)), Report())
 
 

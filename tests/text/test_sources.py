@@ -1,6 +1,9 @@
 import csv
 import gzip
 import json
+import os
+import re
+import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
@@ -8,7 +11,8 @@ import pytest
 import zstandard
 
 from mlx_slm.errors import SlmError
-from mlx_slm.text.sources import LONG_TEXT, Reading, Source, read_file
+from mlx_slm.text.readers import LONG_TEXT, Reading, read_file
+from mlx_slm.text.sources import Source
 
 TEXTS = ["one line", 'two\nlines, "quoted"\ttab', "  äöü \u2028 ¶ 漢字 🙂\r\n", "a,b;c" * 50]
 
@@ -117,7 +121,7 @@ def test_docs_source(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}\n', r"a\.jsonl:3: no field 'text'; its fields: body"),
         ("a.jsonl", b'["x"]\n', r"a\.jsonl:1: expected an object with a field 'text', found a list"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: field 'text' is a int"),
-        ("a.csv", b"title,body\nx,y\n", r"a\.csv:2: no field 'text'; its fields: title, body"),
+        ("a.csv", b"title,body\nx,y\n", r"a\.csv:1: no field 'text'; its fields: title, body"),
         ("a.parquet", b"not parquet", r"a\.parquet: damaged or not a parquet file"),
         ("a.jsonl.gz", gzip.compress(jsonl_bytes() * 100)[:-20], r"a\.jsonl\.gz: truncated or damaged gzip"),
         ("a.jsonl.gz", b"plain text", r"a\.jsonl\.gz: truncated or damaged gzip"),
@@ -166,3 +170,167 @@ def test_split_prefixes_and_fingerprints(tmp_path):
     assert Source.parse(str(path)).fingerprint() == before
     path.write_text("two")
     assert Source.parse(str(path)).fingerprint() != before
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.CSV.GZ", "a.Tsv.zst"])
+@pytest.mark.parametrize(
+    ("rows", "place"),
+    [
+        (["n,text", "1,one,two"], r":2: 3 fields, the header has 2"),
+        (["n,text", "1,one", "2"], r":3: 1 fields, the header has 2"),
+        (["text", "one", "two,three"], r":3: 2 fields, the header has 1"),
+        (["text,n,text", "a,1,b"], r":1: 2 columns are named 'text'"),
+        (["n,text", '1,"one', "2,two"], r":2: not valid CSV"),
+        (["n,text", '1,"so", he said'], r":2: "),
+        (["a,b", "1,2"], r":1: no field 'text'; its fields: a, b"),
+    ],
+)
+def test_no_table_loses_a_row_or_a_field(tmp_path, name, rows, place):
+    raw = "".join(row + "\n" for row in rows).encode()
+    if "sv.".lower() in name.lower() or name.endswith("tsv"):
+        raw = raw.replace(b",", b"\t") if "tsv" in name.lower() else raw
+    if name.lower().endswith(".gz"):
+        raw = gzip.compress(raw)
+    if name.lower().endswith(".zst"):
+        raw = zstandard.ZstdCompressor().compress(raw)
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(SlmError, match=re.escape(name) + place):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|", ","])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_csv_with_another_delimiter(tmp_path, delimiter, mark):
+    rows = [["n", "text"], ["1", "one, two; three | four"], ["2", 'a "b"\r\nc']]
+    with open(tmp_path / "plain", "w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    (tmp_path / "a.csv").write_bytes(mark + (tmp_path / "plain").read_bytes())
+    assert read(tmp_path / "a.csv")[0] == [row[1] for row in rows[1:]]
+
+
+def test_hidden_folders_are_left_out_and_counted(tmp_path):
+    for name in (
+        "a.md",
+        ".b.md",
+        ".git/c.txt",
+        "sub/.venv/lib/d.md",
+        "sub/e.txt",
+        "._f.txt",
+        "picture.png",
+        ".x/.y/g.csv",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found, reading = read(tmp_path)
+    assert found == ["a.md", "sub/e.txt"] and reading.left_out == {"hidden": 5, "of unknown kind": 1}
+    inside = tmp_path / ".x" / ".y"
+    (inside / "h.txt").write_text("asked for")
+    assert read(inside / "h.txt")[0] == ["asked for"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.jsonl.gz"])
+def test_encodings_with_a_mark_are_decoded_and_others_named(tmp_path, encoding, name):
+    texts = ["Grüße aus Köln, 東京", "ещё один текст"]
+    if "jsonl" in name:
+        text = "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts)
+    else:
+        text = "text\n" + "".join(f'"{t}"\n' for t in texts) if "csv" in name else "\n".join(texts)
+    raw = text.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    if encoding in ("utf-16-le", "utf-16-be"):  # no mark
+        with pytest.raises(SlmError, match=f"{re.escape(name)}.*looks like {encoding[:6].upper()}"):
+            read(tmp_path / name)
+    else:
+        found, reading = read(tmp_path / name)
+        assert found == (["\n".join(texts)] if name == "a.txt" else texts) and not reading.replaced
+
+
+@pytest.mark.parametrize("encoding", ["cp1251", "shift_jis", "gb18030", "koi8-r", "big5"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet"])
+def test_a_text_of_another_encoding_is_refused(tmp_path, encoding, name):
+    text = (
+        "Съешь же ещё этих мягких французских булок да выпей чаю. "
+        if encoding in ("cp1251", "koi8-r")
+        else "我們今天去東京的圖書館看書。"
+    )
+    raw = (text * 30).encode(encoding, "ignore")
+    if name.endswith("jsonl"):
+        raw = b'{"text": "' + raw.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"}\n'
+    if name.endswith("csv"):
+        raw = b'text\n"' + raw.replace(b'"', b'""') + b'"\n'
+    if name.endswith("parquet"):
+        array = pyarrow.array([raw], pyarrow.binary()).view(pyarrow.string())
+        pyarrow.parquet.write_table(pyarrow.table({"text": array}), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(raw)
+    with pytest.raises(SlmError, match=rf"{re.escape(name)}.*(looks like|not a JSON object)"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "dictionary", "string_view"])
+def test_parquet_that_is_not_utf8(tmp_path, kind):
+    raw = pyarrow.array([b"the caf\xe9", b"the market", None], pyarrow.binary())
+    column = {
+        "string": lambda: raw.view(pyarrow.string()),
+        "large_string": lambda: raw.cast(pyarrow.large_binary()).view(pyarrow.large_string()),
+        "binary": lambda: raw,
+        "dictionary": lambda: raw.view(pyarrow.string()).dictionary_encode(),
+        "string_view": lambda: raw.cast(pyarrow.binary_view()).view(pyarrow.string_view()),
+    }[kind]()
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    found, reading = read(tmp_path / "a.parquet")
+    assert found == ["the caf\ufffd", "the market"] and reading.replaced == 1
+    with pytest.raises(SlmError, match=r"a\.parquet, row 1: invalid UTF-8"):
+        read(tmp_path / "a.parquet", strict=True)
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b'{"a":' * 100_000, b'{"text": "x", "a": ' + b"[" * 100_000])
+def test_deep_nesting_is_one_sentence(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    with pytest.raises(SlmError, match=r"a\.jsonl:2: not a JSON object on one line \(nested too deeply\)"):
+        read(tmp_path / "a.jsonl")
+
+
+BOMBS = {
+    "a.txt.gz": lambda size: gzip.compress(b"a" * size),
+    "a.jsonl.gz": lambda size: gzip.compress(b'{"text": "' + b"a" * size + b'"}'),
+    "a.csv.gz": lambda size: gzip.compress(b'text\n"' + b"a" * size + b'"\n'),
+    "b.csv.gz": lambda size: gzip.compress(b"text," + b"a" * size),
+    "c.csv.gz": lambda size: gzip.compress(b'text\n"' + b"a\n" * (size // 2) + b'"\n'),
+    "a.txt.zst": lambda size: zstandard.ZstdCompressor(19).compress(b"a" * size),
+    "a.jsonl.zst": lambda size: zstandard.ZstdCompressor(19).compress(b"\n" + b"[" * size),
+    "a.txt": lambda size: b"a" * size,
+    "a.jsonl": lambda size: b'{"text": "' + b"a" * size + b'"}',
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_document_without_an_end_is_an_error_and_memory_stays_bounded(tmp_path, name):
+    """60 MB that become a document: read in pieces, refused at 1 MB, with less than 40 MB beside what is there."""
+    (tmp_path / name).write_bytes(BOMBS[name](60_000_000))
+    tracemalloc.start()
+    with pytest.raises(SlmError, match=rf"{re.escape(name)}.*more than 1,000,000 bytes.*data\.max_document_bytes"):
+        read(tmp_path / name, max_document_bytes=1_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40_000_000
+
+
+def test_a_pipe_or_a_device_is_no_source(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    for name in (str(tmp_path / "a.txt"), "/dev/zero", "/dev/null"):
+        with pytest.raises(SlmError, match="not a file with bytes of its own"):
+            read(name)
+    with pytest.raises(SlmError):
+        read("x" * 5000)
+
+
+def test_a_source_that_vanishes(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    documents = Source.parse(str(tmp_path)).documents(Reading())
+    next(documents)
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(SlmError, match=r"b\.txt: gone while it was read"):
+        list(documents)

@@ -1,0 +1,195 @@
+"""What a file of text is, by its name and its first bytes: kind, compression, encoding. Nothing else decides these."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gzip
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from mlx_slm.errors import SlmError
+from mlx_slm.files import open_regular
+
+SUFFIXES = {
+    ".txt": "text",
+    ".md": "text",
+    ".rst": "text",
+    ".text": "text",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "table",
+    ".tsv": "table",
+    ".parquet": "parquet",
+}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+COMPRESSED = (".gz", ".zst")
+HEAD = 1 << 16
+"""Bytes that an encoding is told by."""
+FEED = 256
+"""Compressed bytes that zstd gets at once: a block of 128 kB may come from four of them."""
+WINDOW = 1 << 27
+"""The largest window of zstd, as of its own program without --long."""
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+FOREIGN = 0.1
+"""A text in which more than this part of the characters is no UTF-8 is of another encoding."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`reader`: text, json, table or parquet; `delimiter`: of a table."""
+
+    reader: str
+    compression: str | None
+    delimiter: str | None
+
+
+def kind_of(path: Path) -> Kind | None:
+    """The kind of a file by the end of its name, in any case; None for one that is not read."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSED else None
+    last = suffixes[-1] if suffixes else ""
+    if last not in SUFFIXES or (compression and last == ".parquet"):
+        return None
+    return Kind(SUFFIXES[last], compression, DELIMITERS.get(last))
+
+
+def known_kinds() -> str:
+    return " ".join(sorted(SUFFIXES)) + ", each but parquet also .gz and .zst"
+
+
+def is_hidden(path: Path, directory: Path) -> bool:
+    """Whether a file, or a folder between it and the directory, is hidden."""
+    return any(part.startswith(".") for part in path.relative_to(directory).parts)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """(the file as it lies on the disk, its text as UTF-8): decompressed, and turned into UTF-8 where a mark at the
+    start says UTF-16 or UTF-32.
+
+    A stream that ends early raises EOFError. Raises SlmError, with what it looks like, for another encoding.
+    """
+    with io.BufferedReader(open_regular(path), 1 << 18) as raw:
+        compression = kind_of(path).compression
+        stream: io.BufferedIOBase = raw
+        if compression == ".gz":
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=raw), HEAD)
+        elif compression == ".zst":
+            stream = io.BufferedReader(_Zstd(raw), HEAD)
+        head = _head(stream)
+        encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
+        body = io.BufferedReader(_Joined(head, stream), HEAD)
+        if encoding:
+            yield raw, io.BufferedReader(_AsUtf8(body, encoding), HEAD)
+        else:
+            if foreign := looks_like(head):
+                raise SlmError(
+                    f"{path}: not UTF-8, it looks like {foreign}: turn it into UTF-8 first "
+                    f"(iconv -f {foreign} -t UTF-8), and give that"
+                )
+            body.read(len(codecs.BOM_UTF8)) if head.startswith(codecs.BOM_UTF8) else None
+            yield raw, body
+
+
+def looks_like(head: bytes) -> str | None:
+    """The encoding that the start of a text seems to have, where it is none that UTF-8 could be with some damage."""
+    if len(head) >= 8 and head.count(0) > len(head) / 5:
+        zeros = [head[place::4].count(0) for place in range(4)]
+        wide = min(zeros[1], zeros[2]) > len(head) / 5
+        if wide:
+            return "UTF-32LE" if zeros[3] > zeros[0] else "UTF-32BE"
+        return "UTF-16LE" if zeros[1] + zeros[3] > zeros[0] + zeros[2] else "UTF-16BE"
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
+    if text.count("\ufffd") - head.count("\ufffd".encode()) <= max(8, FOREIGN * len(text)):
+        return None
+    from charset_normalizer import from_bytes
+
+    found = from_bytes(head).best()
+    return found.encoding.replace("_", "-") if found and found.encoding != "utf_8" else "no encoding that is known"
+
+
+def _head(stream: io.BufferedIOBase) -> bytes:
+    parts, size = [], 0
+    while size < HEAD and (part := stream.read(HEAD - size)):
+        parts.append(part)
+        size += len(part)
+    return b"".join(parts)
+
+
+class _Stream(io.RawIOBase):
+    """Bytes that `_more` gives a piece at a time; b"" at the end."""
+
+    _ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        if not self._ready:
+            self._ready = self._more()
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def _more(self) -> bytes:
+        raise NotImplementedError
+
+
+class _Joined(_Stream):
+    """A head that was read before, and the rest."""
+
+    def __init__(self, head: bytes, rest: io.BufferedIOBase):
+        self._ready, self._rest = head, rest
+
+    def _more(self) -> bytes:
+        return self._rest.read1(HEAD)
+
+
+class _AsUtf8(_Stream):
+    """A stream of another encoding, without its mark; what is none of it is replaced."""
+
+    def __init__(self, stream: io.BufferedIOBase, encoding: str):
+        self._stream, self._decoder, self._first = stream, codecs.getincrementaldecoder(encoding)("replace"), True
+
+    def _more(self) -> bytes:
+        while raw := self._stream.read(HEAD):
+            text = self._decoder.decode(raw)
+            if self._first:
+                text, self._first = text.removeprefix("\ufeff"), False
+            if text:
+                return text.encode()
+        return self._decoder.decode(b"", final=True).encode()
+
+
+class _Zstd(_Stream):
+    """Decompressed bytes of a .zst file of any number of frames; raises EOFError where it ends inside one."""
+
+    def __init__(self, file: BinaryIO):
+        import zstandard
+
+        self._new = zstandard.ZstdDecompressor(max_window_size=WINDOW).decompressobj
+        self._file, self._frame, self._fed = file, self._new(), False
+
+    def _more(self) -> bytes:
+        while True:
+            data = b""
+            if self._frame.eof:
+                data, self._frame, self._fed = self._frame.unused_data, self._new(), False
+            data = data or self._file.read(FEED)
+            if not data:
+                if self._fed:
+                    raise EOFError("the stream ends inside a frame")
+                return b""
+            self._fed = True
+            if found := self._frame.decompress(data):
+                return found
