@@ -39,6 +39,7 @@ def format_size(value: int) -> str:
 Size = Annotated[int, BeforeValidator(parse_size)]
 PositiveSize = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
@@ -62,9 +63,9 @@ class DataConfig(Section):
     """Share of documents held out for testing where a source names no split. Not specified by the paper."""
     max_document_bytes: PositiveSize = 16 << 20
     """A longer document is an error: it would take some fifty times its size in memory."""
-    limit: Size | None = None
+    limit: PositiveSize | None = None
     """Stop reading a set after so many bytes of training text. Not specified by the paper."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of a domain's documents, of which `--tokens` takes the first."""
 
     @model_validator(mode="after")
@@ -85,7 +86,7 @@ class TokenizerConfig(Section):
     """Bytes of generic text that the tokenizer is trained on, a seeded sample. Not specified by the paper."""
     scan_bytes: PositiveSize = 1_000_000_000
     """Bytes of generic text that the sample is drawn from. Not specified by the paper."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 class ClustersConfig(Section):
@@ -104,16 +105,16 @@ class ClustersConfig(Section):
     """k-means learns from a sample of so many windows per cluster. Not specified by the paper."""
     iterations: PositiveSize = 50
     """At most so many iterations of Lloyd's algorithm. Not specified by the paper."""
-    tolerance: float = Field(1e-4, ge=0)
+    tolerance: float = Field(1e-4, ge=0, allow_inf_nan=False)
     """Stop when the inertia falls by less than this part of itself. Not specified by the paper."""
     restarts: PositiveSize = 1
     """Runs from other seeds, of which the best is kept. Not specified by the paper."""
-    seed: int = 0
+    seed: Seed = 0
     smoothing: Size = 0
     """Tokens of the generic histogram that are added to the domain's: q = (n_c + a g_c) / (n + a). Paper: 0."""
     generic_fraction: Fraction = 0.0
     """Share of the rows that are drawn from the generic distribution instead. Paper: 0."""
-    max_passes: float | None = Field(None, gt=0)
+    max_passes: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Expect no cluster to be drawn more often than so many passes; what is over goes to the generic distribution.
     Paper: no limit."""
 
@@ -130,8 +131,8 @@ class ModelConfig(Section):
     num_heads: PositiveSize = 8
     num_kv_heads: PositiveSize | None = None
     """Heads of keys and values (llama only); default: num_heads."""
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
+    rope_theta: float = Field(10_000.0, gt=0, allow_inf_nan=False)
+    norm_eps: float = Field(1e-5, ge=0, le=1)
 
     @model_validator(mode="after")
     def check_heads(self) -> ModelConfig:
@@ -164,12 +165,12 @@ class ProjectionConfig(Section):
     """Layers whose MLPs are projected. Default: all. Paper: inferred the middle five of seven."""
     init: Literal["anchored", "random"] = "anchored"
     """Whether all experts begin as one model or far apart. Not specified by the paper."""
-    spread: float = Field(0.02, ge=0)
+    spread: float = Field(0.02, ge=0, allow_inf_nan=False)
     """Standard deviation of the coefficients that pull anchored experts apart. Not specified by the paper."""
     clusters_per_step: PositiveSize = 4
     """Groups of rows in a step, each of one cluster: training.batch_rows / clusters_per_step rows. Not specified by the
     paper."""
-    tensor_rate: float | None = Field(None, gt=0)
+    tensor_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
     """The rate of T as a multiple of the learning rate. Default: 1 / mean sum_r |c_ir| at the start, so that experts
     move as fast as a plain matrix. Not specified by the paper."""
 
@@ -194,23 +195,23 @@ class TrainingConfig(Section):
 
     steps: PositiveSize | None = None
     tokens: PositiveSize | None = None
-    passes: float | None = Field(None, gt=0)
+    passes: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Passes over the set."""
-    hours: float | None = Field(None, gt=0)
+    hours: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Hours on this machine, turned into tokens once by a one-minute calibration and recorded."""
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
     """Paper: 1e-4."""
     warmup_steps: Size = 1000
     """Linear warm-up. Paper: 1,000."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up. Not specified by the paper; cosine falls to a tenth of the rate at the horizon."""
-    clip_norm: float = Field(5.0, gt=0)
+    clip_norm: float = Field(5.0, gt=0, allow_inf_nan=False)
     """Clip by global norm. Paper: 5.0."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Decoupled, on matrices only. Not specified by the paper (Adam: 0)."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Not specified by the paper (Adam's own)."""
-    eps: float = 1e-8
+    eps: float = Field(1e-8, ge=0, allow_inf_nan=False)
     """Not specified by the paper (Adam's own)."""
     batch_rows: PositiveSize = 56
     """Rows of context_length tokens per step. Inferred from the paper: 57k tokens a step."""
@@ -227,11 +228,11 @@ class TrainingConfig(Section):
     """Tokens of the validation set that are read at each evaluation."""
     checkpoint_every: PositiveSize = 500
     """Steps between checkpoints."""
-    checkpoint_minutes: float = Field(10, gt=0)
+    checkpoint_minutes: float = Field(10, gt=0, allow_inf_nan=False)
     """Save at least so often, in both stages: a GPU's watchdog ends a process without a chance to save."""
     milestones: list[PositiveSize] = []
     """Tokens after which a checkpoint is kept for good: `specialize --from RUN@5M` starts from it."""
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def check_horizon(self) -> TrainingConfig:
@@ -252,7 +253,7 @@ class Recipe(Section):
     """A fine-tuning recipe of the paper (section 3), taken for domain sets of up to `tokens`."""
 
     tokens: PositiveSize
-    rate: float = Field(gt=0)
+    rate: float = Field(gt=0, allow_inf_nan=False)
     """The learning rate as a multiple of the pretraining rate."""
     steps: PositiveSize
     """At most so many steps."""
@@ -267,7 +268,7 @@ class FinetuningConfig(Section):
         Recipe(tokens=64_000_000, rate=1.0, steps=30_000),
     ]
     """Paper: 1M, 8M, 64M tokens. The first that is large enough is taken, the last for larger sets."""
-    learning_rate: float | None = Field(None, gt=0)
+    learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Set by hand, it replaces the recipe's."""
     max_steps: PositiveSize | None = None
     """Set by hand, it replaces the recipe's."""
@@ -283,7 +284,7 @@ class FinetuningConfig(Section):
     """Stop after so many evaluations without a gain. Not specified by the paper."""
     select_tokens: PositiveSize = 50_000
     """Tokens of the domain set on which `--select pretrained` scores every expert. Not specified by the paper."""
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def check_rows(self) -> FinetuningConfig:
@@ -293,9 +294,9 @@ class FinetuningConfig(Section):
 class LoraConfig(Section):
     """LoRA (appendix F): `specialize --lora RANK` trains adapters of the query and value projections alone."""
 
-    scale: float = Field(2.0, gt=0)
+    scale: float = Field(2.0, gt=0, allow_inf_nan=False)
     """What the adapters add is multiplied by it. Not specified by the paper."""
-    rate: float = Field(3.0, gt=0)
+    rate: float = Field(3.0, gt=0, allow_inf_nan=False)
     """The learning rate as a multiple of fine-tuning's. Not specified by the paper; 10 and 30 did worse in a sweep."""
 
 
@@ -304,7 +305,7 @@ class DistillationConfig(Section):
 
     a: float = Field(0.5, ge=0, le=1)
     """Weight of the next token against the teacher's distribution. Not specified by the paper."""
-    tau: float = Field(2.0, gt=0)
+    tau: float = Field(2.0, gt=0, allow_inf_nan=False)
     """Temperature of both distributions. Not specified by the paper; the best of a small sweep over both."""
 
 
@@ -318,7 +319,7 @@ class Grid(Section):
     """Pretraining tokens: milestones of one run, not many runs. Mixtures are trained for the largest alone."""
     domains: list[str] = Field(min_length=1)
     domain_tokens: list[PositiveSize] = Field([64_000], min_length=1)
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Seed] = Field([0], min_length=1)
     """Of initialisation and order of rows, in both stages."""
     clusters: list[PositiveSize] = []
     """Numbers of clusters for the methods is, pn (h grows with them where it equals k) and mix. Default: those of their

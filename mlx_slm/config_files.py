@@ -22,8 +22,8 @@ def shipped_configs() -> dict[str, Path]:
 def find_config(name: str) -> Path:
     """Return the file for `--config FILE_OR_NAME`; raises SlmError with the names that exist."""
     shipped = {key: path for key, path in shipped_configs().items() if key != "domains"}
-    if Path(name).is_file():
-        return Path(name)
+    if Path(name).expanduser().is_file():
+        return Path(name).expanduser()
     if name in shipped:
         return shipped[name]
     raise SlmError(

@@ -13,7 +13,7 @@ from mlx_slm.errors import SlmError
 from mlx_slm.experts import FREQUENT, HISTOGRAM, Experts, has_experts
 from mlx_slm.export import check_model, find_model, load_any
 from mlx_slm.models.transformer import Transformer
-from mlx_slm.report import Report
+from mlx_slm.report import Report, perplexity
 from mlx_slm.scoring import Score, Scorer, routed_nll, score_of
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.workspace import Workspace, append_json
@@ -21,7 +21,7 @@ from mlx_slm.workspace import Workspace, append_json
 
 def macro_perplexity(scores: list[Score]) -> float:
     """exp of the mean over sets of nats per token, so that every set has the same weight (section 3)."""
-    return math.exp(math.fsum(score.nll for score in scores) / len(scores))
+    return perplexity(math.fsum(score.nll for score in scores) / len(scores))
 
 
 def evaluate_models(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from mlx_slm.clustering.sampler import Sampler
 from mlx_slm.config import Config, FinetuningConfig, Recipe
 from mlx_slm.experts import FINETUNED, Experts
 from mlx_slm.models.transformer import Shape, Transformer
-from mlx_slm.report import Report
+from mlx_slm.report import Report, perplexity
 from mlx_slm.scoring import validation_loss
 from mlx_slm.text.store import Store
 from mlx_slm.training.loss import next_token_loss
@@ -66,7 +65,12 @@ class Finetuning:
         )
         state = trainer.run()
         run.finish(state, trainer.flops)
-        best = math.exp(state.best_nll)
+        best = perplexity(state.best_nll)
+        if state.best_step == 0:
+            self.report.warn(
+                f"fine-tuning made the model worse than its start, which is kept (validation perplexity {best:.2f}): "
+                "lower finetuning.learning_rate, or give more text"
+            )
         self.report.line(f"best at step {state.best_step:,}: validation perplexity {best:.2f}")
 
 
@@ -96,7 +100,7 @@ def finetune_all(workspace: Workspace, run: Run, experts: Experts, job: Finetuni
     selection = {"select": FINETUNED, "expert": best, "histogram": None, "share": None, "scores": scores, "cost": cost}
     run.record |= outcome | {"selection": selection}
     run.save()
-    job.report.line(f"the best is expert {best}: validation perplexity {math.exp(scores[best]):.2f}")
+    job.report.line(f"the best is expert {best}: validation perplexity {perplexity(scores[best]):.2f}")
 
 
 def plan_of(config: Config, recipe: Recipe, rate: float, per_pass: float) -> Plan:
@@ -113,6 +117,7 @@ def plan_of(config: Config, recipe: Recipe, rate: float, per_pass: float) -> Pla
         checkpoint_every=4 * cadence,
         checkpoint_seconds=60 * config.training.checkpoint_minutes,
         patience=finetuning.patience,
+        score_start=True,
     )
 
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_slm.errors import SlmError
+from mlx_slm.report import Report
+from mlx_slm.text.readers import Reading, decode
+
+
+def read_prompt(raw: bytes, where: str, report: Report) -> str:
+    """The text of a prompt; what is no UTF-8 is replaced, with a warning. Raises SlmError for another encoding."""
+    reading = Reading()
+    text = decode(raw.removeprefix(codecs.BOM_UTF8), where, reading)
+    if reading.replaced:
+        report.warn(f"{where}: replaced invalid UTF-8")
+    return text
 
 
 def stream(path: Path, prompt: str, max_tokens: int, temp: float, top_p: float, seed: int) -> Iterator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -31,6 +32,11 @@ class Agreed(Report):
 
     def __init__(self, report: Report):
         self.line, self.warn, self.progress = report.line, report.warn, report.progress
+
+
+def perplexity(nll: float) -> float:
+    """exp of nats per token, 1e304 where that is beyond a number."""
+    return math.exp(min(nll, 700.0))
 
 
 def duration(seconds: float) -> str:

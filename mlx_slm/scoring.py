@@ -16,7 +16,7 @@ import numpy as np
 from mlx_slm import runtime
 from mlx_slm.errors import SlmError
 from mlx_slm.models.transformer import Transformer
-from mlx_slm.report import Report
+from mlx_slm.report import Report, perplexity
 from mlx_slm.text.store import Store, first_windows, length_batches
 from mlx_slm.training.loss import token_nll
 
@@ -47,7 +47,7 @@ class Score:
         mean = math.fsum(nll) / total
         spread = per_document[0] - mean * per_document[1]
         stderr = math.sqrt(float(spread @ spread) * count / max(1, count - 1)) / total
-        return cls(total, mean, stderr, math.exp(mean), mean * total / max(1, num_bytes) / math.log(2), count)
+        return cls(total, mean, stderr, perplexity(mean), mean * total / max(1, num_bytes) / math.log(2), count)
 
 
 class Scorer:

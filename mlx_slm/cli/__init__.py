@@ -55,6 +55,9 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code; an error that the user can mend is one sentence on stderr."""
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be text in the terminal's encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     try:
         cli.main(arguments, prog_name="mlx-slm", standalone_mode=False)
@@ -66,7 +69,9 @@ def run(arguments: list[str]) -> int:
         return USAGE
     except click.exceptions.Exit as error:
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
+        if isinstance(error.__cause__, EOFError):
+            raise error.__cause__ from None
         return _fail("interrupted; what was finished is kept, the same command again goes on from there", INTERRUPTED)
     except Interrupted as error:
         return _fail(str(error), INTERRUPTED)

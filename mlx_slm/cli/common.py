@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,13 +58,35 @@ class Session:
             text()
 
 
+class Place(click.ParamType):
+    """A path, or a name where that is meant as well; a ~ in front is the home directory, as in a shell."""
+
+    name = "path"
+
+    def convert(self, value, param, ctx):
+        return os.path.expanduser(value)
+
+
+PLACE = Place()
+
+
 def common(function: Callable) -> Callable:
     """Give a command the shared options; it gets a `Session` first."""
 
     @click.option(
-        "--workspace", "workspace_path", metavar="DIR", help="Where everything is kept. [default: ./workspace]"
+        "--workspace",
+        "workspace_path",
+        type=PLACE,
+        metavar="DIR",
+        help="Where everything is kept. [default: ./workspace]",
     )
-    @click.option("--config", "config_name", metavar="FILE_OR_NAME", help="A YAML file, or mac, paper, laptop, mini.")
+    @click.option(
+        "--config",
+        "config_name",
+        type=PLACE,
+        metavar="FILE_OR_NAME",
+        help="A YAML file, or mac, paper, laptop, mini.",
+    )
     @click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value, such as training.tokens=4M."
     )
@@ -113,3 +136,15 @@ class Numbers(click.ParamType):
 
 
 NUMBERS = Numbers()
+SEED = click.IntRange(0, 2**32 - 1)
+
+
+class Number(click.FloatRange):
+    """A number in a range; nan is in none."""
+
+    def convert(self, value, param, ctx):
+        found = super().convert(value, param, ctx)
+        return found if found == found else self.fail(f"{value!r} is not a number", param, ctx)
+
+
+HOURS = Number(0, 1e6, min_open=True)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -34,7 +35,10 @@ class RichReport(Report):
     def confirm(self, question: str) -> bool:
         if self.assume_yes or not self.console.is_terminal or not self.console.is_interactive:
             return True
-        return self.console.input(f"{question} [Y/n] ").strip().lower() in ("", "y", "yes")
+        try:
+            return self.console.input(f"{question} [Y/n] ").strip().lower() in ("", "y", "yes")
+        except EOFError:
+            return False
 
     @contextmanager
     def progress(self, title: str, total: float | None, unit: str) -> Iterator[Callable[..., None]]:
@@ -72,15 +76,24 @@ class RichReport(Report):
         return advance
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        """Print a table; the first column is text, cut if need be, the others are numbers."""
+        """Print a table; the first column is text, the others are numbers. Where a terminal is too narrow for it, each
+        row is some lines of its own: nothing is left out or cut."""
+        widths = [max(map(cell_len, cells)) for cells in zip(columns, *rows, strict=True)]
+        console = Console(highlight=False)
+        needed = sum(widths) + 3 * len(columns) + 1
+        if console.is_terminal and needed > console.width:
+            console.print(Text(title, style="bold"), soft_wrap=True)
+            for row in rows:
+                console.print(Text(f"{columns[0]}: {row[0]}", style="bold"), soft_wrap=True)
+                for column, cell in zip(columns[1:], row[1:], strict=True):
+                    console.print(Text(f"  {column}: {cell}"), soft_wrap=True)
+            return
         table = Table(title=title, title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
-            widest = max([len(column), *(len(row[index]) for row in rows)]) if index else None
-            table.add_column(column, justify="right" if index else "left", no_wrap=True, min_width=widest)
+            table.add_column(column, justify="right" if index else "left", no_wrap=True, min_width=widths[index])
         for row in rows:
             table.add_row(*map(Text, row))
-        console = Console(highlight=False)
-        console.width = console.width if console.is_terminal else 120
+        console.width = max(console.width if console.is_terminal else 120, needed)
         console.print(table)
 
 

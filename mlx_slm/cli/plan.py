@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mlx_slm.cli.common import SIZE, Session, common
-
-HOURS = click.FloatRange(0, min_open=True)
+from mlx_slm.cli.common import HOURS, PLACE, SIZE, Session, common
 
 
 @click.command()
@@ -97,7 +95,7 @@ def _perplexity(row: dict) -> str:
 
 
 @click.command()
-@click.argument("configuration", metavar="CONFIG")
+@click.argument("configuration", type=PLACE, metavar="CONFIG")
 @click.option(
     "--jobs",
     type=click.IntRange(1),

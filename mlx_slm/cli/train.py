@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from mlx_slm.cli.common import NUMBERS, SIZE, Session, common
+from mlx_slm.cli.common import HOURS, NUMBERS, PLACE, SIZE, Session, common
 
 
 @click.command()
@@ -66,7 +65,7 @@ SECTION_OF_K = {"is": "clusters", "pn": "projection", "mix": "mixture"}
 @click.option("--domain-tokens", type=SIZE, help="Use so many tokens of the domain, such as 1M. [default: all]")
 @click.option(
     "--weights",
-    type=click.Path(exists=True, dir_okay=False),
+    type=PLACE,
     help="With --method is: weights of the clusters (YAML or JSON) in place of a domain.",
 )
 @click.option(
@@ -75,11 +74,12 @@ SECTION_OF_K = {"is": "clusters", "pn": "projection", "mix": "mixture"}
 @click.option("--experts", type=NUMBERS, help="With --method mix: train only these experts, such as 0-15 or 3,7.")
 @click.option(
     "--init-from",
+    type=PLACE,
     metavar="MODEL",
     help="Start from this model: a gpt2- or llama-family directory, with its tokenizer, or one of the workspace's.",
 )
 @click.option("--tokens", type=SIZE, help="Train on so many tokens (replaces the configured horizon).")
-@click.option("--hours", type=float, help="Train for about so many hours on this machine.")
+@click.option("--hours", type=HOURS, help="Train for about so many hours on this machine.")
 @click.option("--name", help="Name of the run. [default: the method, or is-<domain>-<its tokens>]")
 @click.option("--fresh", is_flag=True, help="Start anew, throwing an earlier run of this name away.")
 @common
@@ -125,6 +125,7 @@ def pretrain(
 @click.option(
     "--from",
     "from_run",
+    type=PLACE,
     metavar="RUN",
     help="The pretrained run, RUN@5M for one of its milestones, a bundle's directory, or none to train from scratch. "
     "[default: slm]",
@@ -145,6 +146,7 @@ def pretrain(
 @click.option("--fuse", is_flag=True, help="With --lora: write the model with its adapters applied to models/ as well.")
 @click.option(
     "--teacher",
+    type=PLACE,
     metavar="RUN",
     help="Distil (SLM-d): fine-tune this pretrained run on the domain first, then learn from it too.",
 )
@@ -187,6 +189,7 @@ def _how_to_use(session: Session, base: dict, adapter: Path) -> str:
 
 def _show_run(session: Session, run) -> None:
     from mlx_slm.experts import has_experts
+    from mlx_slm.report import perplexity
 
     record = run.record
     path, adapter = session.workspace.model(run.name), session.workspace.adapter(run.name)
@@ -198,7 +201,7 @@ def _show_run(session: Session, run) -> None:
     if not has_experts(run):
         result["step"] = run.weights_step()
     if "valid_nll" in record:
-        result |= {"valid_nll": record["valid_nll"], "valid_perplexity": math.exp(record["valid_nll"])}
+        result |= {"valid_nll": record["valid_nll"], "valid_perplexity": perplexity(record["valid_nll"])}
     if "importance" in record["inputs"]:
         result["importance"] = run.importance()
     for key in ("selection", "experts"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
-from mlx_slm.cli.common import SIZE, Session, common
+from mlx_slm.cli.common import PLACE, SEED, SIZE, Number, Session, common
 
+PROMPT_BYTES = 16 << 20
 ROUTED = {
     "cluster": ", routed by cluster",
     "expert": ", expert {expert}",
@@ -15,7 +18,7 @@ ROUTED = {
 
 
 @click.command()
-@click.argument("models", nargs=-1, metavar="[RUN_OR_MODEL]...")
+@click.argument("models", nargs=-1, type=PLACE, metavar="[RUN_OR_MODEL]...")
 @click.option(
     "--domain", "domains", multiple=True, help="A prepared set, several times if wished. [default: all domains]"
 )
@@ -62,23 +65,26 @@ def evaluate(session: Session, models, domains, split, expert, domain_tokens) ->
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=PLACE)
 @click.option("--prompt", "-p", required=True, help="The text to continue; - reads it from stdin.")
 @click.option("--max-tokens", "-m", type=click.IntRange(1), default=128, show_default=True)
-@click.option(
-    "--temp", type=click.FloatRange(0), default=0.7, show_default=True, help="0: the likeliest token each time."
-)
-@click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--temp", type=Number(0), default=0.7, show_default=True, help="0: the likeliest token each time.")
+@click.option("--top-p", type=Number(0, 1), default=0.95, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @common
 def generate(session: Session, model, prompt, max_tokens, temp, top_p, seed) -> None:
     """Continue a text with a model, through mlx-lm. MODEL is a name in models/ or a directory."""
     from mlx_slm.export import require_model
-    from mlx_slm.generate import stream
+    from mlx_slm.generate import read_prompt, stream
 
     path = require_model(session.workspace, model)
     if prompt == "-":
-        prompt = click.get_text_stream("stdin").read()
+        raw = click.get_binary_stream("stdin").read(PROMPT_BYTES + 1)
+        if len(raw) > PROMPT_BYTES:
+            raise click.UsageError(f"--prompt -: more than {PROMPT_BYTES:,} bytes came in")
+        prompt = read_prompt(raw, "stdin", session.report)
+    else:
+        prompt = read_prompt(os.fsencode(prompt), "--prompt", session.report)
     session.start_computing()
     show = not session.as_json
     parts = []
@@ -98,7 +104,7 @@ def generate(session: Session, model, prompt, max_tokens, temp, top_p, seed) -> 
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=PLACE)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
 @common
@@ -115,7 +121,7 @@ def serve(session: Session, model, host, port) -> None:
 
 @click.command()
 @click.argument("run")
-@click.option("--bundle", type=click.Path(file_okay=False), required=True, help="The directory to write.")
+@click.option("--bundle", type=PLACE, required=True, help="The directory to write.")
 @common
 def export(session: Session, run, bundle) -> None:
     """Write a projected network or a mixture as one directory to hand over.

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_slm import runtime
 from mlx_slm.errors import SlmError
-from mlx_slm.files import Damaged, load_tokenizer_json, read_json, require_form
+from mlx_slm.files import Damaged, load_tokenizer_json, parse_json, read_json, require_form
 from mlx_slm.forms import BertForm, ConfigForm, ModuleForm
 from mlx_slm.models.ops import gelu, gelu_exact, masked_attention
 from mlx_slm.models.transformer import split_heads
@@ -107,6 +107,19 @@ def rename(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     return {name: value.astype(mx.float32) for name, value in named.items()}
 
 
+def unknown_id(tokenizer) -> int | None:
+    """The id of what a `tokenizers.Tokenizer` does not know."""
+    model = parse_json(tokenizer.to_str())["model"]
+    return tokenizer.token_to_id(model["unk_token"]) if isinstance(model.get("unk_token"), str) else model.get("unk_id")
+
+
+def share_of(unknown: int | None, tokenizer, texts: list[str]) -> float:
+    """The share of an id among the word pieces of texts."""
+    pieces = [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    count = sum(map(len, pieces))
+    return sum(ids.count(unknown) for ids in pieces) / count if count else 0.0
+
+
 class SentenceEncoder:
     """A sentence-transformers directory: `encode` gives fp32 [texts, dims].
 
@@ -168,6 +181,10 @@ class SentenceEncoder:
         if self.normalize:
             return result / np.linalg.norm(result, axis=1, keepdims=True)
         return result / np.bincount(owners, weights)[:, None].astype(np.float32)
+
+    def unknown(self, texts: list[str]) -> float:
+        """The share of word pieces that it does not know."""
+        return share_of(unknown_id(self._tokenizer), self._tokenizer, texts)
 
     def embed(self, rows: list[list[int]], length_step: int = LENGTH_STEP) -> np.ndarray:
         """Embeddings of rows of word piece ids, special ones included: fp32 [rows, dims]."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_slm.clustering.encoder import Choice, window_texts
+from mlx_slm.clustering.encoder import Choice, Encoder, window_texts
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.files import Damaged
 from mlx_slm.report import Report, duration
@@ -22,6 +22,8 @@ from mlx_slm.workspace import MANIFEST, MappedFile, Workspace, load_manifest, ne
 
 KIND = "embeddings"
 FILE = "embeddings.f16"
+UNKNOWN = 0.1
+"""The share of unknown word pieces from which a user should know."""
 READ = 16_384
 """Windows that are read at once."""
 
@@ -77,6 +79,11 @@ def embed(
             shard = partial / f"{start:010d}.npz"
             shards.append(shard)
             if not shard.exists():
+                if not made and (share := _unknown(encoder, window_texts(store, tokenizer, windows[:200]))) > UNKNOWN:
+                    report.warn(
+                        f"the encoder {choice.facts['encoder']} does not know {share:.0%} of the pieces of {name}: "
+                        "take one for its language with clusters.encoder, or lsi, which learns from the generic set"
+                    )
                 begun = time.perf_counter()
                 found = encoder.encode(window_texts(store, tokenizer, windows)).astype(np.float16)
                 _require_finite(found, start, store)
@@ -92,6 +99,10 @@ def embed(
         info.update(windows=total, dims=encoder.dims)
     shutil.rmtree(partial)
     return Embeddings(path)
+
+
+def _unknown(encoder: Encoder, texts: list[str]) -> float:
+    return encoder.unknown(texts) if hasattr(encoder, "unknown") else 0.0
 
 
 def _read(shard: Path) -> np.ndarray:

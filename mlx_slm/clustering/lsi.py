@@ -1,6 +1,7 @@
 """Latent semantic indexing: hashed word counts, tf-idf, randomised SVD in MLX. Needs no download.
 
-A text is its words (lower case, hashed to `BUCKETS`), weighted by (1 + log count) * idf, normalised, and projected onto
+A text is its words (lower case, hashed to `BUCKETS`; pairs of characters where a script has no spaces between words),
+weighted by (1 + log count) * idf, normalised, and projected onto
 the leading right singular vectors of a sample of the generic set (Halko, Martinsson and Tropp, 2011).
 """
 
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,7 +22,16 @@ from mlx_slm.report import Report
 
 BUCKETS = 1 << 14
 PROJECTION = "lsi.safetensors"
-WORD = re.compile(r"\w\w+")
+UNSPACED = (
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf"
+    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff"
+    "\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U000323af"
+)
+"""Scripts whose words no space divides: Thai, Lao, Tibetan, Burmese, Khmer, Tai, Chinese and Japanese."""
+MARKS = "\u0300-\u036f\u0483-\u0487\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u06d6-\u06ed\u0900-\u0963\u0966-\u0dff"
+"""Signs within a word that are no letters: accents and points, the vowel signs of India's scripts."""
+WORD = re.compile(rf"[{UNSPACED}]+|(?:(?![{UNSPACED}])[\w{MARKS}]){{2,}}")
+UNSPACED_RUN = re.compile(rf"[{UNSPACED}]")
 CHUNK = 512
 REMEMBERED = 1_000_000
 """Words whose buckets are kept at hand."""
@@ -51,6 +63,15 @@ class LsiEncoder:
         return np.concatenate(parts)
 
 
+def words_of(text: str) -> Iterator[str]:
+    """The words of a text in lower case; of a run without spaces each pair of neighbours (and one that is alone)."""
+    for word in WORD.findall(text.lower()):
+        if UNSPACED_RUN.match(word) and len(word) > 2:
+            yield from map("".join, pairwise(word))
+        else:
+            yield word
+
+
 class Words:
     """Texts -> buckets of words, remembered."""
 
@@ -63,7 +84,7 @@ class Words:
             self._bucket.clear()
         known, places = self._bucket, []
         for row, text in enumerate(texts):
-            for word in WORD.findall(text.lower()):
+            for word in words_of(text):
                 bucket = known.get(word)
                 if bucket is None:
                     bucket = known[word] = zlib.crc32(word.encode()) % BUCKETS

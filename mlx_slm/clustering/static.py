@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from safetensors.numpy import save_file
 
-from mlx_slm.clustering.bert import SentenceEncoder
+from mlx_slm.clustering.bert import SentenceEncoder, share_of, unknown_id
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged, load_tokenizer_json, read_arrays, read_json
 from mlx_slm.forms import StaticForm
@@ -58,8 +58,7 @@ class StaticEncoder:
             )
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        unknown = json.loads(self._tokenizer.to_str())["model"].get("unk_token")
-        self._unknown = self._tokenizer.token_to_id(unknown) if unknown else None
+        self._unknown = unknown_id(self._tokenizer)
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Embeddings of texts, fp32 [texts, dims]; a text without known word pieces is all zero."""
@@ -78,6 +77,10 @@ class StaticEncoder:
         if self.normalize:
             result /= np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-32)
         return result
+
+    def unknown(self, texts: list[str]) -> float:
+        """The share of word pieces that it does not know."""
+        return share_of(self._unknown, self._tokenizer, texts)
 
     def pieces(self, texts: list[str]) -> list[list[int]]:
         """Word pieces of texts, unknown ones left out."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cached_property
@@ -19,7 +18,7 @@ from mlx_slm.methods import check_method
 from mlx_slm.models.projected import ProjectedShape
 from mlx_slm.models.transformer import Shape
 from mlx_slm.pretrain import POOL, pretrain
-from mlx_slm.report import Report
+from mlx_slm.report import Report, perplexity
 from mlx_slm.scoring import validation_windows
 from mlx_slm.specialize import FROM_NONE, name_of_teacher, specialize
 from mlx_slm.study.grid import Cell, budgets_of, cells
@@ -255,7 +254,9 @@ def _specialization_cost(workspace: Workspace, tuned: Run) -> dict:
 def _curve(tuned: Run) -> list[list[float]]:
     """[tokens, perplexity of the domain's validation text] at each evaluation of a fine-tuning."""
     records = read_json_lines(tuned.path / "metrics.jsonl")
-    return [[record["tokens"], round(math.exp(record["valid_nll"]), 3)] for record in records if "valid_nll" in record]
+    return [
+        [record["tokens"], round(perplexity(record["valid_nll"]), 3)] for record in records if "valid_nll" in record
+    ]
 
 
 def _importance(run: Run) -> dict:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 from mlx_slm.config import format_size
 from mlx_slm.costs import Cost
+from mlx_slm.report import perplexity
 
 NAMES = {
     "slm": "SLM",
@@ -41,7 +42,7 @@ def macro(rows: Iterable[dict], stage: str) -> tuple[float, float, int] | None:
             by_seed[row["seed"]].append(row[stage]["nll"])
     if not by_seed:
         return None
-    found = [math.exp(statistics.fmean(nll)) for nll in by_seed.values()]
+    found = [perplexity(statistics.fmean(nll)) for nll in by_seed.values()]
     return statistics.fmean(found), (max(found) - min(found)) / 2, len(found)
 
 

@@ -21,7 +21,7 @@ import mlx.core as mx
 from mlx_slm import runtime
 from mlx_slm.clustering.sampler import Sampler
 from mlx_slm.errors import Interrupted, SlmError
-from mlx_slm.report import Report, duration
+from mlx_slm.report import Report, duration, perplexity
 from mlx_slm.training import checkpoint
 from mlx_slm.training.optimizer import learning_rate
 from mlx_slm.training.projected_step import ProjectedStep
@@ -45,6 +45,8 @@ class Plan:
     schedule: str = "constant"
     patience: int | None = None
     """Stop after so many evaluations without a gain; None: never."""
+    score_start: bool = False
+    """Whether the start is a candidate for the best as well."""
     milestones: tuple[int, ...] = ()
     """Steps whose checkpoints are kept for good."""
 
@@ -126,6 +128,8 @@ class Trainer:
             ThreadPoolExecutor(1) as loader,
             self.step.sharing_cores(),
         ):
+            if plan.score_start and state.step == 0 and self._evaluate():
+                self._save()
             rows = loader.submit(self.sampler.rows, state.step)
             started, first = time.perf_counter(), True
             while state.step < plan.steps and not self._stopped_early():
@@ -255,7 +259,7 @@ class Trainer:
         self.metrics.write({"step": state.step, "tokens": state.tokens, "valid_nll": nll})
         mark = "best so far" if better else f"{state.stale} since the best"
         self.report.line(
-            f"step {state.step:>6,}/{self.plan.steps:,}  validation perplexity {math.exp(min(nll, 700)):.2f} ({mark})"
+            f"step {state.step:>6,}/{self.plan.steps:,}  validation perplexity {perplexity(nll):.2f} ({mark})"
         )
         return better
 

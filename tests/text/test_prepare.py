@@ -1,6 +1,8 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_slm.config import DataConfig, TokenizerConfig
-from mlx_slm.errors import SlmError
+from mlx_slm.config_files import dump_config
+from mlx_slm.errors import Busy, SlmError
 from mlx_slm.files import Damaged
 from mlx_slm.report import Report
 from mlx_slm.text import prepare as p
 from mlx_slm.text import shards as sh
 from mlx_slm.text.store import Store, cut_windows, first_windows
 from mlx_slm.text.tokenizer import Tokenizer
-from mlx_slm.workspace import Workspace
+from mlx_slm.workspace import Workspace, in_use
 
 SPLITS = ("train", "valid", "test")
 
@@ -303,3 +306,110 @@ def test_named_splits_are_not_mixed_with_split_documents(workspace, tmp_path, te
     assert decoded(Store(workspace.data("d", "valid")), tokenizer) == ["named for validation"]
     counts = [Store(workspace.data("d", split)).num_documents for split in ("train", "test")]
     assert sum(counts) == 300 and 15 <= counts[1] <= 50
+
+
+def in_two_terminals(workspace, *commands) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of commands that run at the same time."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mlx_slm", command[0], "--workspace", str(workspace.root), *command[1:]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command in commands
+    ]
+    said = [one.communicate(timeout=200) for one in started]
+    return [(one.returncode, out, err) for one, (out, err) in zip(started, said, strict=True)]
+
+
+def test_two_terminals_prepare_one_workspace(tmp_path, texts, config):
+    """The same set twice, and a domain meanwhile: each is made once and whole."""
+    source = str(write_jsonl(tmp_path / "a.jsonl", texts))
+    settings = tmp_path / "c.yaml"
+    settings.write_text(dump_config(config))
+    own = Workspace(tmp_path / "w")
+    generic = ("prepare", "generic", source, "--config", str(settings))
+    for code, _, err in in_two_terminals(own, generic, generic, generic):
+        assert code == 0 and "Traceback" not in err, err
+    made = Store(own.data("generic", "train"))
+    assert made.num_documents + sum(Store(own.data("generic", s)).num_documents for s in ("valid", "test")) == len(
+        {"".join(text.split()) for text in texts}
+    )
+    both = in_two_terminals(own, ("prepare", "one", source), ("prepare", "two", source))
+    assert [code for code, _, _ in both] == [0, 0]
+    assert Store(own.data("one", "train")).fingerprint == Store(own.data("two", "train")).fingerprint
+
+
+def test_a_set_in_use_is_not_made_anew(workspace, tmp_path, texts, config, report):
+    source = write_jsonl(tmp_path / "a.jsonl", texts[:300])
+    p.prepare(workspace, "d", [str(source)], config, report)
+    before = Store(workspace.data("d", "train")).fingerprint
+    write_jsonl(source, texts[300:600])
+    with in_use(workspace, "d"), in_use(workspace, "d"), pytest.raises(Busy, match="in use by another process"):
+        p.prepare(workspace, "d", [str(source)], config, report, fresh=True)
+    assert Store(workspace.data("d", "train")).fingerprint == before
+    p.prepare(workspace, "d", [str(source)], config, report, fresh=True)
+    assert Store(workspace.data("d", "train")).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    "changes", [{"limit": 60_000}, {"text_field": "body"}, {"limit": 50_000, "text_field": "body"}]
+)
+def test_a_set_is_used_as_it_was_prepared(changes, tmp_path, texts, config, report):
+    own = Workspace(tmp_path / "w")
+    field = changes.get("text_field", "text")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+    sets = {"generic": [str(tmp_path / "a.jsonl")]}
+    config = config.model_copy(update={"data": config.data.model_copy(update={"sets": sets})})
+    p.prepare(own, "generic", sets["generic"], config, report, **changes)
+    before = Store(own.data("generic", "train")).fingerprint
+    p.ensure_set(own, "generic", config, report)
+    assert Store(own.data("generic", "train")).fingerprint == before
+    assert any("is used as it was prepared, with data." in line for line in report.lines)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_single_document_is_training_text(number, tmp_path, texts, config, report):
+    """Whatever its hash says; with held-out shares of 49 % each, nearly all of them are held out."""
+    own = Workspace(tmp_path / "w")
+    text = "\n\n".join(texts[40 * number : 40 * number + 40])
+    (tmp_path / "book.txt").write_text(text)
+    shares = {"valid_fraction": 0.49, "test_fraction": 0.49}
+    config = config.model_copy(update={"data": config.data.model_copy(update=shares)})
+    p.prepare(own, "generic", [str(tmp_path / "book.txt")], config, report)
+    stores = [Store(own.data("generic", split)) for split in SPLITS]
+    assert [store.num_documents for store in stores] == [1, 0, 0]
+    two = write_jsonl(tmp_path / "two.jsonl", texts[2 * number : 2 * number + 2])
+    p.prepare(own, "two", [str(two)], config, report)
+    assert Store(own.data("two", "train")).num_documents >= 1
+
+
+SPACES = {
+    "line ends": lambda t: t.replace("\n", "\r\n"),
+    "a last line end": lambda t: t.rstrip() + "\n",
+    "tabs": lambda t: t.replace(" ", "\t"),
+    "no-break spaces": lambda t: t.replace(" ", "\u00a0"),
+    "wrapped": lambda t: t.replace(" ", "\n"),
+    "indented": lambda t: "  " + t.replace("\n", "\n    "),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_texts_that_differ_in_white_space_are_one(name, workspace, tmp_path, texts, config, report, tokenizer):
+    some = texts[:150]
+    source = write_jsonl(tmp_path / "a.jsonl", [form for text in some for form in (text, SPACES[name](text))])
+    p.prepare(workspace, "d", [str(source)], config, report)
+    splits = {s: {"".join(t.split()) for t in decoded(Store(workspace.data("d", s)), tokenizer)} for s in SPLITS}
+    assert sum(map(len, splits.values())) == len({"".join(text.split()) for text in some})
+    assert not splits["train"] & (splits["valid"] | splits["test"])
+
+
+def test_a_kill_before_the_configuration_is_written_is_made_good(tmp_path, texts, config, report):
+    own = Workspace(tmp_path / "w")
+    source = write_jsonl(tmp_path / "a.jsonl", texts[:300])
+    p.prepare(own, "generic", [str(source)], config, report)
+    written = own.config_file.read_text()
+    own.config_file.unlink()
+    assert p.prepare(own, "generic", [str(source)], config, report) is False
+    assert own.config_file.read_text() == written
