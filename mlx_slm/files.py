@@ -6,6 +6,7 @@ reads without an end (from a device), or follows a link where links have no busi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -62,7 +63,7 @@ def read_bytes(path: Path, limit: int, links: bool = True) -> bytes:
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise Damaged(f"{path} is missing; bring it back or make it again") from error
     except OSError as error:
-        if error.errno in (36, 40):  # a name or a path that is too long, a circle of links
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise Damaged(f"{str(path)[:200]}: {error.strerror}") from error
         raise
 
@@ -169,6 +170,23 @@ def read_arrays(path: Path, wanted: dict[str, int] | None = None) -> dict[str, n
         if name not in found or found[name].ndim != axes or found[name].dtype != np.float32:
             raise Damaged(f"{path} has no {name} of {axes} axes in fp32")
     return found
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors; raises OSError where the disk does not take it."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(arrays, path, metadata=metadata)
+    except SafetensorError as error:
+        full = "os error 28" in str(error) or "os error 122" in str(error)  # the disk, or the user's quota
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
+
+
+def append_array(file: BinaryIO, values: np.ndarray) -> None:
+    """Write the bytes of an array to an open file; raises OSError with its cause, which numpy's `tofile` does not."""
+    file.write(np.ascontiguousarray(values).data.cast("B") if values.size else b"")
 
 
 def load_tokenizer_json(path: Path) -> Tokenizer:

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import platform
+import resource
 import shutil
 import sys
 import threading
@@ -192,12 +193,39 @@ def compute_dtype():
 
 
 def memory_bytes() -> int:
-    """Memory that a model can use: the device's on a GPU, else the machine's."""
+    """Memory that a model can use: the device's on a GPU, else the machine's, or less where this process has a limit
+    (RLIMIT_AS beyond what it has mapped, a container's)."""
     import mlx.core as mx
 
     info = mx.device_info() if backend() != "cpu" else {}
     size = info.get("max_recommended_working_set_size") or info.get("total_memory") or info.get("memory_size")
-    return int(size or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if size:
+        return int(size)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    own = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if own != resource.RLIM_INFINITY:
+        limits.append(max(0, own - _mapped_bytes()))
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
+
+
+def _mapped_bytes() -> int:
+    with contextlib.suppress(OSError, ValueError):
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def end_with(parent: int) -> None:
+    """End this process within a second of the one that started it, however that ended."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def device_name() -> str:
@@ -240,6 +268,10 @@ def matmul_gflops() -> float:
 def same_blas() -> dict[str, str]:
     """Environment for a process that is to compute with the BLAS of this one, without a trial of its own."""
     return {blases.VARIABLE: blas.path if blas else blases.NONE} if sys.platform == "linux" else {}
+
+
+PARENT = "MLX_SLM_PARENT"
+"""The variable that makes a process end when the one of this number does."""
 
 
 def arithmetic() -> str:

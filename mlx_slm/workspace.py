@@ -158,11 +158,21 @@ def read_json_lines(file: Path, report: Report | None = None) -> list[dict]:
 
     A last line that a kill cut off is left out; other lines that are damaged are too, and `report` says how many.
     """
-    *lines, cut_off = read_bytes(file, LINES_BYTES).decode("utf-8", "replace").split("\n") if file.exists() else [""]
-    records = [_record(line) for line in lines]
-    if damaged := report and records.count(None):
+    records = _records(file)
+    if damaged := report and records[:-1].count(None):
         report.warn(f"{file}: {damaged} damaged lines are left out")
-    return [record for record in [*records, _record(cut_off)] if record is not None]
+    return [record for record in records if record is not None]
+
+
+def count_damaged_lines(file: Path) -> int:
+    """Lines of a file that `append_json` wrote, but for one that a kill cut off, which are not as they were."""
+    return _records(file)[:-1].count(None)
+
+
+def _records(file: Path) -> list[dict | None]:
+    """The record of each line, None for a damaged one; the last is what stands behind the last line end."""
+    lines = read_bytes(file, LINES_BYTES).decode("utf-8", "replace").split("\n") if file.exists() else [""]
+    return [_record(line) for line in lines]
 
 
 def _record(line: str) -> dict | None:
@@ -344,7 +354,7 @@ class MappedFile:
 
     def __init__(self, path: Path, dtype, entry: dict):
         self.path, self.dtype = path, np.dtype(dtype)
-        self._crc, self._block = entry["crc32"], entry["block"]
+        self._crc, self._block, self._bytes = entry["crc32"], entry["block"], entry["bytes"]
         self._file = open(path, "rb", buffering=0)
         self._array = np.zeros(0, self.dtype)
         if entry["bytes"]:
@@ -366,20 +376,28 @@ class MappedFile:
             if not 0 <= start < len(self):
                 raise IndexError(f"element {index} of {len(self)}")
         size = self.dtype.itemsize
+        if os.fstat(self._file.fileno()).st_size < self._bytes:  # a mapped page beyond the end would be a bus error
+            raise Damaged(f"{self.path} was cut off while it was in use; make {self.path.parent} again")
         if stop > start:
             first, last = start * size // self._block, (stop * size - 1) // self._block
             if not self._seen[first : last + 1].all():
                 self._check(first, last)
         if not 0 < stop - start <= SHORT:
             return self._array[index]
-        found = np.frombuffer(os.pread(self._file.fileno(), (stop - start) * size, start * size), self.dtype)
+        found = np.frombuffer(self._read(start * size, (stop - start) * size), self.dtype)
         return found if isinstance(index, slice) else found[0]
+
+    def _read(self, start: int, size: int) -> bytes:
+        data = os.pread(self._file.fileno(), size, start)
+        if len(data) != size:
+            raise Damaged(f"{self.path} was cut off while it was in use; make {self.path.parent} again")
+        return data
 
     def _check(self, first: int, last: int) -> None:
         for block in range(first, last + 1):
             if self._seen[block]:
                 continue
-            data = os.pread(self._file.fileno(), self._block, block * self._block)
+            data = self._read(block * self._block, min(self._block, self._bytes - block * self._block))
             if zlib.crc32(data) != self._crc[block]:
                 raise Damaged(
                     f"{self.path} is damaged in bytes {block * self._block}-{block * self._block + len(data)}; "

@@ -5,15 +5,17 @@ Heavy modules are imported inside the commands, so that `--help` answers at once
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 import click
 
-from mlx_slm import __version__
+from mlx_slm import __version__, runtime
 from mlx_slm.cli import data, info, plan, train, use
 from mlx_slm.errors import Interrupted, SlmError
 
@@ -43,7 +45,10 @@ for module in (train, data, use, plan, info):
 
 def main() -> None:
     """Run a command; exit with 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    code = run(sys.argv[1:])
+    if os.environ.get(runtime.PARENT):
+        runtime.end_with(int(os.environ[runtime.PARENT]))
+    with last_words(set(sys.argv[1:]) & COMPUTING):
+        code = run(sys.argv[1:])
     if code == INTERRUPTED:  # the device may still compute: taking the interpreter apart around it can crash
         for worker in multiprocessing.active_children():
             worker.terminate()
@@ -51,6 +56,33 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+COMPUTING = {"quickstart", "pretrain", "specialize", "cluster", "evaluate", "generate", "serve", "study"}
+
+
+@contextlib.contextmanager
+def last_words(wanted: bool) -> Iterator[None]:
+    """While a process outlives this one, it can say what happened where the system ends this one without a chance to:
+    MLX aborts where a thread of its own gets no memory, and Linux kills."""
+    if not wanted:
+        yield
+        return
+    ended, alive = os.pipe()
+    watcher = os.fork()
+    if watcher == 0:
+        os.close(alive)
+        os.setpgid(0, 0)  # Ctrl-C is for the other
+        if not os.read(ended, 1):
+            os.write(2, f"mlx-slm: error: ended by the system or by kill -9; if not by you: {OUT_OF_MEMORY}\n".encode())
+        os._exit(0)
+    os.close(ended)
+    try:
+        yield
+    finally:
+        os.write(alive, b".")
+        os.close(alive)
+        os.waitpid(watcher, 0)
 
 
 def run(arguments: list[str]) -> int:
@@ -81,7 +113,8 @@ def run(arguments: list[str]) -> int:
         return FAILED
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" writing {error.filename}" if error.filename else ""
+            name = error.filename2 or error.filename  # of a copy the second is what is written
+            where = f" writing {name}" if name else ""
             return _fail(
                 f"error: no space left on the disk{where}: free some and run the same command again; nothing is lost, "
                 "it goes on from the last whole checkpoint or shard",
@@ -89,7 +122,8 @@ def run(arguments: list[str]) -> int:
             )
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR):
             return _fail(
-                f"error: {error.filename}: {error.strerror}; choose another --workspace or mend the rights", FAILED
+                f"error: {error.filename}: {error.strerror}: mend its rights or those of its folder, or name another",
+                FAILED,
             )
         if error.filename is None:
             raise

@@ -95,6 +95,7 @@ def _show_experts(session: Session, name: str) -> None:
 def _verify(session: Session) -> list[str]:
     from mlx_slm.errors import SlmError
     from mlx_slm.files import Damaged, read_json
+    from mlx_slm.training.runs import RECORD, verify_run
     from mlx_slm.workspace import load_manifest, verify
 
     good, damaged = [], []
@@ -104,6 +105,12 @@ def _verify(session: Session) -> list[str]:
             verify(path, load_manifest(path, kind))
             good.append(str(path))
         except Damaged as error:
+            damaged.append(str(error))
+    for path in sorted(file.parent for file in session.workspace.root.rglob(f"runs/**/{RECORD}")):
+        try:
+            verify_run(path)
+            good.append(str(path / RECORD))
+        except SlmError as error:
             damaged.append(str(error))
     if damaged:
         raise SlmError("\n  ".join([f"{len(damaged)} of {len(good) + len(damaged)} artifacts are damaged:", *damaged]))

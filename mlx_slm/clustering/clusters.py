@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from mlx_slm.clustering.embed import Embeddings, embed
 from mlx_slm.clustering.encoder import Choice, choose_encoder, recorded_encoder
@@ -21,7 +20,7 @@ from mlx_slm.clustering.kmeans import State, assign, kmeans
 from mlx_slm.clustering.sampler import Stream, separated_ends
 from mlx_slm.config import ClustersConfig, Config
 from mlx_slm.errors import SlmError
-from mlx_slm.files import Damaged, read_arrays, read_json
+from mlx_slm.files import Damaged, append_array, read_arrays, read_json, write_arrays
 from mlx_slm.forms import CountsForm
 from mlx_slm.report import Report
 from mlx_slm.text.huggingface import open_tokenizer
@@ -245,7 +244,7 @@ def _ensure_centroids(
             on_iteration,
         )
     with new_artifact(path, KIND, inputs) as (directory, info):
-        save_file({"centroids": centroids}, directory / CENTROIDS)
+        write_arrays(directory / CENTROIDS, {"centroids": centroids})
         info.update(k=k, points=len(points), inertia=inertia, dims=embeddings.dims)
         info["settings"] = settings.model_dump(mode="json", include={*LEARNING, "encoder", "long_windows", "dims"})
     saved.remove()
@@ -269,7 +268,7 @@ class Progress:
             manifest = load_manifest(self.directory, "k-means state")
             verify(self.directory, manifest)
             if manifest["inputs"] == self.inputs:
-                return State(**load_file(self.directory / "arrays.safetensors"), **manifest["info"]["numbers"])
+                return State(**read_arrays(self.directory / "arrays.safetensors"), **manifest["info"]["numbers"])
         return State()
 
     def save(self, state: State) -> None:
@@ -277,7 +276,7 @@ class Progress:
         arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
         numbers = {name: value for name, value in fields.items() if name not in arrays and value is not None}
         with new_artifact(self.directory, "k-means state", self.inputs) as (directory, info):
-            save_file(arrays, directory / "arrays.safetensors")
+            write_arrays(directory / "arrays.safetensors", arrays)
             info["numbers"] = numbers
 
     def remove(self) -> None:
@@ -313,7 +312,8 @@ def _assign(clusters: Clusters, name: str, split: str, store: Store, vectors: Em
     with new_artifact(clusters.directory / name / split, ASSIGNED, inputs, mapped=tuple(FILES)) as (directory, info):
         arrays = (place, order, separated_ends(store, order))
         for (file, dtype), values in zip(FILES.items(), arrays, strict=True):
-            values.astype(dtype).tofile(directory / file)
+            with open(directory / file, "wb") as out:
+                append_array(out, values.astype(dtype))
         facts_of_counts = {
             "windows": counts.tolist(),
             "tokens": np.bincount(place, lengths, minlength=k).astype(np.int64).tolist(),

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_slm.clustering.encoder import Choice, Encoder, window_texts
 from mlx_slm.errors import Interrupted, SlmError
-from mlx_slm.files import Damaged
+from mlx_slm.files import Damaged, append_array
 from mlx_slm.report import Report, duration
 from mlx_slm.text.shards import save_shard, start_shards
 from mlx_slm.text.store import Store
@@ -95,7 +95,7 @@ def embed(
     with new_artifact(path, KIND, inputs, mapped=(FILE,)) as (directory, info):
         with open(directory / FILE, "wb") as file:
             for shard in shards:
-                _read(shard).tofile(file)
+                append_array(file, _read(shard))
         info.update(windows=total, dims=encoder.dims)
     shutil.rmtree(partial)
     return Embeddings(path)

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from safetensors.numpy import save_file
 
-from mlx_slm.files import Damaged, read_arrays
+from mlx_slm.files import Damaged, read_arrays, write_arrays
 from mlx_slm.report import Report
 
 BUCKETS = 1 << 14
@@ -130,4 +129,4 @@ def fit(texts: list[str], dims: int, seed: int, directory: Path, report: Report)
     values, vectors = np.linalg.eigh(np.array(gram, np.float64))
     leading = vectors[:, np.argsort(-values)[:dims]]
     projection = np.array(right) @ leading.astype(np.float32)
-    save_file({"projection": np.ascontiguousarray(projection), "idf": idf}, directory / PROJECTION)
+    write_arrays(directory / PROJECTION, {"projection": np.ascontiguousarray(projection), "idf": idf})

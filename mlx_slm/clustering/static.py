@@ -11,11 +11,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from safetensors.numpy import save_file
 
 from mlx_slm.clustering.bert import SentenceEncoder, share_of, unknown_id
 from mlx_slm.errors import SlmError
-from mlx_slm.files import Damaged, load_tokenizer_json, read_arrays, read_json
+from mlx_slm.files import Damaged, load_tokenizer_json, read_arrays, read_json, write_arrays
 from mlx_slm.forms import StaticForm
 from mlx_slm.report import Report
 
@@ -106,7 +105,7 @@ def distil(source: SentenceEncoder, sample: list[str], dims: int, directory: Pat
     encoded = source._tokenizer.encode_batch_fast(sample, add_special_tokens=False)
     counts = np.bincount([i for e in encoded for i in e.ids], minlength=len(table)) + 1.0
     table *= (SIF / (SIF + counts / counts.sum()))[:, None]
-    save_file({"embeddings": np.ascontiguousarray(table, np.float32)}, directory / TABLE)
+    write_arrays(directory / TABLE, {"embeddings": np.ascontiguousarray(table, np.float32)})
     shutil.copyfile(source.directory / "tokenizer.json", directory / "tokenizer.json")
     config = {"model_type": "model2vec", "architectures": ["StaticModel"], "normalize": True, "hidden_dim": dims}
     (directory / "config.json").write_text(json.dumps(config | {"seq_length": 1_000_000}, indent=1))

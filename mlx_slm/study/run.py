@@ -129,7 +129,7 @@ def _share(study: Study, jobs: int, command: list[str]) -> None:
                     [sys.executable, "-m", "mlx_slm", *command],
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=os.environ | runtime.same_blas(),
+                    env=os.environ | runtime.same_blas() | {runtime.PARENT: str(os.getpid())},
                 )
         study.report.line(f"{jobs} jobs; what each does: {', '.join(map(str, workers))}")
         working = True

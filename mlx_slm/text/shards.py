@@ -5,9 +5,12 @@ Each finished shard is a file of its own, so a run that was killed tokenises onl
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
+import zipfile
+import zlib
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_slm import runtime
-from mlx_slm.files import read_json
+from mlx_slm.files import Damaged, append_array, read_json
 from mlx_slm.report import Report
 from mlx_slm.text.documents import Documents
 from mlx_slm.text.huggingface import open_tokenizer
@@ -29,8 +32,10 @@ SHARD_BYTES = 4 << 20
 
 def start_shards(partial: Path, plan: dict, report: Report) -> None:
     """Keep the shards of an interrupted run if they are of the same text, tokenizer and settings; else begin anew."""
-    record = partial / "plan.json"
-    if record.exists() and read_json(record) == plan:
+    record, before = partial / "plan.json", None
+    with contextlib.suppress(Damaged):
+        before = read_json(record)
+    if before == plan:
         done = len(list(partial.glob("*.npz")))
         if done:
             report.line(f"resuming: {done} finished shards are kept")
@@ -57,14 +62,17 @@ def tokenise(
         path = partial / f"{split}-{len(shards[split]):05d}.npz"
         shards[split].append(path)
         buffers[split], sizes[split] = [], 0
-        if path.exists():
+        if path.exists() and _is_whole(path):
             done(size)
         elif last and pool is None:
             write_shard(texts, tokenizer, path)
             done(size)
         else:
             pool = pool or ProcessPoolExecutor(
-                workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(tokenizer.directory,)
+                workers,
+                mp_context=get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(tokenizer.directory, os.getpid()),
             )
             pending[pool.submit(_write_shard_in_worker, texts, path)] = size
             drain(workers + 2)
@@ -99,10 +107,11 @@ def tokenise(
 _worker_tokenizer: Tokenizer | None = None
 
 
-def _start_worker(directory: Path) -> None:
+def _start_worker(directory: Path, parent: int) -> None:
     import signal
 
     global _worker_tokenizer
+    runtime.end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker_tokenizer = open_tokenizer(directory)
 
@@ -122,6 +131,20 @@ def write_shard(texts: list[str], tokenizer: Tokenizer, path: Path) -> None:
         tokens[start + len(ids)] = tokenizer.eos_id
         start += len(ids) + 1
     save_shard(path, tokens=tokens, lengths=lengths, bytes=sum(len(text.encode()) for text in texts))
+
+
+def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
+    with np.load(path) as arrays:
+        return arrays["tokens"], arrays["lengths"], int(arrays["bytes"])
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a shard of an interrupted run can be used; each of its arrays has a checksum in the zip."""
+    try:
+        tokens, lengths, _ = _read_shard(path)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return False
+    return len(tokens) == lengths.sum()
 
 
 def save_shard(path: Path, **arrays) -> None:
@@ -148,14 +171,13 @@ def merge_shards(
         num_tokens = documents = num_bytes = 0
         with open(path / TOKENS, "wb") as tokens_file, open(path / WINDOWS, "wb") as windows_file:
             for shard in shards:
-                with np.load(shard) as arrays:
-                    tokens, lengths = arrays["tokens"], arrays["lengths"]
-                    num_bytes += int(arrays["bytes"])
+                tokens, lengths, size = _read_shard(shard)
+                num_bytes += size
                 windows = cut_windows(lengths, tokenizer.token_bytes[tokens], context_length)
                 windows["offset"] += num_tokens
                 windows["document"] += documents
-                tokens.tofile(tokens_file)
-                windows.tofile(windows_file)
+                append_array(tokens_file, tokens)
+                append_array(windows_file, windows)
                 num_tokens += len(tokens)
                 documents += len(lengths)
         dtype = token_dtype(tokenizer.vocab_size).str

@@ -13,11 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from mlx_slm.errors import SlmError
-from mlx_slm.files import Damaged, read_json, require_safetensors
+from mlx_slm.files import Damaged, read_json, require_safetensors, write_arrays
 from mlx_slm.forms import StateForm
 from mlx_slm.report import Report
 from mlx_slm.workspace import (
@@ -39,12 +37,7 @@ KEEP = 2
 def save_arrays(path: Path, tree: dict, metadata: dict[str, str] | None = None) -> None:
     """Write a nested dict of arrays as safetensors; raises OSError where the disk does not take it."""
     arrays = {name: np.ascontiguousarray(np.array(value, copy=False)) for name, value in tree_flatten(tree)}
-    try:
-        save_file(arrays, path, metadata=metadata)
-    except SafetensorError as error:
-        if "os error 28" in str(error) or "os error 122" in str(error):  # the disk is full, or the user's quota
-            raise OSError(28, "No space left on device", str(path)) from error
-        raise OSError(5, str(error), str(path)) from error
+    write_arrays(path, arrays, metadata)
 
 
 def load_arrays(path: Path) -> dict:

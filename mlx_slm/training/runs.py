@@ -22,9 +22,18 @@ from mlx_slm.forms import RunForm
 from mlx_slm.models.transformer import Shape
 from mlx_slm.training import checkpoint
 from mlx_slm.training.trainer import State
-from mlx_slm.workspace import Workspace, alone, fingerprint, read_record, sha256, write_record, write_text
+from mlx_slm.workspace import (
+    Workspace,
+    alone,
+    count_damaged_lines,
+    fingerprint,
+    read_record,
+    sha256,
+    write_record,
+    write_text,
+)
 
-RECORD, CONFIG, IMPORTANCE = "run.json", "config.yaml", "importance.json"
+RECORD, CONFIG, IMPORTANCE, METRICS = "run.json", "config.yaml", "importance.json", "metrics.jsonl"
 EXPERT = "expert-"
 """A run of several models keeps each in a folder of this name and its number."""
 
@@ -200,6 +209,16 @@ def read_run(path: Path) -> dict:
 def expert_path(run: Path, expert: int) -> Path:
     """Where a run of several models keeps one of them."""
     return run / f"{EXPERT}{expert}"
+
+
+def verify_run(path: Path) -> None:
+    """Check the record, the configuration and the other files of a run; raises Damaged."""
+    run = Run(path, read_run(path))
+    run.config()
+    if (path / IMPORTANCE).exists():
+        run.importance()
+    if damaged := count_damaged_lines(path / METRICS):
+        raise Damaged(f"{path / METRICS}: {damaged} damaged lines; they are left out")
 
 
 def open_expert(run: Run, expert: int) -> Run | None:
