@@ -164,7 +164,7 @@ def make_store(directory: Path, windows: int, context: int, vocab_size: int = 40
                 made["document"] = np.arange(first, first + count) // 10
                 made.tofile(windows_file)
         info.update(tokens=windows * context, documents=-(-windows // 10), bytes=4 * windows * context, dtype="<u2")
-        info.update(context_length=context, eos_id=1)
+        info.update(context_length=context, eos_id=1, replaced=0)
 
 
 def evaluation(size: Size) -> Case:

@@ -183,7 +183,7 @@ def test_evaluate_leaves_out_sets_without_the_split(own, texts, tmp_path, capsys
 
 def test_a_gpt2_answers_no_further_than_its_positions(tmp_path, tokenizer, capsys):
     shape = Shape.of(ModelConfig(family="gpt2", num_layers=1, dims=32, num_heads=4), tokenizer.vocab_size, 32)
-    path = export_model(tmp_path / "m", shape, initialise(shape, 0), tokenizer, {}, {})
+    path = export_model(tmp_path / "m", shape, initialise(shape, 0), tokenizer, {"tokenizer": "made"}, {})
     assert run(["generate", str(path), "--prompt", "x", "-m", "400", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] <= 31
     assert run(["generate", str(path), "--prompt", "word " * 60, "-m", "4"]) == 1
@@ -221,7 +221,7 @@ def test_pretrain_on_an_empty_workspace_prepares_first(tmp_path, texts, config, 
     assert "set 'generic' is not prepared yet: preparing it from" in err
     write_jsonl(source, texts[:601])
     code, _, err = call(capsys, workspace, "pretrain", "--set", "training.steps=4")
-    assert code == 1 and "other inputs (text changed)" in err
+    assert code == 1 and "other inputs (changed: text)" in err
     source.unlink()
     code, out, _ = call(capsys, workspace, "pretrain", "--set", "training.steps=4")
     assert code == 0 and "is finished" in out

@@ -158,9 +158,9 @@ def test_ways_that_do_not_go_together(arguments, message, trained, capsys):
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(own, large_config, report, capsys):
-    record = json.loads((own.run("llm") / "run.json").read_text())
-    record["inputs"]["tokenizer"] = "another"
-    (own.run("llm") / "run.json").write_text(json.dumps(record))
+    run = find_run(own, "llm")
+    run.record["inputs"]["tokenizer"] = "another"
+    run.save()
     code, _, err = call(capsys, own, "specialize", "--domain", "notes", "--tokens", "4k", "--teacher", "llm")
     assert code == 1 and "run llm was trained with another tokenizer" in err
     assert call(capsys, own, "specialize", "--domain", "notes", "--fuse")[0] == 2

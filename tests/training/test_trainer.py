@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import rounding
 from mlx.utils import tree_flatten
 
@@ -199,17 +200,17 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(prepared, tmp_pa
 
 def test_a_full_disk_loses_no_checkpoint(prepared, tmp_path, uninterrupted, monkeypatch):
     run, store = tmp_path / "r", prepared.data("generic", "train")
-    real, count = checkpoint.save_file, itertools.count()
+    real, count = safetensors.numpy.save_file, itertools.count()
 
     def save(arrays, path, metadata=None):
         if next(count) == 5:
             Path(path).write_bytes(b"half")
-            raise checkpoint.SafetensorError(
+            raise safetensors.SafetensorError(
                 "Error while serializing: I/O error: No space left on device (os error 28)"
             )
         real(arrays, path, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", save)
+    monkeypatch.setattr(safetensors.numpy, "save_file", save)
     trainer = make_trainer(store, run)
     with pytest.raises(OSError) as error:
         trainer.run()
