@@ -90,8 +90,8 @@ def numbers_of(workspace: Path) -> dict[str, str]:
     return found
 
 
-def build(root: Path) -> Site:
-    """Run all commands once, undisturbed."""
+def build(root: Path, names: tuple[str, ...] = ()) -> Site:
+    """Run all commands (or those of these names) once, undisturbed."""
     from mlx_slm.text.docstrings import documents
 
     texts = [text for text, _ in zip(documents("stdlib"), range(1500), strict=False)]
@@ -106,6 +106,7 @@ def build(root: Path) -> Site:
         Command("pretrain-pn", ("pretrain", "--method", "pn")),
         Command("specialize", ("specialize", "--domain", "notes", "--from", "pn")),
     ]
+    commands = [command for command in commands if not names or command.name in names]
     site, workspace = Site(root, commands, {}, {}), root / "undisturbed"
     workspace.mkdir()
     for command in commands:

@@ -61,11 +61,11 @@ PROMPTS = {
 def test_a_prompt_that_is_not_utf8(name, with_experts):
     raw, code, message = PROMPTS[name]
     command = [sys.executable, "-m", "mlx_slm", "generate", "slm", "--workspace", str(with_experts.root), "-m", "2"]
-    done = subprocess.run([*command, "-p", "-"], input=raw, capture_output=True)
-    assert done.returncode == code and message.encode() in done.stderr and b"Traceback" not in done.stderr, done.stderr
-    if b"\0" not in raw:
+    if name != "Latin-1":
+        done = subprocess.run([*command, "-p", "-"], input=raw, capture_output=True)
+    else:
         done = subprocess.run([*map(os.fsencode, command), b"-p", raw], capture_output=True)
-        assert done.returncode == code and message.encode() in done.stderr, done.stderr
+    assert done.returncode == code and message.encode() in done.stderr and b"Traceback" not in done.stderr, done.stderr
 
 
 def test_a_file_whose_name_is_not_utf8(tmp_path, texts, capsys):

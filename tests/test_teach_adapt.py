@@ -1,6 +1,5 @@
 """Distillation and LoRA as a user has them."""
 
-import json
 import shutil
 import signal
 import subprocess
