@@ -82,8 +82,8 @@ def _served(size: Size, bits: int | None):
     from mlx_slm import runtime
     from mlx_slm.export import huggingface_config, to_huggingface
     from mlx_slm.models.transformer import initialise
+    from mlx_slm.records import write_json
     from mlx_slm.training.checkpoint import save_arrays
-    from mlx_slm.workspace import write_json
 
     shape = size.shape
     with tempfile.TemporaryDirectory() as directory:

@@ -27,22 +27,14 @@ from mlx_slm.files import Damaged, load_tokenizer_json, open_regular, read_json,
 from mlx_slm.forms import RunForm, TokenizerSettings
 from mlx_slm.models.projected import ProjectedShape, network_shapes
 from mlx_slm.models.transformer import parameter_shapes
+from mlx_slm.records import write_text
 from mlx_slm.report import Report
 from mlx_slm.text.huggingface import CONFIG_FILE, JSON_FILE, open_tokenizer
 from mlx_slm.text.tokenizer import KIND as TOKENIZER
 from mlx_slm.training.checkpoint import KIND as CHECKPOINT
 from mlx_slm.training.checkpoint import WEIGHTS, checkpoint_path, read_safetensors
 from mlx_slm.training.runs import CONFIG, EXPERT, RECORD, Run, find_run, read_run
-from mlx_slm.workspace import (
-    MANIFEST,
-    Workspace,
-    is_litter,
-    load_manifest,
-    plain_name,
-    replace_directory,
-    verify,
-    write_text,
-)
+from mlx_slm.workspace import MANIFEST, Workspace, is_litter, load_manifest, plain_name, replace_directory, verify
 
 KIND = "bundle"
 TOKENIZER_FOLDER = "tokenizer"

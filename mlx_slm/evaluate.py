@@ -13,10 +13,11 @@ from mlx_slm.errors import SlmError
 from mlx_slm.experts import FREQUENT, HISTOGRAM, Experts, has_experts
 from mlx_slm.export import check_model, find_model, load_any
 from mlx_slm.models.transformer import Transformer
+from mlx_slm.records import append_json
 from mlx_slm.report import Report, perplexity
 from mlx_slm.scoring import Score, Scorer, routed_nll, score_of
 from mlx_slm.text.store import Store, first_windows
-from mlx_slm.workspace import Workspace, append_json
+from mlx_slm.workspace import Workspace
 
 
 def macro_perplexity(scores: list[Score]) -> float:

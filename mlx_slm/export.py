@@ -15,11 +15,12 @@ from mlx_slm.files import Damaged, load_tokenizer_json, read_json, require_form,
 from mlx_slm.forms import ConfigForm, Gpt2Form, LlamaForm, TokenizerSettings
 from mlx_slm.models.lora import Lora
 from mlx_slm.models.transformer import Shape, Transformer, parameter_shapes
+from mlx_slm.records import write_json
 from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.checkpoint import read_safetensors, save_arrays
 from mlx_slm.training.runs import Run, find_run
-from mlx_slm.workspace import MANIFEST, Workspace, is_litter, load_manifest, new_artifact, verify, write_json
+from mlx_slm.workspace import MANIFEST, Workspace, is_litter, load_manifest, new_artifact, verify
 
 KIND, ADAPTER = "model", "adapter"
 FORMS = {"gpt2": Gpt2Form, "llama": LlamaForm}

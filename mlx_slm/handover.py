@@ -16,11 +16,12 @@ from mlx_slm.config_files import dump_config
 from mlx_slm.errors import SlmError
 from mlx_slm.experts import Experts, has_experts
 from mlx_slm.files import read_json
+from mlx_slm.records import write_record, write_text
 from mlx_slm.text.tokenizer import KIND as TOKENIZER
 from mlx_slm.training.checkpoint import KIND as CHECKPOINT
 from mlx_slm.training.checkpoint import STATE, WEIGHTS, checkpoint_path, save_arrays
 from mlx_slm.training.runs import CONFIG, RECORD, Run, expert_path, open_expert, read_run
-from mlx_slm.workspace import MANIFEST, Workspace, is_litter, load_manifest, new_artifact, write_record, write_text
+from mlx_slm.workspace import MANIFEST, Workspace, is_litter, load_manifest, new_artifact
 
 
 def export_bundle(workspace: Workspace, run: Run, directory: Path) -> dict:

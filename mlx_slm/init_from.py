@@ -12,8 +12,9 @@ from mlx_slm.export import from_huggingface, to_huggingface
 from mlx_slm.files import read_json, require_form
 from mlx_slm.forms import ConfigForm, Gpt2Form, LlamaForm
 from mlx_slm.models.transformer import Shape, Transformer
+from mlx_slm.records import fingerprint
 from mlx_slm.training.checkpoint import read_safetensors
-from mlx_slm.workspace import fingerprint, is_litter, sha256
+from mlx_slm.workspace import is_litter, sha256
 
 GPT2 = {"activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True}
 LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}

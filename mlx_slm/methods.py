@@ -22,6 +22,7 @@ from mlx_slm.errors import SlmError
 from mlx_slm.init_from import Pretrained
 from mlx_slm.models.projected import ProjectedShape, expert, initialise_network, network_of, tensor_rate
 from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.records import fingerprint
 from mlx_slm.report import Report
 from mlx_slm.scoring import routed_loss, validation_loss
 from mlx_slm.text.store import Store
@@ -29,7 +30,7 @@ from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit
 from mlx_slm.training.runs import IMPORTANCE, expert_path
 from mlx_slm.training.step import TrainingStep, rows_that_fit
-from mlx_slm.workspace import Workspace, fingerprint
+from mlx_slm.workspace import Workspace
 
 UNSEEN = {"report_every", "checkpoint_every", "checkpoint_minutes", "milestones"}
 """Settings of a training that change nothing of the model."""

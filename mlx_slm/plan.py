@@ -17,11 +17,12 @@ from mlx_slm.models.lora import Lora
 from mlx_slm.models.projected import ProjectedShape
 from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.pretrain import calibrated_speed
+from mlx_slm.records import read_json_lines
 from mlx_slm.report import Report
 from mlx_slm.training.projected_step import network_bytes
 from mlx_slm.training.runs import find_run
 from mlx_slm.training.step import training_bytes
-from mlx_slm.workspace import Workspace, read_json_lines
+from mlx_slm.workspace import Workspace
 
 SAMPLING_SHARE = 130 / 650
 """What a domain's SLM-is gets of the hours of a generic pretraining, where it is not said: as in Table 3."""

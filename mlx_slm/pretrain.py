@@ -14,6 +14,7 @@ from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.export import export_run
 from mlx_slm.forms import Count
 from mlx_slm.init_from import Pretrained
+from mlx_slm.locks import in_use
 from mlx_slm.methods import (
     Ground,
     Job,
@@ -27,6 +28,7 @@ from mlx_slm.methods import (
 )
 from mlx_slm.models.projected import ProjectedShape
 from mlx_slm.models.transformer import Shape
+from mlx_slm.records import fingerprint, read_record, write_record
 from mlx_slm.report import Report, duration
 from mlx_slm.scoring import validation_windows
 from mlx_slm.text.huggingface import open_tokenizer, tokenizer_of
@@ -35,7 +37,7 @@ from mlx_slm.text.store import Store
 from mlx_slm.training.runs import Run, alone_in, milestone_step, open_expert, open_run, read_run
 from mlx_slm.training.step import measure_speed, rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer
-from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, in_use, read_record, write_record
+from mlx_slm.workspace import MANIFEST, Workspace
 
 POOL = 4
 """Importance sampling draws some clusters often, so it gets so many times the text that it trains on."""

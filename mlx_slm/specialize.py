@@ -20,7 +20,9 @@ from mlx_slm.errors import Busy, Interrupted, SlmError
 from mlx_slm.experts import FINETUNED, FREQUENT, HISTOGRAM, PRETRAINED, Experts, has_experts
 from mlx_slm.export import export_run, lora_of, weights_of
 from mlx_slm.finetune import Finetuning, choose_recipe, finetune_all, plan_of
+from mlx_slm.locks import in_use
 from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.records import fingerprint
 from mlx_slm.report import Report
 from mlx_slm.scoring import validation_windows
 from mlx_slm.selection import chosen, describe, select_expert
@@ -30,7 +32,7 @@ from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.distillation import Distillation
 from mlx_slm.training.optimizer import OPTIMIZER_FIELDS
 from mlx_slm.training.runs import EXPERT, Run, alone_in, default_run, open_run
-from mlx_slm.workspace import Workspace, fingerprint, in_use
+from mlx_slm.workspace import Workspace
 
 FROM_NONE = "none"
 

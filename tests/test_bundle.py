@@ -13,10 +13,11 @@ from mlx_slm.bundle import find_source, install_bundle
 from mlx_slm.clustering.encoder import window_texts
 from mlx_slm.config_files import load_config
 from mlx_slm.export import load_exported
+from mlx_slm.records import fingerprint
 from mlx_slm.report import Report
 from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.store import Store
-from mlx_slm.workspace import Workspace, fingerprint
+from mlx_slm.workspace import Workspace
 
 
 @pytest.fixture

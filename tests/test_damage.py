@@ -16,11 +16,12 @@ from mlx_slm import runtime
 from mlx_slm.cli import OUT_OF_MEMORY
 from mlx_slm.clustering.sampler import Sampler, Stream
 from mlx_slm.files import Damaged
+from mlx_slm.records import append_json, count_damaged_lines, read_json_lines, read_record, write_record
 from mlx_slm.text import prepare as p
 from mlx_slm.text.store import Store
 from mlx_slm.training.checkpoint import Metrics
 from mlx_slm.training.runs import find_run, verify_run
-from mlx_slm.workspace import Workspace, append_json, count_damaged_lines, read_json_lines, read_record, write_record
+from mlx_slm.workspace import Workspace
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc and pidfd are Linux's")
 

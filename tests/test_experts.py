@@ -27,6 +27,7 @@ from mlx_slm.geometry import geometry
 from mlx_slm.handover import export_bundle
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.pretrain import pretrain
+from mlx_slm.records import write_record
 from mlx_slm.report import Report
 from mlx_slm.scoring import Scorer, validation_windows
 from mlx_slm.selection import score_experts, select_expert
@@ -34,7 +35,7 @@ from mlx_slm.specialize import specialize
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.checkpoint import checkpoint_steps
 from mlx_slm.training.runs import alone_in, find_run, open_expert
-from mlx_slm.workspace import Workspace, load_manifest, write_record
+from mlx_slm.workspace import Workspace, load_manifest
 
 
 @pytest.fixture

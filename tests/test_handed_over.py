@@ -13,7 +13,8 @@ from conftest import call
 
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged
-from mlx_slm.workspace import MANIFEST, Workspace, block_checksums, fingerprint, sha256
+from mlx_slm.records import fingerprint
+from mlx_slm.workspace import MANIFEST, Workspace, block_checksums, sha256
 
 SECRET = "what only the receiver has: 4711"
 MUTATED = 300

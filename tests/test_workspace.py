@@ -5,6 +5,7 @@ import pytest
 
 from mlx_slm import workspace as w
 from mlx_slm.errors import SlmError
+from mlx_slm.mapped import MappedFile
 
 
 def make(path, content=b"abc", inputs=None, mapped=()):
@@ -59,7 +60,7 @@ def test_mapped_blocks_are_checked_when_first_touched(tmp_path):
     with open(file, "r+b") as opened:
         opened.seek(2 * w.BLOCK + 5)
         opened.write(b"\xff")
-    mapped = w.MappedFile(file, "<u4", manifest["files"]["a.bin"])
+    mapped = MappedFile(file, "<u4", manifest["files"]["a.bin"])
     block = w.BLOCK // 4
     assert (mapped[: 2 * block] == values[: 2 * block]).all()
     assert mapped[-1] == values[-1]
@@ -71,7 +72,7 @@ def test_mapped_blocks_are_checked_when_first_touched(tmp_path):
 
 def test_an_empty_file_can_be_mapped(tmp_path):
     manifest = make(tmp_path / "x", b"", mapped=("a.bin",))
-    assert len(w.MappedFile(tmp_path / "x" / "a.bin", "<u4", manifest["files"]["a.bin"])) == 0
+    assert len(MappedFile(tmp_path / "x" / "a.bin", "<u4", manifest["files"]["a.bin"])) == 0
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "", ".", "..", "-x", ".hidden"])

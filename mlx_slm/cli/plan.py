@@ -113,11 +113,11 @@ def study(session: Session, configuration, jobs) -> None:
     """
     from pathlib import Path
 
+    from mlx_slm.records import write_text
     from mlx_slm.study.cell import Study
     from mlx_slm.study.figures import draw
     from mlx_slm.study.run import run_study
     from mlx_slm.study.tables import markdown
-    from mlx_slm.workspace import write_text
 
     if session.config_name:
         raise click.UsageError("a study's CONFIG is its configuration: leave --config out")

@@ -22,21 +22,15 @@ from mlx_slm.config import ClustersConfig, Config
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged, append_array, read_arrays, read_json, write_arrays
 from mlx_slm.forms import CountsForm
+from mlx_slm.locks import alone
+from mlx_slm.mapped import MappedFile
+from mlx_slm.records import write_json
 from mlx_slm.report import Report
 from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.prepare import ensure_set
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store
-from mlx_slm.workspace import (
-    MANIFEST,
-    MappedFile,
-    Workspace,
-    alone,
-    load_manifest,
-    new_artifact,
-    verify,
-    write_json,
-)
+from mlx_slm.workspace import MANIFEST, Workspace, load_manifest, new_artifact, verify
 
 KIND, ASSIGNED = "clusters", "assignments"
 CENTROIDS = "centroids.safetensors"

@@ -14,11 +14,12 @@ import numpy as np
 from mlx_slm.clustering.encoder import Choice, Encoder, window_texts
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.files import Damaged, append_array
+from mlx_slm.mapped import MappedFile
 from mlx_slm.report import Report, duration
 from mlx_slm.text.shards import save_shard, start_shards
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
-from mlx_slm.workspace import MANIFEST, MappedFile, Workspace, load_manifest, new_artifact
+from mlx_slm.workspace import MANIFEST, Workspace, load_manifest, new_artifact
 
 KIND = "embeddings"
 FILE = "embeddings.f16"

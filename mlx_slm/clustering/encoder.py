@@ -18,10 +18,11 @@ from mlx_slm.clustering.bert import SentenceEncoder
 from mlx_slm.config import DEFAULT_ENCODER, ClustersConfig
 from mlx_slm.errors import SlmError
 from mlx_slm.files import read_json
+from mlx_slm.records import fingerprint
 from mlx_slm.report import Report
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
-from mlx_slm.workspace import MANIFEST, Workspace, fingerprint, is_litter, load_manifest, new_artifact, sha256, verify
+from mlx_slm.workspace import MANIFEST, Workspace, is_litter, load_manifest, new_artifact, sha256, verify
 
 REVISION = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

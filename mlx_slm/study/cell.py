@@ -18,6 +18,7 @@ from mlx_slm.methods import check_method
 from mlx_slm.models.projected import ProjectedShape
 from mlx_slm.models.transformer import Shape
 from mlx_slm.pretrain import POOL, pretrain
+from mlx_slm.records import fingerprint, read_json_lines
 from mlx_slm.report import Report, perplexity
 from mlx_slm.scoring import validation_windows
 from mlx_slm.specialize import FROM_NONE, name_of_teacher, specialize
@@ -27,7 +28,7 @@ from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.checkpoint import checkpoint_steps
 from mlx_slm.training.runs import Run, alone_in, find_run
-from mlx_slm.workspace import Workspace, fingerprint, plain_name, read_json_lines
+from mlx_slm.workspace import Workspace, plain_name
 
 
 class Study:

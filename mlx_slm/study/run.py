@@ -16,10 +16,10 @@ from mlx_slm import runtime
 from mlx_slm.errors import Busy, Interrupted, SlmError
 from mlx_slm.models.transformer import Shape
 from mlx_slm.pretrain import likely_flops
+from mlx_slm.records import append_json, read_json_lines
 from mlx_slm.report import Agreed, duration
 from mlx_slm.study.cell import Study
 from mlx_slm.study.grid import Cell
-from mlx_slm.workspace import append_json, read_json_lines
 
 PATIENCE = 2.0
 """Seconds until cells that other processes hold are asked for again."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from mlx_slm.config import Config
 from mlx_slm.config_files import dump_config, known_domains
 from mlx_slm.errors import Interrupted, SlmError, nearest
+from mlx_slm.locks import alone, unused
+from mlx_slm.records import fingerprint, write_text
 from mlx_slm.report import Report
 from mlx_slm.text.documents import Counts, Documents
 from mlx_slm.text.huggingface import import_tokenizer, open_tokenizer
@@ -17,7 +19,7 @@ from mlx_slm.text.shards import merge_shards, start_shards, tokenise
 from mlx_slm.text.sources import SPLITS, Source
 from mlx_slm.text.store import KIND
 from mlx_slm.text.tokenizer import Tokenizer, sample_documents, train_tokenizer
-from mlx_slm.workspace import MANIFEST, Workspace, alone, fingerprint, load_manifest, unused, write_text
+from mlx_slm.workspace import MANIFEST, Workspace, load_manifest
 
 READ_WITH = ("field", "limit", "valid_fraction", "test_fraction", "max_document_bytes")
 """Settings of the reading, beside the tokenizer's and the context."""

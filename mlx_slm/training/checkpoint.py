@@ -17,17 +17,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged, read_json, require_safetensors, write_arrays
 from mlx_slm.forms import StateForm
+from mlx_slm.records import append_json, json_line, read_json_lines, write_json, write_text
 from mlx_slm.report import Report
-from mlx_slm.workspace import (
-    append_json,
-    json_line,
-    load_manifest,
-    new_artifact,
-    read_json_lines,
-    verify,
-    write_json,
-    write_text,
-)
+from mlx_slm.workspace import load_manifest, new_artifact, verify
 
 KIND = "checkpoint"
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"

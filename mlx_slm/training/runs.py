@@ -19,19 +19,12 @@ from mlx_slm.config_files import dump_config, load_config
 from mlx_slm.errors import OtherSettings, SlmError, nearest
 from mlx_slm.files import Damaged
 from mlx_slm.forms import RunForm
+from mlx_slm.locks import alone
 from mlx_slm.models.transformer import Shape
+from mlx_slm.records import count_damaged_lines, fingerprint, read_record, write_record, write_text
 from mlx_slm.training import checkpoint
 from mlx_slm.training.trainer import State
-from mlx_slm.workspace import (
-    Workspace,
-    alone,
-    count_damaged_lines,
-    fingerprint,
-    read_record,
-    sha256,
-    write_record,
-    write_text,
-)
+from mlx_slm.workspace import Workspace, sha256
 
 RECORD, CONFIG, IMPORTANCE, METRICS = "run.json", "config.yaml", "importance.json", "metrics.jsonl"
 EXPERT = "expert-"

@@ -18,10 +18,11 @@ from mlx_slm.clustering.lsi import LsiEncoder
 from mlx_slm.config_files import dump_config
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged
+from mlx_slm.locks import alone
 from mlx_slm.report import Report
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store
-from mlx_slm.workspace import Workspace, alone
+from mlx_slm.workspace import Workspace
 
 
 @pytest.fixture(scope="module")

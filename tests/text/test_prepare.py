@@ -14,12 +14,13 @@ from mlx_slm.config import DataConfig, TokenizerConfig
 from mlx_slm.config_files import dump_config
 from mlx_slm.errors import Busy, SlmError
 from mlx_slm.files import Damaged
+from mlx_slm.locks import in_use
 from mlx_slm.report import Report
 from mlx_slm.text import prepare as p
 from mlx_slm.text import shards as sh
 from mlx_slm.text.store import Store, cut_windows, first_windows
 from mlx_slm.text.tokenizer import Tokenizer
-from mlx_slm.workspace import Workspace, in_use
+from mlx_slm.workspace import Workspace
 
 SPLITS = ("train", "valid", "test")
 

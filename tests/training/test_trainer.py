@@ -20,6 +20,7 @@ from mlx_slm.clustering.sampler import Sampler, Stream
 from mlx_slm.config import ModelConfig
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.records import read_json_lines
 from mlx_slm.report import Report
 from mlx_slm.scoring import validation_loss
 from mlx_slm.text.store import Store
@@ -28,7 +29,6 @@ from mlx_slm.training.checkpoint import checkpoint_steps, load_checkpoint
 from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.step import TrainingStep
 from mlx_slm.training.trainer import Plan, Trainer
-from mlx_slm.workspace import read_json_lines
 
 STEPS = 26
 EXACT = ("step", "tokens", "loss", "learning_rate", "grad_norm", "skipped", "valid_nll")
