@@ -40,6 +40,8 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+WESTERN = 0.5
+"""Up to so many accented letters for each plain one a text is of western Europe."""
 FOREIGN = 0.1
 """A text in which more than this part of the characters is no UTF-8 is of another encoding."""
 
@@ -93,12 +95,22 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             yield raw, io.BufferedReader(_AsUtf8(body, encoding), HEAD)
         else:
             if foreign := looks_like(head):
-                raise SlmError(
-                    f"{path}: not UTF-8, it looks like {foreign}: turn it into UTF-8 first "
-                    f"(iconv -f {foreign} -t UTF-8), and give that"
-                )
+                raise not_utf8(str(path), foreign)
             body.read(len(codecs.BOM_UTF8)) if head.startswith(codecs.BOM_UTF8) else None
             yield raw, body
+
+
+NO_TEXT = "no text"
+
+
+def not_utf8(where: str, foreign: str) -> SlmError:
+    """The error for bytes that look like another encoding (or `NO_TEXT`)."""
+    if foreign == NO_TEXT:
+        return SlmError(f"{where}: not UTF-8, and no text in any encoding that is known: leave it out")
+    return SlmError(
+        f"{where}: not UTF-8, it looks like {foreign}: turn it into UTF-8 first (iconv -f {foreign} -t UTF-8), look "
+        "whether its letters are right, and give that"
+    )
 
 
 def looks_like(head: bytes) -> str | None:
@@ -112,10 +124,17 @@ def looks_like(head: bytes) -> str | None:
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
     if text.count("\ufffd") - head.count("\ufffd".encode()) <= max(8, FOREIGN * len(text)):
         return None
+    letters, high = sum(map(_is_letter, head)), sum(byte >= 0xC0 for byte in head)
+    if 0 < high < WESTERN * letters and head.count(0) == 0:
+        return "windows-1252"
     from charset_normalizer import from_bytes
 
     found = from_bytes(head).best()
-    return found.encoding.replace("_", "-") if found and found.encoding != "utf_8" else "no encoding that is known"
+    return found.encoding.replace("_", "-") if found and found.encoding != "utf_8" else NO_TEXT
+
+
+def _is_letter(byte: int) -> bool:
+    return 0x41 <= byte & ~0x20 <= 0x5A
 
 
 def _head(stream: io.BufferedIOBase) -> bytes:

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from mlx_slm.errors import SlmError
 from mlx_slm.files import parse_json
-from mlx_slm.text.kinds import FOREIGN, kind_of, looks_like, opened
+from mlx_slm.text.kinds import FOREIGN, kind_of, looks_like, not_utf8, opened
 
 LONG_TEXT, TEXT_PART = 100_000, 20_000
 MAX_DOCUMENT = 16 << 20
@@ -95,7 +95,7 @@ def decode(raw: bytes, where: str, reading: Reading) -> str:
         reading.replaced += 1
     foreign = looks_like(raw) if text.count("\ufffd") + text.count("\0") > max(8, FOREIGN * len(text)) else None
     if foreign:
-        raise SlmError(f"{where}: not UTF-8, it looks like {foreign}: turn it into UTF-8 first, and give that")
+        raise not_utf8(where, foreign)
     return text
 
 
@@ -104,6 +104,7 @@ def text_field(record, where: str, reading: Reading) -> str:
     if not isinstance(record, dict):
         raise SlmError(
             f"{where}: expected an object with a field {reading.text_field!r}, found a {type(record).__name__}"
+            + (": make lines of it with jq -c '.[]'" if isinstance(record, list) else "")
         )
     if reading.text_field not in record:
         fields = ", ".join(str(name)[:60] for name in itertools.islice(record, 20))
@@ -170,7 +171,10 @@ def _read_json(path: Path, reading: Reading) -> Iterator[str]:
             try:
                 record = parse_json(raw.decode("utf-8", "surrogateescape"))
             except ValueError as error:
-                raise SlmError(f"{where}: not a JSON object on one line ({error}); mend or remove the line") from error
+                whole = raw.strip() in (b"[", b"{")
+                advice = "make one line of each object with jq -c" if whole else "mend or remove the line"
+                reason = str(error)[:200]
+                raise SlmError(f"{where}: not a JSON object on one line ({reason}); {advice}") from error
             yield text_field(_with_bytes(record, reading), where, reading)
 
 
@@ -190,12 +194,13 @@ def _read_table(path: Path, reading: Reading) -> Iterator[str]:
     csv.field_size_limit(limit)
     with opened(path) as (reading.current, file):
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-        first = text.readline(limit + 1)
-        lines = itertools.chain([first], iter(lambda: text.readline(limit + 1), ""))
+        lines = iter(lambda: text.readline(limit + 1), "")
+        first = next((line for line in lines if line.strip()), "")
+        lines = itertools.chain([first], lines)
         rows = csv.reader(_bounded(lines, path, reading), delimiter=_delimiter(first, path, reading), strict=True)
         started = 1
         try:
-            header = next(rows, [])
+            header = next(filter(None, rows), [])
             place = _place(header, path, reading)
             for row in rows:
                 where, started = f"{path}:{started + 1}", rows.line_num
@@ -245,6 +250,8 @@ def _read_parquet(path: Path, reading: Reading) -> Iterator[str]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
+        if file.schema_arrow.names.count(reading.text_field) > 1:
+            raise SlmError(f"{path}: several columns are named {reading.text_field!r}: rename all but one")
         if reading.text_field not in file.schema_arrow.names:
             text_field(dict.fromkeys(file.schema_arrow.names), str(path), reading)
         row = 0

@@ -334,3 +334,37 @@ def test_a_source_that_vanishes(tmp_path):
     (tmp_path / "b.txt").unlink()
     with pytest.raises(SlmError, match=r"b\.txt: gone while it was read"):
         list(documents)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", ("Der Weg geht weiter bis zu den alten Häusern. " * 9).encode("cp1252"), None),
+        (
+            "a.txt",
+            ("éléphant à l'été, où ça dégénère déjà à Orléans " * 20).encode("cp1252"),
+            "looks like windows-1252",
+        ),
+        ("a.md", bytes(range(128, 256)) * 20, "no text in any encoding|looks like"),
+        ("a.json", b'[\n {"text": "a"}\n]\n', "make one line of each object with jq"),
+        ("a.json", b'[{"text": "a"}]\n', "found a list: make lines of it with jq"),
+        ("a.csv", b"\n\ntext,n\n\none,1\n\n", None),
+        ("a.csv", b"text,n\rone,1\rtwo,2\r", None),
+        ("a.txt.gz", gzip.compress(b"one ") + gzip.compress(b"two"), None),
+        ("a.txt.gz", gzip.compress(b"one") + b"garbage", "truncated or damaged gzip"),
+    ],
+)
+def test_what_people_have(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    if message:
+        with pytest.raises(SlmError, match=message):
+            read(tmp_path / name)
+    else:
+        assert read(tmp_path / name)[0]
+
+
+def test_two_columns_of_one_name_in_parquet(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(SlmError, match="several columns are named 'text'"):
+        read(tmp_path / "a.parquet")
