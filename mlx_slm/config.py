@@ -25,6 +25,8 @@ def parse_size(value) -> int:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value != int(value) or value < 0:
         raise ValueError(f"{value!r} is not a size such as 4096, 32k, 1M or 2.5B")
+    if value >= 10**18:
+        raise ValueError(f"{value!r} is too large")
     return int(value)
 
 
@@ -38,6 +40,10 @@ def format_size(value: int) -> str:
 
 Size = Annotated[int, BeforeValidator(parse_size)]
 PositiveSize = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Dimension = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=1 << 22)]
+"""Of a matrix, a vocabulary, a context or a batch."""
+Layers = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=1000)]
+Clusters = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=1 << 20)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -55,7 +61,7 @@ class DataConfig(Section):
     """Sources per set: files, globs, `hf:<dataset>[:<config>]`, `docs:<packages>`; `train=` and so on in front."""
     field: str = "text"
     """The field (column, key) that holds the text in jsonl, csv, parquet and Hugging Face sources."""
-    context_length: PositiveSize = 1024
+    context_length: Dimension = 1024
     """Tokens per window (section 2.3) and per training row. Paper: 1,024."""
     valid_fraction: Fraction = 0.02
     """Share of documents held out for validation where a source names no split. Not specified by the paper."""
@@ -80,7 +86,7 @@ class TokenizerConfig(Section):
 
     path: str | None = None
     """Take the tokenizer of this model directory instead (`pretrain --init-from` sets it in a new workspace)."""
-    vocab_size: PositiveSize = 32_000
+    vocab_size: Dimension = 32_000
     """Paper: 32,000."""
     sample_bytes: PositiveSize = 50_000_000
     """Bytes of generic text that the tokenizer is trained on, a seeded sample. Not specified by the paper."""
@@ -92,12 +98,12 @@ class TokenizerConfig(Section):
 class ClustersConfig(Section):
     """Clusters of the generic set's windows (section 2.3), and how a domain's histogram becomes a distribution."""
 
-    k: PositiveSize = 1024
+    k: Clusters = 1024
     """Clusters that importance sampling uses. Paper: 1,024 (16 to 1,024 are studied)."""
     encoder: str = DEFAULT_ENCODER
     """A sentence-transformers or model2vec directory, or a repository on the Hub (paper: Sentence-BERT); or `static`,
     distilled from the default encoder, or `lsi`, which needs no download: both for CPUs."""
-    dims: PositiveSize | None = None
+    dims: Dimension | None = None
     """Dimensions of `static` (default 256) and `lsi` (default 64). Not specified by the paper."""
     long_windows: Literal["mean", "start"] = "mean"
     """What represents a window longer than the encoder reads: the mean over its parts, or its start."""
@@ -124,12 +130,12 @@ class ModelConfig(Section):
 
     family: Literal["gpt2", "llama"] = "gpt2"
     """gpt2: LayerNorm, learned positions, GELU; llama: RMSNorm, RoPE, SwiGLU. gpt2 fits the paper's counts."""
-    num_layers: PositiveSize = 7
-    dims: PositiveSize = 1024
-    hidden_dims: PositiveSize | None = None
+    num_layers: Layers = 7
+    dims: Dimension = 1024
+    hidden_dims: Dimension | None = None
     """Inner size of the MLP. Default: 4 * dims for gpt2 (the paper's), 8/3 * dims rounded up to 32 for llama."""
-    num_heads: PositiveSize = 8
-    num_kv_heads: PositiveSize | None = None
+    num_heads: Dimension = 8
+    num_kv_heads: Dimension | None = None
     """Heads of keys and values (llama only); default: num_heads."""
     rope_theta: float = Field(10_000.0, gt=0, allow_inf_nan=False)
     norm_eps: float = Field(1e-5, ge=0, le=1)
@@ -155,11 +161,11 @@ class ModelConfig(Section):
 class ProjectionConfig(Section):
     """The projected network (section 2.5), SLM-pn."""
 
-    k: PositiveSize = 32
+    k: Clusters = 32
     """Experts, one per cluster. Paper: 32 (16 and 64 are studied)."""
-    h: PositiveSize = 32
+    h: Dimension = 32
     """Capacity multiplier: tensors that the experts of a matrix are combined from. Paper: inferred h = k."""
-    m: PositiveSize | None = None
+    m: Dimension | None = None
     """Size of an expert's vector. Default: h. Not specified by the paper."""
     layers: list[int] | None = None
     """Layers whose MLPs are projected. Default: all. Paper: inferred the middle five of seven."""
@@ -167,7 +173,7 @@ class ProjectionConfig(Section):
     """Whether all experts begin as one model or far apart. Not specified by the paper."""
     spread: float = Field(0.02, ge=0, allow_inf_nan=False)
     """Standard deviation of the coefficients that pull anchored experts apart. Not specified by the paper."""
-    clusters_per_step: PositiveSize = 4
+    clusters_per_step: Dimension = 4
     """Groups of rows in a step, each of one cluster: training.batch_rows / clusters_per_step rows. Not specified by the
     paper."""
     tensor_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -184,7 +190,7 @@ class ProjectionConfig(Section):
 class MixtureConfig(Section):
     """The hard mixture (section 2.2), SLM-mix: independent small models, one per cluster."""
 
-    k: PositiveSize = 16
+    k: Clusters = 16
     """Experts, one per cluster. Paper: 16 (4 to 256 are studied)."""
     tokens: PositiveSize | None = None
     """Tokens that each expert trains on. Default: an equal part of the training horizon."""
@@ -195,9 +201,9 @@ class TrainingConfig(Section):
 
     steps: PositiveSize | None = None
     tokens: PositiveSize | None = None
-    passes: float | None = Field(None, gt=0, allow_inf_nan=False)
+    passes: float | None = Field(None, gt=0, le=1e6)
     """Passes over the set."""
-    hours: float | None = Field(None, gt=0, allow_inf_nan=False)
+    hours: float | None = Field(None, gt=0, le=1e6)
     """Hours on this machine, turned into tokens once by a one-minute calibration and recorded."""
     learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
     """Paper: 1e-4."""
@@ -213,9 +219,9 @@ class TrainingConfig(Section):
     """Not specified by the paper (Adam's own)."""
     eps: float = Field(1e-8, ge=0, allow_inf_nan=False)
     """Not specified by the paper (Adam's own)."""
-    batch_rows: PositiveSize = 56
+    batch_rows: Dimension = 56
     """Rows of context_length tokens per step. Inferred from the paper: 57k tokens a step."""
-    micro_rows: PositiveSize | None = None
+    micro_rows: Dimension | None = None
     """Rows per forward and backward; the step accumulates gradients. Default: as many as fit the memory."""
     checkpoint_layers: bool | None = None
     """Recompute each layer in the backward pass: less memory, a fifth more time. Default: where a step would not fit
@@ -262,11 +268,14 @@ class Recipe(Section):
 class FinetuningConfig(Section):
     """Specialisation: all weights, early stopping on the validation loss, the best checkpoint is kept."""
 
-    recipes: list[Recipe] = [
-        Recipe(tokens=1_000_000, rate=1 / 3, steps=2000),
-        Recipe(tokens=8_000_000, rate=1.0, steps=4000),
-        Recipe(tokens=64_000_000, rate=1.0, steps=30_000),
-    ]
+    recipes: list[Recipe] = Field(
+        [
+            Recipe(tokens=1_000_000, rate=1 / 3, steps=2000),
+            Recipe(tokens=8_000_000, rate=1.0, steps=4000),
+            Recipe(tokens=64_000_000, rate=1.0, steps=30_000),
+        ],
+        min_length=1,
+    )
     """Paper: 1M, 8M, 64M tokens. The first that is large enough is taken, the last for larger sets."""
     learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Set by hand, it replaces the recipe's."""
@@ -274,9 +283,9 @@ class FinetuningConfig(Section):
     """Set by hand, it replaces the recipe's."""
     warmup_steps: Size = 20
     """Not specified by the paper."""
-    batch_rows: PositiveSize = 8
+    batch_rows: Dimension = 8
     """Inferred from the paper: about 8 windows a step."""
-    micro_rows: PositiveSize | None = None
+    micro_rows: Dimension | None = None
     evaluations_per_pass: PositiveSize = 4
     """Evaluations on the validation set in each pass over the domain set. Not specified by the paper."""
     eval_tokens: PositiveSize = 200_000
