@@ -9,6 +9,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import mlx_slm  # noqa: F401  (before mlx: the BLAS)
@@ -37,6 +38,8 @@ from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.runs import find_run
 from mlx_slm.workspace import Workspace
 
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # CUDA and M5: products of fp32 would keep 10 bits
 CORPORA = Path(os.environ.get("MLX_SLM_CORPORA", Path(__file__).parents[2] / "shared" / "corpora"))

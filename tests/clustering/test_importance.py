@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlx_slm.clustering.importance import (
@@ -98,6 +98,8 @@ def test_a_request_that_cannot_be_met_says_what_can():
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
+@example(399, 175)
+@example(4563, 1825)
 def test_the_limit_that_is_advised_is_enough(wanted, have):
     rows = np.array([have])
     one = np.array([1.0])
