@@ -58,7 +58,7 @@ def main() -> None:
     sys.exit(code)
 
 
-COMPUTING = {"quickstart", "pretrain", "specialize", "cluster", "evaluate", "generate", "serve", "study"}
+COMPUTING = {"quickstart", "prepare", "pretrain", "specialize", "cluster", "evaluate", "generate", "serve", "study"}
 
 
 @contextlib.contextmanager
