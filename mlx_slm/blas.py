@@ -66,7 +66,7 @@ class Blas:
 def find(cores: int) -> Blas | None:
     """The library to load for so many cores, or None for MLX's own: the one that $MLX_SLM_BLAS names, else the fastest
     that is here."""
-    named = os.environ.get(VARIABLE)
+    named = os.path.expanduser(os.environ.get(VARIABLE, ""))
     if named == NONE:
         return None
     there = candidates()

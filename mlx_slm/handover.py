@@ -16,6 +16,7 @@ from mlx_slm.config_files import dump_config
 from mlx_slm.errors import SlmError
 from mlx_slm.experts import Experts, has_experts
 from mlx_slm.files import read_json
+from mlx_slm.locks import alone
 from mlx_slm.records import write_record, write_text
 from mlx_slm.text.tokenizer import KIND as TOKENIZER
 from mlx_slm.training.checkpoint import KIND as CHECKPOINT
@@ -39,7 +40,11 @@ def export_bundle(workspace: Workspace, run: Run, directory: Path) -> dict:
     if missing:
         raise SlmError(f"expert {missing[0]} of run {run.name} is not trained: run its command again, it goes on")
     encoder = recorded_encoder(workspace, experts.clusters.encoder, "")
-    with new_artifact(directory.absolute(), KIND, inputs) as (path, info):
+    lock = directory.absolute().with_name(f".{directory.absolute().name}.lock")
+    with (
+        alone(lock, f"another process is writing {directory}: wait until it ends"),
+        new_artifact(directory.absolute(), KIND, inputs) as (path, info),
+    ):
         _write_weights(run, path)
         for number in [] if experts.is_network else experts.trained:
             _write_weights(open_expert(run, number), expert_path(path, number))

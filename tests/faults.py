@@ -191,7 +191,7 @@ def flipped(site: Site, command: Command, rng: random.Random, workspace: Path) -
     shutil.rmtree(workspace)
     shutil.copytree(site.root / "undisturbed", workspace)
     files = [path for path in sorted(workspace.rglob("*")) if path.is_file() and path.stat().st_size]
-    path = rng.choice([path for path in files if path.suffix != ".lock" and path.name not in UNCHECKED])
+    path = rng.choice([path for path in files if path.relative_to(workspace).as_posix() not in UNCHECKED])
     data = bytearray(path.read_bytes())
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
@@ -211,7 +211,7 @@ def flipped(site: Site, command: Command, rng: random.Random, workspace: Path) -
     return "held"
 
 
-UNCHECKED = {"config.yaml", "evaluations.jsonl"}
+UNCHECKED = {"config.yaml", "results/evaluations.jsonl"}
 """The user's own, and a log of results."""
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from mlx_slm.cli import display, run
 from mlx_slm.config_files import dump_config
+from mlx_slm.locks import alone
 from mlx_slm.workspace import Workspace
 
 
@@ -130,3 +131,16 @@ def test_fine_tuning_that_harms_keeps_its_start(rate, with_experts, tmp_path, ca
     )
     assert code == 0 and "worse than its start, which is kept" in err, err
     assert json.loads(out)["step"] == 0
+
+
+@pytest.mark.parametrize("expert", [[], ["--expert", "0"]])
+def test_a_setting_that_means_nothing_is_refused(expert, with_experts, capsys):
+    code, _, err = call(capsys, with_experts, "evaluate", "pn", "--domain", "notes", "--domain-tokens", "2k", *expert)
+    assert code == 2 and "--domain-tokens is for --expert frequent" in err
+
+
+def test_two_terminals_export_one_bundle(with_experts, tmp_path, capsys):
+    with alone(tmp_path / ".bundle.lock", "busy"):
+        code, _, err = call(capsys, with_experts, "export", "pn", "--bundle", str(tmp_path / "bundle"))
+        assert code == 1 and "another process is writing" in err
+    assert call(capsys, with_experts, "export", "pn", "--bundle", str(tmp_path / "bundle"))[0] == 0

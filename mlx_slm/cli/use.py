@@ -39,6 +39,8 @@ def evaluate(session: Session, models, domains, split, expert, domain_tokens) ->
     """
     from mlx_slm.evaluate import evaluate_models
 
+    if domain_tokens and expert not in ("frequent", "histogram"):
+        raise click.UsageError("--domain-tokens is for --expert frequent and --expert histogram")
     session.start_computing()
     workspace, config, report = session.workspace, session.config, session.report
     result = evaluate_models(workspace, config, list(models), list(domains), split, report, expert, domain_tokens)

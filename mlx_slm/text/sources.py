@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def _read_hub(source: str, reading: Reading) -> Iterator[str]:
     if not name or (condition and "=" not in condition):
         raise SlmError(f"{source}: write it as hf:<dataset>, hf:<dataset>:<config> or hf:<dataset>?<field>=<value>")
     try:
-        stream = datasets.load_dataset(name, *rest, split="train", streaming=True)
+        stream = datasets.load_dataset(os.path.expanduser(name), *rest, split="train", streaming=True)
         for index, record in enumerate(stream):
             if condition and not _matches(record, condition, source):
                 continue
