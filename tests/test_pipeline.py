@@ -312,7 +312,7 @@ def test_interrupting_the_command_exits_130_and_resumes(own, tmp_path):
 
 def test_interrupting_the_preparation_exits_130_and_leaves_no_set(tmp_path):
     command = [sys.executable, "-m", "mlx_slm", "prepare", "generic", "docs:*", "--config", "quickstart"]
-    command += ["--workspace", str(tmp_path / "w"), "--limit", "3M"]
+    command += ["--workspace", str(tmp_path / "w"), "--limit", "1M"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, **pipes) as work:
         assert any("training a tokenizer" in line for line in work.stdout)
