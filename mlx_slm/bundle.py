@@ -127,7 +127,8 @@ def checked(directory: Path) -> dict:
         if facts["encoder"] not in FITTED or key != key_of(facts):
             raise Damaged(f"{directory}: its encoder is not the one of its clusters; get the bundle again")
         open_fitted(directory / "encoder" / key, facts)
-    _config_of(directory)
+    if _config_of(directory).data.context_length != run.shape.context_length:
+        raise Damaged(f"{directory}: its configuration and its record have different contexts; get the bundle again")
     _require_shapes(directory, run, names)
     return manifest
 

@@ -365,3 +365,42 @@ def test_forms_name_the_place(bundle, tmp_path):
     signed(copy)
     with pytest.raises(Damaged, match=r"run\.json.*inputs\.shape\.dims"):
         checked(copy)
+
+
+@pytest.mark.parametrize("value", [1 << 22, 1 << 20, 4096])
+@pytest.mark.parametrize("key", ["dims", "hidden_dims", "vocab_size", "context_length", "num_layers"])
+def test_a_shape_beyond_reason_takes_neither_memory_nor_time(key, value, bundle, tmp_path):
+    from mlx_slm.bundle import checked
+
+    copy = tmp_path / "b"
+    shutil.copytree(bundle, copy)
+    record("inputs", "shape", key, value=value)(copy)
+    signed(copy)
+    with pytest.raises(SlmError) as caught:
+        checked(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_mutated_mixtures(with_experts, home):
+    from mlx_slm.bundle import find_source, install_bundle
+    from mlx_slm.experts import Experts
+    from mlx_slm.handover import export_bundle
+    from mlx_slm.report import Report
+    from mlx_slm.training.runs import find_run
+
+    bundle, rng, refused = home / "mix", random.Random(15), 0
+    export_bundle(with_experts, find_run(with_experts, "mix"), bundle)
+    for _ in range(30):
+        copy, workspace = home / "work" / "attack", Workspace(home / "work" / "w")
+        shutil.copytree(bundle, copy)
+        mutated(copy, rng)
+        try:
+            install_bundle(workspace, copy, Report())
+            experts = Experts(workspace, find_source(workspace, str(copy)))
+            for number in experts.trained:
+                experts.parameters(number)
+        except SlmError as error:
+            refused += 1
+            assert "\n" not in str(error), error
+        shutil.rmtree(home / "work")
+    assert refused > 15
