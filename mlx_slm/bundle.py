@@ -24,10 +24,10 @@ from mlx_slm.config_files import dump_config, load_config
 from mlx_slm.errors import SlmError
 from mlx_slm.experts import has_experts
 from mlx_slm.files import Damaged, load_tokenizer_json, open_regular, read_json, regular_files
-from mlx_slm.forms import RunForm, TokenizerSettings
+from mlx_slm.forms import Manifest, RunForm, TokenizerSettings
 from mlx_slm.models.projected import ProjectedShape, network_shapes
 from mlx_slm.models.transformer import parameter_shapes
-from mlx_slm.records import write_text
+from mlx_slm.records import fingerprint, write_text
 from mlx_slm.report import Report
 from mlx_slm.text.huggingface import CONFIG_FILE, JSON_FILE, open_tokenizer
 from mlx_slm.text.tokenizer import KIND as TOKENIZER
@@ -107,6 +107,8 @@ def checked(directory: Path) -> dict:
         raise Damaged(f"{directory} lacks files that every bundle has; get the bundle again")
     verify(directory, manifest, [name for name in manifest["files"] if "/checkpoints/" not in f"/{name}"])
     run = _run_of(directory, manifest)
+    for name in sorted(name for name in names if name.endswith(f"/{MANIFEST}")):
+        _require_listed(directory, name, names)
     for name, kind in _parts(directory, manifest).items():
         load_manifest(directory / name, kind)
     tokenizer = open_tokenizer(directory / TOKENIZER_FOLDER)
@@ -118,15 +120,17 @@ def checked(directory: Path) -> dict:
     if tokenizer.fingerprint != run.record["inputs"]["tokenizer"] or tokenizer.vocab_size > run.shape.vocab_size:
         raise Damaged(f"{directory}: its tokenizer is not the one that its run was trained with; get the bundle again")
     centroids = load_manifest(directory / f"clusters/{manifest['info']['k']}", CLUSTERS)
-    read_centroids(directory / f"clusters/{manifest['info']['k']}", centroids)
+    dims = read_centroids(directory / f"clusters/{manifest['info']['k']}", centroids).shape[1]
     if centroids["fingerprint"] != run.record["inputs"]["clusters"]:
         raise Damaged(f"{directory}: its centroids are not those that its run was trained with; get the bundle again")
+    facts = {name: value for name, value in centroids["inputs"]["embeddings"].items() if name != "store"}
+    if facts["encoder"] not in (*FITTED, DEFAULT_ENCODER) and not isinstance(facts.get("files"), str):
+        raise Damaged(f"{directory}: it does not say which files its encoder has; get the bundle again")
     if key := _encoder_key(manifest):
-        facts = centroids["inputs"]["embeddings"]
-        facts = {name: value for name, value in facts.items() if name != "store"}
         if facts["encoder"] not in FITTED or key != key_of(facts):
             raise Damaged(f"{directory}: its encoder is not the one of its clusters; get the bundle again")
-        open_fitted(directory / "encoder" / key, facts)
+        if open_fitted(directory / "encoder" / key, facts).dims != dims:
+            raise Damaged(f"{directory}: its centroids have other dimensions than its encoder; get the bundle again")
     if _config_of(directory).data.context_length != run.shape.context_length:
         raise Damaged(f"{directory}: its configuration and its record have different contexts; get the bundle again")
     _require_shapes(directory, run, names)
@@ -144,6 +148,16 @@ def copy_artifact(source: Path, path: Path, kind: str) -> None:
         with open_regular(source / name, links=False) as found, open(temporary / name, "wb") as copy:
             shutil.copyfileobj(found, copy, 1 << 20)
     replace_directory(temporary, path)
+
+
+def _require_listed(directory: Path, name: str, names: set[str]) -> None:
+    """Raise Damaged where a manifest within a bundle lists what the bundle does not, or has another fingerprint."""
+    folder = name.removesuffix(MANIFEST)
+    manifest = read_json(directory / name, Manifest)
+    if not {f"{folder}{file}" for file in manifest["files"]} <= names:
+        raise Damaged(f"{directory / name} lists files that the bundle does not; get the bundle again")
+    if manifest["fingerprint"] != fingerprint([manifest["kind"], manifest["files"]]):
+        raise Damaged(f"{directory / name} has another fingerprint than its files; get the bundle again")
 
 
 def _run_of(directory: Path, manifest: dict) -> Run:
@@ -180,13 +194,10 @@ def _config_of(directory: Path) -> Config:
         raise Damaged(" ".join(str(error).split())[:400]) from error
     made = load_manifest(directory / TOKENIZER_FOLDER, TOKENIZER)["inputs"]["settings"]
     encoder = config.clusters.encoder
-    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", encoder, re.ASCII) and ".." not in encoder
     changes = {
         "data": config.data.model_copy(update={"sets": {}}),
-        "tokenizer": TokenizerConfig(**made),
-        "clusters": config.clusters.model_copy(
-            update={"encoder": encoder if encoder in FITTED or on_hub else DEFAULT_ENCODER}
-        ),
+        "tokenizer": TokenizerConfig(**made | {"path": None}),
+        "clusters": config.clusters.model_copy(update={"encoder": encoder if encoder in FITTED else DEFAULT_ENCODER}),
     }
     plain_name(config.data.generic)
     return config.model_copy(update=changes)
@@ -203,6 +214,13 @@ def _require_shapes(directory: Path, run: Run, names: set[str]) -> None:
         models = {directory / name: parameter_shapes(run.shape) for name in trained}
     for path, shapes in models.items():
         own = Run(path, read_run(path))
+        strange = {"from", "importance", "lora", "teacher"} & set(own.record["inputs"])
+        if (
+            strange
+            or (own.record["method"], own.record["select"]) != (run.record["method"], "last")
+            or not own.finished
+        ):
+            raise Damaged(f"{path / RECORD}: not the record of a network or an expert to hand over")
         weights = checkpoint_path(path, own.record["step"]) / WEIGHTS
         if weights.relative_to(directory).as_posix() not in names or own.shape != run.shape:
             raise Damaged(f"{path} lacks its weights, or is of another shape; get the bundle again")

@@ -61,7 +61,7 @@ class DataConfig(Section):
     """Sources per set: files, globs, `hf:<dataset>[:<config>]`, `docs:<packages>`; `train=` and so on in front."""
     field: str = "text"
     """The field (column, key) that holds the text in jsonl, csv, parquet and Hugging Face sources."""
-    context_length: Dimension = 1024
+    context_length: Dimension = Field(1024, ge=2)
     """Tokens per window (section 2.3) and per training row. Paper: 1,024."""
     valid_fraction: Fraction = 0.02
     """Share of documents held out for validation where a source names no split. Not specified by the paper."""
@@ -138,7 +138,7 @@ class ModelConfig(Section):
     num_kv_heads: Dimension | None = None
     """Heads of keys and values (llama only); default: num_heads."""
     rope_theta: float = Field(10_000.0, gt=0, allow_inf_nan=False)
-    norm_eps: float = Field(1e-5, ge=0, le=1)
+    norm_eps: float = Field(1e-5, gt=0, le=1)
 
     @model_validator(mode="after")
     def check_heads(self) -> ModelConfig:

@@ -82,9 +82,9 @@ class ShapeForm(Form):
     num_heads: Size
     num_kv_heads: Size
     vocab_size: Size
-    context_length: Size
+    context_length: Annotated[StrictInt, Field(ge=2, le=1 << 22)]
     rope_theta: Positive = 10_000.0
-    norm_eps: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)] = 1e-5
+    norm_eps: Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)] = 1e-5
     tied: StrictBool = True
 
     @model_validator(mode="after")
@@ -280,7 +280,7 @@ class LlamaForm(Form):
     rope_theta: Positive | None = None
     rope_parameters: RopeForm | None = None
     rope_scaling: RopeForm | None = None
-    rms_norm_eps: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)] = 1e-6
+    rms_norm_eps: Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)] = 1e-6
     tie_word_embeddings: StrictBool = False
 
 
@@ -302,7 +302,7 @@ class BertForm(Form):
     vocab_size: Size
     max_position_embeddings: Size
     type_vocab_size: Size
-    layer_norm_eps: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)]
+    layer_norm_eps: Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)]
     hidden_act: StrictStr
     pad_token_id: Annotated[StrictInt, Field(ge=0, le=1 << 22)] = 0
     position_embedding_type: StrictStr = "absolute"

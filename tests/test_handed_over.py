@@ -8,8 +8,10 @@ import stat
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import call
+from safetensors.numpy import save_file
 
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged
@@ -165,7 +167,44 @@ def config(text: str):
     return lambda bundle: (bundle / "config.yaml").write_text(text)
 
 
+def other_encoder(**facts):
+    """Clusters that were made with an encoder which is a folder of the receiver's."""
+
+    def change(bundle: Path) -> None:
+        shutil.rmtree(bundle / "encoder")
+        edit(bundle / MANIFEST, lambda found: found.update(files=without(found["files"], "encoder/")))
+        clusters = next(bundle.glob("clusters/*")) / MANIFEST
+        edit(clusters, lambda found: found["inputs"].update(embeddings={"long_windows": "mean", "store": "x", **facts}))
+        edit(bundle / MANIFEST, lambda found: found["info"].update(encoder={"long_windows": "mean", **facts}))
+        text = (bundle / "config.yaml").read_text().replace("encoder: lsi", "encoder: Documents/enc")
+        (bundle / "config.yaml").write_text(text)
+
+    return change
+
+
+def without(files: dict, prefix: str) -> dict:
+    return {name: entry for name, entry in files.items() if not name.startswith(prefix)}
+
+
+def unlisted(bundle: Path) -> None:
+    (bundle / "tokenizer" / "evil.py").write_text("evil")
+    entry = {"bytes": 4, "sha256": sha256(bundle / "tokenizer" / "evil.py")}
+    edit(bundle / "tokenizer" / MANIFEST, lambda found: found["files"].update({"evil.py": entry}))
+
+
+def other_dimensions(bundle: Path) -> None:
+    folder = next(bundle.glob("clusters/*"))
+    save_file({"centroids": np.ones((4, 5), np.float32)}, folder / "centroids.safetensors")
+    edit(folder / MANIFEST, lambda found: found["info"].update(dims=5))
+
+
 ATTACKS = {
+    "an encoder that is a folder of the receiver's": other_encoder(encoder="enc", files="0" * 64),
+    "an encoder that does not say its files": other_encoder(encoder="Documents"),
+    "a file that only an inner manifest lists": unlisted,
+    "centroids of other dimensions": other_dimensions,
+    "an epsilon of zero": record("inputs", "shape", "norm_eps", value=0),
+    "a context of one token": record("inputs", "shape", "context_length", value=1),
     "a tokenizer that overwrites ~/.profile": add_tokenizer_file("../../../.profile"),
     "an absolute name": add_tokenizer_file("/etc/passwd"),
     "a device": add_tokenizer_file("/dev/zero"),
@@ -354,6 +393,31 @@ def test_hundreds_of_mutated_bundles(bundle, home, monkeypatch):
     watching.clear()
     assert state_of(home, home / "work") == before
     assert taken < MUTATED / 4, "most mutations matter"
+
+
+def test_no_path_of_the_sender_gets_into_the_configuration(bundle, home):
+    from mlx_slm.bundle import install_bundle
+    from mlx_slm.report import Report
+
+    copy = attacked(bundle, home)
+    edit(copy / "tokenizer" / MANIFEST, lambda found: found["inputs"]["settings"].update(path="~/Documents"))
+    signed(copy)
+    install_bundle(Workspace(home / "work"), copy, Report())
+    assert "Documents" not in (home / "work" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("change", [{"status": "running"}, {"select": "best"}, {"method": "lora"}, {"step": None}])
+def test_the_record_of_an_expert_is_checked_as_that_of_a_run(change, with_experts, tmp_path):
+    from mlx_slm.bundle import checked
+    from mlx_slm.handover import export_bundle
+    from mlx_slm.training.runs import find_run
+
+    copy = tmp_path / "mix"
+    export_bundle(with_experts, find_run(with_experts, "mix"), copy)
+    edit(copy / "expert-1" / "run.json", lambda found: found.update(change))
+    signed(copy)
+    with pytest.raises(SlmError, match=r"expert-1"):
+        checked(copy)
 
 
 def test_forms_name_the_place(bundle, tmp_path):

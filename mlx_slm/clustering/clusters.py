@@ -89,7 +89,9 @@ class Clusters:
 def read_centroids(directory: Path, manifest: dict) -> np.ndarray:
     """fp32 [k, dims]; raises Damaged for numbers that are none, or not as many as the manifest says."""
     found = read_arrays(directory / CENTROIDS, {"centroids": 2})["centroids"]
-    if found.shape != (manifest["info"]["k"], manifest["info"]["dims"]) or not np.isfinite(found).all():
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = np.isfinite(np.einsum("kd,kd->k", found, found)).all()
+    if found.shape != (manifest["info"]["k"], manifest["info"]["dims"]) or not finite:
         raise Damaged(f"{directory / CENTROIDS}: not the centroids that its manifest speaks of")
     return found
 

@@ -175,10 +175,10 @@ class _Joined(_Stream):
 
 
 class _AsUtf8(_Stream):
-    """A stream of another encoding, without its mark; what is none of it is replaced."""
+    """A stream of another encoding, without its mark; raises UnicodeDecodeError for what is none of it."""
 
     def __init__(self, stream: io.BufferedIOBase, encoding: str):
-        self._stream, self._decoder, self._first = stream, codecs.getincrementaldecoder(encoding)("replace"), True
+        self._stream, self._decoder, self._first = stream, codecs.getincrementaldecoder(encoding)(), True
 
     def _more(self) -> bytes:
         while raw := self._stream.read(HEAD):

@@ -187,8 +187,9 @@ def ensure_tokenizer(
     if exists:
         tokenizer = open_tokenizer(workspace.tokenizer)
         made = tokenizer.manifest["inputs"]
-        if made["settings"] != settings and not (fresh and name == config.data.generic):
-            old = ", ".join(f"tokenizer.{k}={v}" for k, v in made["settings"].items() if settings.get(k) != v)
+        recorded = {key: value for key, value in made["settings"].items() if key != "path" or "path" in settings}
+        if recorded != settings and not (fresh and name == config.data.generic):
+            old = ", ".join(f"tokenizer.{k}={v}" for k, v in recorded.items() if settings.get(k) != v)
             raise SlmError(
                 f"{workspace.tokenizer} was made with other settings ({old}): "
                 f"put these back in {workspace.config_file} or with --set, or rebuild with "
@@ -196,7 +197,7 @@ def ensure_tokenizer(
             )
         # A changed generic set keeps its tokenizer once there are models that rest on it.
         stale = fresh and name == config.data.generic and made["text"] != origin
-        if made["settings"] == settings and (not stale or workspace.runs()):
+        if recorded == settings and (not stale or workspace.runs()):
             if stale:
                 report.line(f"{workspace.tokenizer} is kept, though trained on other text: runs rest on it")
             return tokenizer

@@ -77,6 +77,10 @@ def read_file(path: Path, reading: Reading) -> Iterator[str]:
         ) from error
     except FileNotFoundError as error:
         raise SlmError(f"{path}: gone while it was read; bring it back and run the same command again") from error
+    except UnicodeDecodeError as error:
+        raise SlmError(
+            f"{path}: its {error.encoding} is damaged ({error.reason}); mend it or fetch it again"
+        ) from error
     except OSError as error:
         raise SlmError(f"{path}: cannot be read ({error.strerror or error})") from error
 
@@ -249,7 +253,7 @@ def _read_parquet(path: Path, reading: Reading) -> Iterator[str]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
         if file.schema_arrow.names.count(reading.text_field) > 1:
             raise SlmError(f"{path}: several columns are named {reading.text_field!r}: rename all but one")
         if reading.text_field not in file.schema_arrow.names:
@@ -259,7 +263,9 @@ def _read_parquet(path: Path, reading: Reading) -> Iterator[str]:
             for value in _as_bytes(batch.column(0)).to_pylist():
                 row += 1
                 yield text_field({reading.text_field: value}, f"{path}, row {row}", reading)
-    except (pyarrow.ArrowException, OSError) as error:
+        if row != file.metadata.num_rows:
+            raise OSError(f"{row} of {file.metadata.num_rows} rows could be read")
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SlmError(f"{path}: damaged or not a parquet file ({reason}); fetch the file again") from error
 

@@ -368,3 +368,34 @@ def test_two_columns_of_one_name_in_parquet(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(SlmError, match="several columns are named 'text'"):
         read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    "raw", [b"\xff\xfeh\0i\0\0\xd8x\0", b"\xff\xfeh\0i\0x", b"\xfe\xff\xdc\0\0h", b"\xff\xfe\0\0\xff"]
+)
+def test_a_damaged_utf16_is_an_error(tmp_path, raw):
+    (tmp_path / "a.txt").write_bytes(raw)
+    with pytest.raises(SlmError, match=r"a\.txt: its utf-(16|32)-.. is damaged"):
+        read(tmp_path / "a.txt")
+
+
+def test_a_parquet_file_that_loses_rows_or_bytes_is_an_error(tmp_path):
+    path, texts = tmp_path / "a.parquet", [f"document {i}" for i in range(40)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, write_page_checksum=True, compression="none")
+    raw = path.read_bytes()
+    for place in range(0, len(raw), 3):
+        damaged = bytearray(raw)
+        damaged[place] ^= 5
+        path.write_bytes(damaged)
+        try:
+            assert read(path)[0] == texts
+        except SlmError as error:
+            assert "a.parquet" in str(error)
+
+
+@pytest.mark.parametrize("kind", [pyarrow.date32(), pyarrow.date64(), pyarrow.timestamp("s"), pyarrow.duration("s")])
+def test_a_parquet_column_of_dates_is_no_text(tmp_path, kind):
+    numbers = pyarrow.array([2**31 - 1], pyarrow.int32() if kind == pyarrow.date32() else pyarrow.int64())
+    pyarrow.parquet.write_table(pyarrow.table({"text": numbers.view(kind)}), tmp_path / "a.parquet")
+    with pytest.raises(SlmError, match=r"a\.parquet"):
+        read(tmp_path / "a.parquet")
