@@ -94,13 +94,11 @@ def candidates() -> dict[str, str]:
 
 
 def _system_path() -> str | None:
-    """Where the loader finds the system's OpenBLAS, or one that conda put beside Python."""
-    beside = Path(sys.prefix, "lib", SYSTEM)
-    listed = [str(beside)] if beside.exists() else []
-    folders = [*os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep), f"/usr/lib/{platform.machine()}-linux-gnu"]
-    folders += [f"{folders[-1]}/openblas-pthread", "/usr/lib64", "/usr/local/lib64", "/usr/local/lib", "/usr/lib"]
-    listed += [f"{folder}/{SYSTEM}" for folder in folders if folder and os.path.exists(f"{folder}/{SYSTEM}")]
-    return next(iter(listed), None)
+    """Where conda put OpenBLAS beside Python, or where the loader finds the system's."""
+    debian = f"/usr/lib/{platform.machine()}-linux-gnu"
+    folders = [f"{sys.prefix}/lib", *filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)), debian]
+    folders += [f"{debian}/openblas-pthread", "/usr/lib64", "/usr/local/lib64", "/usr/local/lib", "/usr/lib"]
+    return next((f"{folder}/{SYSTEM}" for folder in folders if os.path.exists(f"{folder}/{SYSTEM}")), None)
 
 
 def load(blas: Blas | None) -> tuple[Blas, ctypes.CDLL] | tuple[None, None]:
@@ -179,8 +177,9 @@ def _measured(there: dict[str, str], cores: int) -> dict[str, float]:
     """GFLOP/s of each library in a trial, from the cache where the same ones were tried on this machine; one process
     tries at a time. Empty where nothing can be kept: it would be measured at each start."""
     libraries = [f"{name} {path} {_identity(path)}" for name, path in there.items()]
-    machine = hashlib.sha256(json.dumps(processor(), sort_keys=True).encode()).hexdigest()[:16]
-    key = "; ".join([f"{processor().get('model name', platform.machine())} ({machine}), {cores} cores", *libraries])
+    told = processor()
+    machine = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    key = "; ".join([f"{told.get('model name', platform.machine())} ({machine}), {cores} cores", *libraries])
     file = cache() / "blas.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

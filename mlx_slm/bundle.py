@@ -119,8 +119,9 @@ def checked(directory: Path) -> dict:
         read_json(directory / TOKENIZER_FOLDER / CONFIG_FILE, TokenizerSettings)
     if tokenizer.fingerprint != run.record["inputs"]["tokenizer"] or tokenizer.vocab_size > run.shape.vocab_size:
         raise Damaged(f"{directory}: its tokenizer is not the one that its run was trained with; get the bundle again")
-    centroids = load_manifest(directory / f"clusters/{manifest['info']['k']}", CLUSTERS)
-    dims = read_centroids(directory / f"clusters/{manifest['info']['k']}", centroids).shape[1]
+    clusters = directory / f"clusters/{manifest['info']['k']}"
+    centroids = load_manifest(clusters, CLUSTERS)
+    dims = read_centroids(clusters, centroids).shape[1]
     if centroids["fingerprint"] != run.record["inputs"]["clusters"]:
         raise Damaged(f"{directory}: its centroids are not those that its run was trained with; get the bundle again")
     facts = {name: value for name, value in centroids["inputs"]["embeddings"].items() if name != "store"}
@@ -165,13 +166,18 @@ def _run_of(directory: Path, manifest: dict) -> Run:
     record = read_run(directory)
     inputs, info = record["inputs"], manifest["info"]
     run = Run(directory, {key: value for key, value in record.items() if key in RunForm.model_fields})
-    wrong = {"from", "importance", "lora", "teacher", "expert"} & set(inputs)
-    if wrong or "name" not in record or not has_experts(run) or not run.finished or record["select"] != "last":
+    if not _is_pretraining(run) or "expert" in inputs or "name" not in record or not has_experts(run):
         raise Damaged(f"{directory / RECORD}: not the record of a network or a mixture to hand over")
     plain_name(record["name"])
     if (record["method"], inputs["k"]) != (info["method"], info["k"]):
         raise Damaged(f"{directory}: its manifest and its record speak of different runs; get the bundle again")
     return run
+
+
+def _is_pretraining(run: Run) -> bool:
+    """Whether a run is a finished pretraining from random weights, whose last step counts."""
+    elsewhere = {"from", "importance", "lora", "teacher"} & set(run.record["inputs"])
+    return run.finished and run.record["select"] == "last" and not elsewhere
 
 
 def _parts(directory: Path, manifest: dict) -> dict[str, str]:
@@ -214,12 +220,7 @@ def _require_shapes(directory: Path, run: Run, names: set[str]) -> None:
         models = {directory / name: parameter_shapes(run.shape) for name in trained}
     for path, shapes in models.items():
         own = Run(path, read_run(path))
-        strange = {"from", "importance", "lora", "teacher"} & set(own.record["inputs"])
-        if (
-            strange
-            or (own.record["method"], own.record["select"]) != (run.record["method"], "last")
-            or not own.finished
-        ):
+        if not _is_pretraining(own) or own.record["method"] != run.record["method"]:
             raise Damaged(f"{path / RECORD}: not the record of a network or an expert to hand over")
         weights = checkpoint_path(path, own.record["step"]) / WEIGHTS
         if weights.relative_to(directory).as_posix() not in names or own.shape != run.shape:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_slm.clustering.encoder import Choice, Encoder, window_texts
+from mlx_slm.clustering.encoder import Choice, window_texts
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.files import Damaged, append_array
 from mlx_slm.mapped import MappedFile
@@ -80,7 +80,7 @@ def embed(
             shard = partial / f"{start:010d}.npz"
             shards.append(shard)
             if not shard.exists():
-                if not made and (share := _unknown(encoder, window_texts(store, tokenizer, windows[:200]))) > UNKNOWN:
+                if not made and (share := encoder.unknown(window_texts(store, tokenizer, windows[:200]))) > UNKNOWN:
                     report.warn(
                         f"the encoder {choice.facts['encoder']} does not know {share:.0%} of the pieces of {name}: "
                         "take one for its language with clusters.encoder, or lsi, which learns from the generic set"
@@ -100,10 +100,6 @@ def embed(
         info.update(windows=total, dims=encoder.dims)
     shutil.rmtree(partial)
     return Embeddings(path)
-
-
-def _unknown(encoder: Encoder, texts: list[str]) -> float:
-    return encoder.unknown(texts) if hasattr(encoder, "unknown") else 0.0
 
 
 def _read(shard: Path) -> np.ndarray:

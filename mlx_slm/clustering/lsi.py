@@ -61,6 +61,10 @@ class LsiEncoder:
             parts.append(found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-6))
         return np.concatenate(parts)
 
+    def unknown(self, texts: list[str]) -> float:
+        """The share of words that it does not know: none, for it hashes them."""
+        return 0.0
+
 
 def words_of(text: str) -> Iterator[str]:
     """The words of a text in lower case; of a run without spaces each pair of neighbours (and one that is alone)."""

@@ -96,7 +96,8 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         else:
             if foreign := looks_like(head):
                 raise not_utf8(str(path), foreign)
-            body.read(len(codecs.BOM_UTF8)) if head.startswith(codecs.BOM_UTF8) else None
+            if head.startswith(codecs.BOM_UTF8):
+                body.read(len(codecs.BOM_UTF8))
             yield raw, body
 
 

@@ -104,7 +104,7 @@ def decode(raw: bytes, where: str, reading: Reading) -> str:
 
 
 def text_field(record, where: str, reading: Reading) -> str:
-    """The text of a record; raises SlmError where it has none."""
+    """The text of a record, in which bytes that are no UTF-8 may stand escaped; raises SlmError where it has none."""
     if not isinstance(record, dict):
         raise SlmError(
             f"{where}: expected an object with a field {reading.text_field!r}, found a {type(record).__name__}"
@@ -120,12 +120,15 @@ def text_field(record, where: str, reading: Reading) -> str:
         return decode(value, where, reading)
     if not isinstance(value, str):
         raise SlmError(f"{where}: field {reading.text_field!r} is a {type(value).__name__}, not text")
-    # A lone surrogate from a JSON escape is no UTF-8 either.
-    return decode(value.encode("utf-8", "surrogatepass"), where, reading)
+    try:
+        raw = value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # a lone surrogate from a JSON escape, which is no UTF-8 either
+        raw = value.encode("utf-8", "surrogatepass")
+    return decode(raw, where, reading)
 
 
 def _lines(file: BinaryIO, path: Path, reading: Reading) -> Iterator[bytes]:
-    """Lines of at most twice a document, for JSON may write a character as six."""
+    """Lines of at most six times a document, for JSON may write a character as six."""
     for number in itertools.count(1):
         line = file.readline(6 * reading.max_document_bytes + 1)
         if not line:
@@ -179,18 +182,7 @@ def _read_json(path: Path, reading: Reading) -> Iterator[str]:
                 advice = "make one line of each object with jq -c" if whole else "mend or remove the line"
                 reason = str(error)[:200]
                 raise SlmError(f"{where}: not a JSON object on one line ({reason}); {advice}") from error
-            yield text_field(_with_bytes(record, reading), where, reading)
-
-
-def _with_bytes(record, reading: Reading):
-    """The record with the bytes of its text, where these are no UTF-8."""
-    value = record.get(reading.text_field) if isinstance(record, dict) else None
-    if isinstance(value, str):
-        try:
-            return record | {reading.text_field: value.encode("utf-8", "surrogateescape")}
-        except UnicodeEncodeError:  # a lone surrogate from an escape
-            return record
-    return record
+            yield text_field(record, where, reading)
 
 
 def _read_table(path: Path, reading: Reading) -> Iterator[str]:
@@ -244,8 +236,10 @@ def _place(header: list[str], path: Path, reading: Reading) -> int:
     where, name = f"{path}:1", reading.text_field
     if header.count(name) > 1:
         raise SlmError(f"{where}: {header.count(name)} columns are named {name!r}: rename all but one")
-    text_field(dict.fromkeys(header, ""), where, reading) if header else None
-    return header.index(name) if header else 0
+    if not header:
+        return 0
+    text_field(dict.fromkeys(header, ""), where, reading)
+    return header.index(name)
 
 
 def _read_parquet(path: Path, reading: Reading) -> Iterator[str]:
