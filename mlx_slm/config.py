@@ -5,47 +5,13 @@ What the paper does not specify is an explicit field whose docstring says so. Si
 
 from __future__ import annotations
 
-import math
-import re
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mlx_slm.sizes import Clusters, Dimension, Fraction, Layers, PositiveSize, Seed, Size
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-
-
-def parse_size(value) -> int:
-    """'1M' -> 1000000, '2.5B' -> 2500000000, 4096 -> 4096. Raises ValueError for anything else."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMbBgGtT]?)", value.strip().replace("_", ""))
-        if not match:
-            raise ValueError(f"{value!r} is not a size such as 4096, 32k, 1M or 2.5B")
-        value = float(match[1]) * UNITS[match[2].lower()]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value != int(value) or value < 0:
-        raise ValueError(f"{value!r} is not a size such as 4096, 32k, 1M or 2.5B")
-    if value >= 10**18:
-        raise ValueError(f"{value!r} is too large")
-    return int(value)
-
-
-def format_size(value: int) -> str:
-    """1000000 -> '1M', 250000 -> '250k', 4097 -> '4097': the shortest exact form, as in names of runs."""
-    for unit, scale in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if value >= scale and value % (scale // 10) == 0:
-            return f"{value / scale:g}{unit}"
-    return str(value)
-
-
-Size = Annotated[int, BeforeValidator(parse_size)]
-PositiveSize = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
-Dimension = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=1 << 22)]
-"""Of a matrix, a vocabulary, a context or a batch."""
-Layers = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=1000)]
-Clusters = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=1 << 20)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):

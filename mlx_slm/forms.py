@@ -22,14 +22,14 @@ from pydantic import (
 
 from mlx_slm.config import ClustersConfig, MixtureConfig, ProjectionConfig, TokenizerConfig
 from mlx_slm.files import is_plain
+from mlx_slm.sizes import MAX_CLUSTERS, MAX_DIMENSION, MAX_LAYERS
 
 Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
-Size = Annotated[StrictInt, Field(ge=1, le=1 << 22)]
+Size = Annotated[StrictInt, Field(ge=1, le=MAX_DIMENSION)]
 """Of a matrix, a vocabulary or a context."""
 Number = Annotated[StrictFloat | StrictInt, Field(allow_inf_nan=False)]
 Positive = Annotated[StrictFloat | StrictInt, Field(gt=0, allow_inf_nan=False)]
 Digest = Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$")]
-MAX_CLUSTERS = 1 << 20
 Clusters = Annotated[StrictInt, Field(ge=1, le=MAX_CLUSTERS)]
 
 
@@ -76,13 +76,13 @@ class ShapeForm(Form):
     """A transformer's shape, as in a record or the manifest of a model."""
 
     family: Literal["gpt2", "llama"]
-    num_layers: Annotated[StrictInt, Field(ge=1, le=1000)]
+    num_layers: Annotated[StrictInt, Field(ge=1, le=MAX_LAYERS)]
     dims: Size
     hidden_dims: Size
     num_heads: Size
     num_kv_heads: Size
     vocab_size: Size
-    context_length: Annotated[StrictInt, Field(ge=2, le=1 << 22)]
+    context_length: Annotated[StrictInt, Field(ge=2, le=MAX_DIMENSION)]
     rope_theta: Positive = 10_000.0
     norm_eps: Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)] = 1e-5
     tied: StrictBool = True
@@ -252,7 +252,7 @@ class Gpt2Form(Form):
 
     n_embd: Size
     n_head: Size
-    n_layer: Annotated[StrictInt, Field(ge=1, le=1000)]
+    n_layer: Annotated[StrictInt, Field(ge=1, le=MAX_LAYERS)]
     vocab_size: Size
     n_positions: Size | None = None
     n_inner: Size | None = None
@@ -270,7 +270,7 @@ class LlamaForm(Form):
     """config.json of a llama on the Hub."""
 
     hidden_size: Size
-    num_hidden_layers: Annotated[StrictInt, Field(ge=1, le=1000)]
+    num_hidden_layers: Annotated[StrictInt, Field(ge=1, le=MAX_LAYERS)]
     intermediate_size: Size
     num_attention_heads: Size
     num_key_value_heads: Size | None = None
@@ -297,14 +297,14 @@ class BertForm(Form):
     model_type: Word
     hidden_size: Size
     num_attention_heads: Size
-    num_hidden_layers: Annotated[StrictInt, Field(ge=1, le=1000)]
+    num_hidden_layers: Annotated[StrictInt, Field(ge=1, le=MAX_LAYERS)]
     intermediate_size: Size
     vocab_size: Size
     max_position_embeddings: Size
     type_vocab_size: Size
     layer_norm_eps: Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)]
     hidden_act: StrictStr
-    pad_token_id: Annotated[StrictInt, Field(ge=0, le=1 << 22)] = 0
+    pad_token_id: Annotated[StrictInt, Field(ge=0, le=MAX_DIMENSION)] = 0
     position_embedding_type: StrictStr = "absolute"
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlx_slm import runtime
 from mlx_slm.clustering.target import Target, check_target
-from mlx_slm.config import Config, TokenizerConfig, TrainingConfig, format_size
+from mlx_slm.config import Config, TokenizerConfig, TrainingConfig
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.export import export_run
 from mlx_slm.forms import Count
@@ -31,6 +31,7 @@ from mlx_slm.models.transformer import Shape
 from mlx_slm.records import fingerprint, read_record, write_record
 from mlx_slm.report import Report, duration
 from mlx_slm.scoring import validation_windows
+from mlx_slm.sizes import format_size
 from mlx_slm.text.huggingface import open_tokenizer, tokenizer_of
 from mlx_slm.text.prepare import ensure_set, sources_of, text_needed
 from mlx_slm.text.store import Store

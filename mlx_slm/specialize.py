@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_slm.bundle import find_source
 from mlx_slm.clustering.sampler import Sampler, Stream
-from mlx_slm.config import Config, format_size
+from mlx_slm.config import Config
 from mlx_slm.errors import Busy, Interrupted, SlmError
 from mlx_slm.experts import FINETUNED, FREQUENT, HISTOGRAM, PRETRAINED, Experts, has_experts
 from mlx_slm.export import export_run, lora_of, weights_of
@@ -26,6 +26,7 @@ from mlx_slm.records import fingerprint
 from mlx_slm.report import Report
 from mlx_slm.scoring import validation_windows
 from mlx_slm.selection import chosen, describe, select_expert
+from mlx_slm.sizes import format_size
 from mlx_slm.text.huggingface import open_tokenizer
 from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, prepare, sources_of, text_needed
 from mlx_slm.text.store import Store, first_windows

@@ -1,10 +1,11 @@
 import pytest
 import yaml
 
-from mlx_slm.config import Config, format_size, parse_size
+from mlx_slm.config import Config
 from mlx_slm.config_files import dump_config, find_config, load_config, shipped_configs
 from mlx_slm.errors import SlmError
 from mlx_slm.models.transformer import Shape
+from mlx_slm.sizes import format_size, parse_size
 
 
 def write(tmp_path, text):

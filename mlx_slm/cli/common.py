@@ -106,7 +106,7 @@ class Size(click.ParamType):
     name = "size"
 
     def convert(self, value, param, ctx):
-        from mlx_slm.config import parse_size
+        from mlx_slm.sizes import parse_size
 
         try:
             size = parse_size(value)

@@ -87,7 +87,7 @@ def plan(
 
 def _perplexity(row: dict) -> str:
     """With where it comes from."""
-    from mlx_slm.config import format_size
+    from mlx_slm.sizes import format_size
 
     if row["perplexity"] is None:
         return "-"

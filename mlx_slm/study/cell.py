@@ -10,7 +10,7 @@ from mlx_slm import runtime
 from mlx_slm.clustering.clusters import Clusters, as_made, ensure_clusters
 from mlx_slm.clustering.show import summary
 from mlx_slm.clustering.target import Target
-from mlx_slm.config import Config, format_size
+from mlx_slm.config import Config
 from mlx_slm.errors import OtherSettings, SlmError
 from mlx_slm.evaluate import Evaluated, find_experts
 from mlx_slm.experts import HISTOGRAM
@@ -21,6 +21,7 @@ from mlx_slm.pretrain import POOL, pretrain
 from mlx_slm.records import fingerprint, read_json_lines
 from mlx_slm.report import Report, perplexity
 from mlx_slm.scoring import validation_windows
+from mlx_slm.sizes import format_size
 from mlx_slm.specialize import FROM_NONE, name_of_teacher, specialize
 from mlx_slm.study.grid import Cell, budgets_of, cells
 from mlx_slm.text.prepare import ensure_set, text_needed

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_slm import runtime
-from mlx_slm.config import Config, parse_size
+from mlx_slm.config import Config
 from mlx_slm.config_files import dump_config, load_config
 from mlx_slm.errors import OtherSettings, SlmError, nearest
 from mlx_slm.files import Damaged
@@ -22,6 +22,7 @@ from mlx_slm.forms import RunForm
 from mlx_slm.locks import alone
 from mlx_slm.models.transformer import Shape
 from mlx_slm.records import count_damaged_lines, fingerprint, read_record, write_record, write_text
+from mlx_slm.sizes import parse_size
 from mlx_slm.training import checkpoint
 from mlx_slm.training.trainer import State
 from mlx_slm.workspace import Workspace, sha256
