@@ -9,7 +9,23 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mlx_slm.sizes import Clusters, Dimension, Fraction, Layers, PositiveSize, Seed, Size
+from mlx_slm.sizes import (
+    Clusters,
+    Dimension,
+    Fraction,
+    Hours,
+    Layers,
+    Multiple,
+    NormEps,
+    PositiveSize,
+    Rate,
+    Real,
+    RopeTheta,
+    Rounds,
+    Seed,
+    Size,
+    Steps,
+)
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -75,18 +91,18 @@ class ClustersConfig(Section):
     """What represents a window longer than the encoder reads: the mean over its parts, or its start."""
     points_per_centroid: PositiveSize = 256
     """k-means learns from a sample of so many windows per cluster. Not specified by the paper."""
-    iterations: PositiveSize = 50
+    iterations: Rounds = 50
     """At most so many iterations of Lloyd's algorithm. Not specified by the paper."""
-    tolerance: float = Field(1e-4, ge=0, allow_inf_nan=False)
+    tolerance: Real = Field(1e-4, ge=0)
     """Stop when the inertia falls by less than this part of itself. Not specified by the paper."""
-    restarts: PositiveSize = 1
+    restarts: Rounds = 1
     """Runs from other seeds, of which the best is kept. Not specified by the paper."""
     seed: Seed = 0
     smoothing: Size = 0
     """Tokens of the generic histogram that are added to the domain's: q = (n_c + a g_c) / (n + a). Paper: 0."""
     generic_fraction: Fraction = 0.0
     """Share of the rows that are drawn from the generic distribution instead. Paper: 0."""
-    max_passes: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_passes: Multiple | None = None
     """Expect no cluster to be drawn more often than so many passes; what is over goes to the generic distribution.
     Paper: no limit."""
 
@@ -103,8 +119,8 @@ class ModelConfig(Section):
     num_heads: Dimension = 8
     num_kv_heads: Dimension | None = None
     """Heads of keys and values (llama only); default: num_heads."""
-    rope_theta: float = Field(10_000.0, gt=0, allow_inf_nan=False)
-    norm_eps: float = Field(1e-5, gt=0, le=1)
+    rope_theta: RopeTheta = 10_000.0
+    norm_eps: NormEps = 1e-5
 
     @model_validator(mode="after")
     def check_heads(self) -> ModelConfig:
@@ -137,12 +153,12 @@ class ProjectionConfig(Section):
     """Layers whose MLPs are projected. Default: all. Paper: inferred the middle five of seven."""
     init: Literal["anchored", "random"] = "anchored"
     """Whether all experts begin as one model or far apart. Not specified by the paper."""
-    spread: float = Field(0.02, ge=0, allow_inf_nan=False)
+    spread: Real = Field(0.02, ge=0, le=10)
     """Standard deviation of the coefficients that pull anchored experts apart. Not specified by the paper."""
     clusters_per_step: Dimension = 4
     """Groups of rows in a step, each of one cluster: training.batch_rows / clusters_per_step rows. Not specified by the
     paper."""
-    tensor_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
+    tensor_rate: Multiple | None = None
     """The rate of T as a multiple of the learning rate. Default: 1 / mean sum_r |c_ir| at the start, so that experts
     move as fast as a plain matrix. Not specified by the paper."""
 
@@ -165,25 +181,25 @@ class MixtureConfig(Section):
 class TrainingConfig(Section):
     """Pretraining. Exactly one of steps, tokens, passes and hours is the horizon."""
 
-    steps: PositiveSize | None = None
+    steps: Steps | None = None
     tokens: PositiveSize | None = None
-    passes: float | None = Field(None, gt=0, le=1e6)
+    passes: Multiple | None = None
     """Passes over the set."""
-    hours: float | None = Field(None, gt=0, le=1e6)
+    hours: Hours | None = None
     """Hours on this machine, turned into tokens once by a one-minute calibration and recorded."""
-    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    learning_rate: Rate = 1e-4
     """Paper: 1e-4."""
     warmup_steps: Size = 1000
     """Linear warm-up. Paper: 1,000."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up. Not specified by the paper; cosine falls to a tenth of the rate at the horizon."""
-    clip_norm: float = Field(5.0, gt=0, allow_inf_nan=False)
+    clip_norm: Real = Field(5.0, gt=0)
     """Clip by global norm. Paper: 5.0."""
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    weight_decay: Real = Field(0.0, ge=0, le=100)
     """Decoupled, on matrices only. Not specified by the paper (Adam: 0)."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Not specified by the paper (Adam's own)."""
-    eps: float = Field(1e-8, ge=0, allow_inf_nan=False)
+    eps: Real = Field(1e-8, ge=0, le=1)
     """Not specified by the paper (Adam's own)."""
     batch_rows: Dimension = 56
     """Rows of context_length tokens per step. Inferred from the paper: 57k tokens a step."""
@@ -200,7 +216,7 @@ class TrainingConfig(Section):
     """Tokens of the validation set that are read at each evaluation."""
     checkpoint_every: PositiveSize = 500
     """Steps between checkpoints."""
-    checkpoint_minutes: float = Field(10, gt=0, allow_inf_nan=False)
+    checkpoint_minutes: Multiple = 10
     """Save at least so often, in both stages: a GPU's watchdog ends a process without a chance to save."""
     milestones: list[PositiveSize] = []
     """Tokens after which a checkpoint is kept for good: `specialize --from RUN@5M` starts from it."""
@@ -225,9 +241,9 @@ class Recipe(Section):
     """A fine-tuning recipe of the paper (section 3), taken for domain sets of up to `tokens`."""
 
     tokens: PositiveSize
-    rate: float = Field(gt=0, allow_inf_nan=False)
+    rate: Multiple
     """The learning rate as a multiple of the pretraining rate."""
-    steps: PositiveSize
+    steps: Steps
     """At most so many steps."""
 
 
@@ -243,9 +259,9 @@ class FinetuningConfig(Section):
         min_length=1,
     )
     """Paper: 1M, 8M, 64M tokens. The first that is large enough is taken, the last for larger sets."""
-    learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
+    learning_rate: Rate | None = None
     """Set by hand, it replaces the recipe's."""
-    max_steps: PositiveSize | None = None
+    max_steps: Steps | None = None
     """Set by hand, it replaces the recipe's."""
     warmup_steps: Size = 20
     """Not specified by the paper."""
@@ -255,7 +271,7 @@ class FinetuningConfig(Section):
     evaluations_per_pass: PositiveSize = 4
     """Evaluations on the validation set in each pass over the domain set. Not specified by the paper."""
     eval_tokens: PositiveSize = 200_000
-    patience: PositiveSize = 3
+    patience: Rounds = 3
     """Stop after so many evaluations without a gain. Not specified by the paper."""
     select_tokens: PositiveSize = 50_000
     """Tokens of the domain set on which `--select pretrained` scores every expert. Not specified by the paper."""
@@ -269,18 +285,18 @@ class FinetuningConfig(Section):
 class LoraConfig(Section):
     """LoRA (appendix F): `specialize --lora RANK` trains adapters of the query and value projections alone."""
 
-    scale: float = Field(2.0, gt=0, allow_inf_nan=False)
+    scale: Multiple = 2.0
     """What the adapters add is multiplied by it. Not specified by the paper."""
-    rate: float = Field(3.0, gt=0, allow_inf_nan=False)
+    rate: Multiple = 3.0
     """The learning rate as a multiple of fine-tuning's. Not specified by the paper; 10 and 30 did worse in a sweep."""
 
 
 class DistillationConfig(Section):
     """Distillation (SLM-d): `specialize --teacher RUN` minimises a * cross-entropy + (1 - a) * tau^2 * KL."""
 
-    a: float = Field(0.5, ge=0, le=1)
+    a: Real = Field(0.5, ge=0, le=1)
     """Weight of the next token against the teacher's distribution. Not specified by the paper."""
-    tau: float = Field(2.0, gt=0, allow_inf_nan=False)
+    tau: Real = Field(2.0, ge=0.01, le=1000)
     """Temperature of both distributions. Not specified by the paper; the best of a small sweep over both."""
 
 
@@ -296,7 +312,7 @@ class Grid(Section):
     domain_tokens: list[PositiveSize] = Field([64_000], min_length=1)
     seeds: list[Seed] = Field([0], min_length=1)
     """Of initialisation and order of rows, in both stages."""
-    clusters: list[PositiveSize] = []
+    clusters: list[Clusters] = []
     """Numbers of clusters for the methods is, pn (h grows with them where it equals k) and mix. Default: those of their
     sections."""
     selects: list[Literal["frequent", "pretrained", "finetuned", "histogram"]] = Field(["frequent"], min_length=1)

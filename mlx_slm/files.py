@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
@@ -77,11 +78,19 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def parse_json(text: str | bytes):
-    """JSON -> Python; raises ValueError for what is none, however deeply nested."""
+    """JSON -> Python; raises ValueError for what is none, however deeply nested, and for a key that is there twice."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_twins)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def _without_twins(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twin = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twin[:60]!r} is there twice")
+    return found
 
 
 def read_json(path: Path, form: type[Form] | None = None, links: bool = True):

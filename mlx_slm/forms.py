@@ -28,7 +28,8 @@ Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
 Size = Annotated[StrictInt, Field(ge=1, le=MAX_DIMENSION)]
 """Of a matrix, a vocabulary or a context."""
 Number = Annotated[StrictFloat | StrictInt, Field(allow_inf_nan=False)]
-Positive = Annotated[StrictFloat | StrictInt, Field(gt=0, allow_inf_nan=False)]
+RopeTheta = Annotated[StrictFloat | StrictInt, Field(ge=1, le=10**12)]
+NormEps = Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)]
 Digest = Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$")]
 Clusters = Annotated[StrictInt, Field(ge=1, le=MAX_CLUSTERS)]
 
@@ -83,8 +84,8 @@ class ShapeForm(Form):
     num_kv_heads: Size
     vocab_size: Size
     context_length: Annotated[StrictInt, Field(ge=2, le=MAX_DIMENSION)]
-    rope_theta: Positive = 10_000.0
-    norm_eps: Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)] = 1e-5
+    rope_theta: RopeTheta = 10_000.0
+    norm_eps: NormEps = 1e-5
     tied: StrictBool = True
 
     @model_validator(mode="after")
@@ -263,7 +264,7 @@ class Gpt2Form(Form):
 class RopeForm(Form):
     rope_type: StrictStr | None = None
     type: StrictStr | None = None
-    rope_theta: Positive | None = None
+    rope_theta: RopeTheta | None = None
 
 
 class LlamaForm(Form):
@@ -277,10 +278,10 @@ class LlamaForm(Form):
     head_dim: Size | None = None
     vocab_size: Size
     max_position_embeddings: Annotated[StrictInt, Field(ge=1, le=1 << 30)] | None = None
-    rope_theta: Positive | None = None
+    rope_theta: RopeTheta | None = None
     rope_parameters: RopeForm | None = None
     rope_scaling: RopeForm | None = None
-    rms_norm_eps: Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)] = 1e-6
+    rms_norm_eps: NormEps = 1e-6
     tie_word_embeddings: StrictBool = False
 
 
@@ -302,7 +303,7 @@ class BertForm(Form):
     vocab_size: Size
     max_position_embeddings: Size
     type_vocab_size: Size
-    layer_norm_eps: Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)]
+    layer_norm_eps: NormEps
     hidden_act: StrictStr
     pad_token_id: Annotated[StrictInt, Field(ge=0, le=MAX_DIMENSION)] = 0
     position_embedding_type: StrictStr = "absolute"

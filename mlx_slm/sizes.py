@@ -28,6 +28,13 @@ def parse_size(value) -> int:
     return int(value)
 
 
+def _not_a_switch(value):
+    """YAML's yes and on are no numbers, though Python counts with them."""
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is not a number")
+    return value
+
+
 def format_size(value: int) -> str:
     """1000000 -> '1M', 250000 -> '250k', 4097 -> '4097': the shortest exact form, as in names of runs."""
     for unit, scale in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
@@ -42,5 +49,14 @@ Dimension = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=MAX_DIMEN
 """Of a matrix, a vocabulary, a context or a batch."""
 Layers = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=MAX_LAYERS)]
 Clusters = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=MAX_CLUSTERS)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Steps = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=10**9)]
+Rounds = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=10_000)]
+"""Of evaluations, of k-means."""
+Real = Annotated[float, BeforeValidator(_not_a_switch), Field(allow_inf_nan=False)]
+Fraction = Annotated[Real, Field(ge=0, lt=1)]
+Rate = Annotated[Real, Field(gt=0, le=100)]
+Multiple = Annotated[Real, Field(gt=0, le=10_000)]
+Hours = Annotated[Real, Field(gt=0, le=10**6)]
+RopeTheta = Annotated[Real, Field(ge=1, le=10**12)]
+NormEps = Annotated[Real, Field(gt=0, le=1)]
+Seed = Annotated[int, BeforeValidator(_not_a_switch), Field(ge=0, lt=2**32)]

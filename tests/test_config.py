@@ -45,6 +45,30 @@ def test_set_replaces_a_value_and_the_horizon(tmp_path):
         load_config(path, ("training.tokens.x=1",))
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training.passes=true", "training.passes: true is not a number"),
+        ("training.seed=yes", "training.seed: true is not a number"),
+        ("training.steps=1e17", "training.steps: .*not a size"),
+        ("training.steps=100000T", "training.steps: .*less than or equal to 1000000000"),
+        ("clusters.restarts=1B", "clusters.restarts: .*less than or equal to 10000"),
+        ("clusters.iterations=1M", "clusters.iterations: .*less than or equal to 10000"),
+        ("finetuning.max_steps=2B", "finetuning.max_steps: .*less than or equal to"),
+        ("model.rope_theta=1e-300", "model.rope_theta: .*greater than or equal to 1"),
+        ("projection.spread=1e30", "projection.spread: .*less than or equal to 10"),
+        ("projection.tensor_rate=1e30", "projection.tensor_rate: .*less than or equal to"),
+        ("lora.scale=1e30", "lora.scale: .*less than or equal to"),
+        ("distillation.tau=1e-30", "distillation.tau: .*greater than or equal to 0.01"),
+        ("training.learning_rate=.inf", "training.learning_rate: .*finite"),
+        ("training.eps=.nan", "training.eps: input should be"),
+    ],
+)
+def test_numbers_beyond_reason_are_named(tmp_path, setting, message):
+    with pytest.raises(SlmError, match=message):
+        load_config(write(tmp_path, "{}"), (setting,))
+
+
 def test_not_yaml_is_named_with_its_line(tmp_path):
     with pytest.raises(SlmError, match="not valid YAML.*line 2"):
         load_config(write(tmp_path, "training: {steps: 5}\n  model: x\n"))

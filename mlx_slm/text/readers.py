@@ -24,6 +24,10 @@ from mlx_slm.text.kinds import FOREIGN, kind_of, looks_like, not_utf8, opened
 
 LONG_TEXT, TEXT_PART = 100_000, 20_000
 MAX_DOCUMENT = 16 << 20
+PARQUET_ROWS = 8
+"""Documents of a parquet file that are in memory at once."""
+BOMB_BYTES, BOMB_RATIO = 64 << 20, 1000
+"""A column of parquet that is larger than this, and this many times what it takes on the disk, is no text."""
 
 
 @dataclass
@@ -191,15 +195,15 @@ def _read_table(path: Path, reading: Reading) -> Iterator[str]:
     with opened(path) as (reading.current, file):
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
         lines = iter(lambda: text.readline(limit + 1), "")
-        first = next((line for line in lines if line.strip()), "")
+        blank, first = next(((i, line) for i, line in enumerate(lines) if line.strip()), (0, ""))
         lines = itertools.chain([first], lines)
         rows = csv.reader(_bounded(lines, path, reading), delimiter=_delimiter(first, path, reading), strict=True)
-        started = 1
+        started = blank + 1
         try:
             header = next(filter(None, rows), [])
             place = _place(header, path, reading)
             for row in rows:
-                where, started = f"{path}:{started + 1}", rows.line_num
+                where, started = f"{path}:{started + 1}", blank + rows.line_num
                 if row and len(row) != len(header):
                     raise SlmError(
                         f"{where}: {len(row)} fields, the header has {len(header)}: put quotes around a text that has "
@@ -252,9 +256,10 @@ def _read_parquet(path: Path, reading: Reading) -> Iterator[str]:
             raise SlmError(f"{path}: several columns are named {reading.text_field!r}: rename all but one")
         if reading.text_field not in file.schema_arrow.names:
             text_field(dict.fromkeys(file.schema_arrow.names), str(path), reading)
+        _require_sane(file.metadata, path)
         row = 0
-        for batch in file.iter_batches(batch_size=256, columns=[reading.text_field]):
-            for value in _as_bytes(batch.column(0)).to_pylist():
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[reading.text_field]):
+            for value in _as_bytes(batch.column(reading.text_field)).to_pylist():
                 row += 1
                 yield text_field({reading.text_field: value}, f"{path}, row {row}", reading)
         if row != file.metadata.num_rows:
@@ -262,6 +267,20 @@ def _read_parquet(path: Path, reading: Reading) -> Iterator[str]:
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SlmError(f"{path}: damaged or not a parquet file ({reason}); fetch the file again") from error
+
+
+def _require_sane(metadata, path: Path) -> None:
+    """Raise SlmError where a column of a group of rows is a bomb: its pages are decompressed before they can be looked
+    at."""
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            column = metadata.row_group(group).column(index)
+            size, packed = column.total_uncompressed_size, column.total_compressed_size
+            if size > BOMB_BYTES and size > BOMB_RATIO * packed:
+                raise SlmError(
+                    f"{path}: {packed:,} bytes of its column {column.path_in_schema!r} stand for {size:,}: no text is "
+                    "like that; leave the file out"
+                )
 
 
 def _as_bytes(column):

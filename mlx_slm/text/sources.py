@@ -38,7 +38,8 @@ class Source:
     def files(self, reading: Reading | None = None) -> list[Path]:
         """The files of a local source in a fixed order; raises SlmError if there are none or a kind is unknown.
 
-        Hidden files of a directory, and those in hidden folders, are left out, as are unknown kinds; `reading` counts.
+        Hidden files of a directory, and those in hidden folders, are left out, as are unknown kinds and what lies in
+        folders behind links; `reading` counts.
         """
         path = Path(self.text).expanduser()
         try:
@@ -48,6 +49,8 @@ class Source:
         except OSError as error:
             raise SlmError(f"{self.text[:200]}: {error.strerror}") from error
         files = [file for file in found if file.is_file()]
+        if reading and (folders := sum(file.is_dir() for file in found)):
+            reading.left_out["in a folder that the pattern names"] += folders
         if not files:
             what = "not a file with bytes of its own" if path.exists() else "no such file"
             pattern = " or the pattern" if "*" in self.text else ""
@@ -59,8 +62,13 @@ class Source:
 
     def _files_in(self, directory: Path, reading: Reading) -> list[Path]:
         found = []
-        for file in sorted(path for path in directory.rglob("*") if path.is_file()):
-            if is_hidden(file, directory):
+        for file in sorted(directory.rglob("*")):
+            if file.is_dir():
+                if file.is_symlink():
+                    reading.left_out["in a folder behind a link"] += 1
+            elif not file.is_file():
+                reading.left_out["without bytes of its own"] += 1
+            elif is_hidden(file, directory):
                 reading.left_out["hidden"] += 1
             elif not kind_of(file):
                 reading.left_out["of unknown kind"] += 1

@@ -128,7 +128,13 @@ class Trainer:
             ThreadPoolExecutor(1) as loader,
             self.step.sharing_cores(),
         ):
-            if plan.score_start and state.step == 0 and self._evaluate():
+            if plan.score_start and state.best_step is None:
+                self._evaluate()
+                if not math.isfinite(state.last_nll):
+                    raise SlmError(
+                        f"the model that it starts from has a validation loss of {state.last_nll}: its weights are "
+                        "damaged; make it, or get it, again"
+                    )
                 self._save()
             rows = loader.submit(self.sampler.rows, state.step)
             started, first = time.perf_counter(), True
@@ -203,6 +209,11 @@ class Trainer:
             self.report.warn(f"step {step:,} skipped: its loss is {loss.item():g}, its gradient norm {norm.item():g}")
             if count >= BAD_STEPS:
                 rows = self.plan.batch_rows
+                if self.state.skipped == step + 1:
+                    raise SlmError(
+                        f"no step was finite, of {step + 1}: the weights that it starts from are damaged; make them "
+                        "again, and start anew with --fresh"
+                    )
                 raise SlmError(
                     f"{BAD_STEPS} steps in a row were not finite, the last is step {step:,} (rows {step * rows:,} to "
                     f"{(step + 1) * rows - 1:,} of the sampler); the weights are those before them: lower the "

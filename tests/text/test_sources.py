@@ -223,6 +223,12 @@ def test_hidden_folders_are_left_out_and_counted(tmp_path):
         (tmp_path / name).write_text(name)
     found, reading = read(tmp_path)
     assert found == ["a.md", "sub/e.txt"] and reading.left_out == {"hidden": 5, "of unknown kind": 1}
+    (tmp_path / "elsewhere").symlink_to("sub")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    reading = read(tmp_path)[1]
+    assert reading.left_out["in a folder behind a link"] == reading.left_out["without bytes of its own"] == 1
+    reading = read(tmp_path / "[ase]*")[1]
+    assert reading.left_out == {"in a folder that the pattern names": 2}
     inside = tmp_path / ".x" / ".y"
     (inside / "h.txt").write_text("asked for")
     assert read(inside / "h.txt")[0] == ["asked for"]
@@ -317,6 +323,36 @@ def test_a_document_without_an_end_is_an_error_and_memory_stays_bounded(tmp_path
     assert peak < 40_000_000
 
 
+@pytest.mark.parametrize(
+    ("size", "rows", "message"),
+    [
+        (300_000_000, 1, r"a\.parquet: .* bytes of its column 'text' stand for 300,0.*: no text is like that"),
+        (15_000_000, 128, None),
+        (2_000_000, 300, r"a\.parquet, row 1: a document of more than 1,000,000 bytes"),
+    ],
+)
+def test_a_bomb_of_parquet(tmp_path, size, rows, message):
+    """One value in a dictionary, for many rows: never more than a few of them in memory."""
+    column = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * rows, pyarrow.int32()), pyarrow.array(["a" * size])
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet", compression="zstd")
+    del column
+    before = pyarrow.default_memory_pool()
+    pool = pyarrow.proxy_memory_pool(before)
+    pyarrow.set_memory_pool(pool)
+    try:
+        if message:
+            with pytest.raises(SlmError, match=message):
+                read(tmp_path / "a.parquet", max_document_bytes=1_000_000)
+        else:
+            reading = Reading()
+            assert all(len(text) == size for text in read_file(tmp_path / "a.parquet", reading))
+    finally:
+        pyarrow.set_memory_pool(before)
+    assert pool.max_memory() < 20 * 15_000_000
+
+
 def test_a_pipe_or_a_device_is_no_source(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     for name in (str(tmp_path / "a.txt"), "/dev/zero", "/dev/null"):
@@ -361,6 +397,29 @@ def test_what_people_have(tmp_path, name, content, message):
             read(tmp_path / name)
     else:
         assert read(tmp_path / name)[0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"text": "a", "text": "b"}', '{"text": "a", "meta": {"x": 1, "x": 1}}', '{"text": "a", "te\\u0078t": "b"}'],
+)
+def test_a_key_that_is_there_twice(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line)
+    with pytest.raises(SlmError, match=r"a\.jsonl:2: .*the key '(text|x)' is there twice"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_lines_of_a_table_after_empty_ones(tmp_path):
+    (tmp_path / "a.csv").write_text("\n\ntext,n\none,1\ntwo\n")
+    with pytest.raises(SlmError, match=r"a\.csv:5: 1 fields, the header has 2"):
+        read(tmp_path / "a.csv")
+
+
+def test_a_column_whose_name_has_a_dot(tmp_path):
+    struct = pyarrow.array([{"b": "of the struct"}])
+    table = pyarrow.Table.from_arrays([struct, pyarrow.array(["of the column"])], names=["a", "a.b"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", text_field="a.b")[0] == ["of the column"]
 
 
 def test_two_columns_of_one_name_in_parquet(tmp_path):

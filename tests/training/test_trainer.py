@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import rounding
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_slm import runtime
 from mlx_slm.clustering.sampler import Sampler, Stream
@@ -264,6 +264,14 @@ def test_a_bad_step_is_skipped_and_counted_and_three_stop_the_run(prepared, tmp_
     with pytest.raises(SlmError, match=r"3 steps in a row were not finite, the last is step 11 \(rows 88 to 95"):
         trainer.run()
     assert checkpoint_steps(tmp_path / "three")[-1] == 10
+
+
+@pytest.mark.parametrize("score_start", [False, True])
+def test_a_start_that_is_no_model_is_said_to_be_one(prepared, tmp_path, score_start):
+    trainer = make_trainer(prepared.data("generic", "train"), tmp_path / "r", score_start=score_start)
+    trainer.step.parameters = tree_map(lambda value: value * float("nan"), trainer.step.parameters)
+    with pytest.raises(SlmError, match="(no step was finite, of 3: the|loss of nan: its) weights .*are damaged"):
+        trainer.run()
 
 
 def test_rows_and_steps_do_not_depend_on_the_micro_batch(prepared, tmp_path):
