@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import call
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged
@@ -163,6 +163,17 @@ def garbage(pattern: str, data: bytes):
     return lambda bundle: next(bundle.glob(pattern)).write_bytes(data)
 
 
+def weights(value: float):
+    """Weights of the right shapes that no training ever gave."""
+
+    def change(bundle: Path) -> None:
+        file = next(bundle.glob("checkpoints/*/model.safetensors"))
+        found = load_file(file)
+        save_file({name: np.full_like(array, value) for name, array in found.items()}, file)
+
+    return change
+
+
 def config(text: str):
     return lambda bundle: (bundle / "config.yaml").write_text(text)
 
@@ -233,6 +244,8 @@ ATTACKS = {
     "a tokenizer.json that is garbage": garbage("tokenizer/tokenizer.json", b"{}"),
     "centroids that are garbage": garbage("clusters/*/centroids.safetensors", b"\xff" * 64),
     "weights that are garbage": garbage("checkpoints/*/model.safetensors", b"\x08" + b"\0" * 7 + b"{}      "),
+    "weights that are no numbers": weights(float("nan")),
+    "weights that overflow": weights(1e38),
     "an encoder that is garbage": garbage("encoder/*/lsi.safetensors", b"PK\x03\x04"),
     "a record that is a list": garbage("run.json", b"[]"),
     "a record of 100,000 brackets": garbage("run.json", b"[" * 100_000),
