@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from mlx_slm.sizes import (
     Clusters,
     Dimension,
+    DimensionOrAuto,
     Fraction,
     Hours,
     Layers,
@@ -145,8 +146,9 @@ class ProjectionConfig(Section):
 
     k: Clusters = 32
     """Experts, one per cluster. Paper: 32 (16 and 64 are studied)."""
-    h: Dimension = 32
-    """Capacity multiplier: tensors that the experts of a matrix are combined from. Paper: inferred h = k."""
+    h: DimensionOrAuto = None
+    """Capacity multiplier: tensors that the experts of a matrix are combined from. Default: k, as is inferred of the
+    paper."""
     m: Dimension | None = None
     """Size of an expert's vector. Default: h. Not specified by the paper."""
     layers: list[int] | None = None
@@ -155,9 +157,9 @@ class ProjectionConfig(Section):
     """Whether all experts begin as one model or far apart. Not specified by the paper."""
     spread: Real = Field(0.02, ge=0, le=10)
     """Standard deviation of the coefficients that pull anchored experts apart. Not specified by the paper."""
-    clusters_per_step: Dimension = 4
-    """Groups of rows in a step, each of one cluster: training.batch_rows / clusters_per_step rows. Not specified by the
-    paper."""
+    clusters_per_step: DimensionOrAuto = None
+    """Groups of rows in a step, each of one cluster: training.batch_rows / clusters_per_step rows. Default (`auto`): as
+    many as fit the memory and cost a tenth of the step, at best one of each row. Not specified by the paper."""
     tensor_rate: Multiple | None = None
     """The rate of T as a multiple of the learning rate. Default: 1 / mean sum_r |c_ir| at the start, so that experts
     move as fast as a plain matrix. Not specified by the paper."""
@@ -313,7 +315,7 @@ class Grid(Section):
     seeds: list[Seed] = Field([0], min_length=1)
     """Of initialisation and order of rows, in both stages."""
     clusters: list[Clusters] = []
-    """Numbers of clusters for the methods is, pn (h grows with them where it equals k) and mix. Default: those of their
+    """Numbers of clusters for the methods is, pn (and h, where it is not set) and mix. Default: those of their
     sections."""
     selects: list[Literal["frequent", "pretrained", "finetuned", "histogram"]] = Field(["frequent"], min_length=1)
     """How experts are chosen; `histogram` is left out for mixtures."""

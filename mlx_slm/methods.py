@@ -27,8 +27,8 @@ from mlx_slm.report import Report
 from mlx_slm.scoring import routed_loss, validation_loss
 from mlx_slm.text.store import Store
 from mlx_slm.training.optimizer import AdamW
-from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit
-from mlx_slm.training.runs import IMPORTANCE, expert_path
+from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit, resolved
+from mlx_slm.training.runs import IMPORTANCE, RECORD, expert_path, read_run
 from mlx_slm.training.step import TrainingStep, rows_that_fit
 from mlx_slm.workspace import Workspace
 
@@ -110,6 +110,13 @@ def check_method(config: Config, method: str, init_from: Path | None, experts: l
     if method != "pn":
         return
     groups = projection.clusters_per_step
+    if groups is None:
+        groups = training.batch_rows
+    elif groups > training.batch_rows:
+        raise SlmError(
+            f"projection.clusters_per_step {groups} is more than the {training.batch_rows} rows of a step "
+            "(training.batch_rows): a group has one row at the least"
+        )
     if training.batch_rows % groups:
         raise SlmError(
             f"training.batch_rows {training.batch_rows} is not a multiple of projection.clusters_per_step {groups}: "
@@ -176,11 +183,16 @@ def experts_inputs(ground: Ground, method: str, clusters: Clusters) -> dict:
     return ground.inputs(method) | {"k": clusters.k, "clusters": clusters.fingerprint, "generic": tokens}
 
 
-def network_job(ground: Ground, path: Path, report: Report) -> Job:
+def network_job(ground: Ground, path: Path, fresh: bool, report: Report) -> Job:
     """SLM-pn: clusters drawn by P(c | generic), several a step."""
     training, projection, generic = ground.config.training, ground.config.projection, ground.config.data.generic
-    rows = training.batch_rows // projection.clusters_per_step
     shape = ProjectedShape.of(projection, ground.shape)
+    if projection.clusters_per_step is None and not fresh and (path / RECORD).exists():
+        begun = read_run(path)["inputs"]["projection"]  # with the memory of another machine, perhaps
+        projection = projection.model_copy(update={"clusters_per_step": begun["clusters_per_step"]})
+    projection = resolved(projection, training, shape)
+    groups = projection.clusters_per_step
+    rows = training.batch_rows // groups
     clusters = generic_clusters(ground, projection.k, report)
     assigned = clusters.assigned(generic, "train")
     streams = assigned.streams(ground.store)
@@ -191,7 +203,7 @@ def network_job(ground: Ground, path: Path, report: Report) -> Job:
 
     rate = projection.tensor_rate or tensor_rate(parameters())
     given = training.micro_rows and training.micro_rows // rows
-    micro, again = groups_that_fit(shape, projection.clusters_per_step, rows, given, training.checkpoint_layers)
+    micro, again = groups_that_fit(shape, groups, rows, given, training.checkpoint_layers)
     model = Transformer(ground.shape, again)
     step = partial(ProjectedStep, model, AdamW.of(training), micro, tensor_rate=rate)
     place = clusters.assigned(generic, "valid").clusters[:][ground.windows]
@@ -206,7 +218,7 @@ def network_job(ground: Ground, path: Path, report: Report) -> Job:
         shape.num_parameters,
         shape.flops_per_token(rows * ground.shape.context_length),
         f"{shape.k} experts of {ground.shape.num_parameters:,} parameters each, from h = {shape.h} tensors of "
-        f"{len(shape.matrices)} matrices; T learns at {rate:.2f} times the rate",
+        f"{len(shape.matrices)} matrices; {groups} clusters a step; T learns at {rate:.2f} times the rate",
     )
 
 

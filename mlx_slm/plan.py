@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_slm import runtime
-from mlx_slm.config import Config
+from mlx_slm.config import Config, ProjectionConfig
 from mlx_slm.costs import METHODS, PAPER_PERPLEXITY, SIZES, Cost, Rates, costs_of_budgets, recommend
 from mlx_slm.errors import SlmError, nearest
 from mlx_slm.finetune import choose_recipe
@@ -19,7 +19,7 @@ from mlx_slm.models.transformer import Shape, Transformer, initialise
 from mlx_slm.pretrain import calibrated_speed
 from mlx_slm.records import read_json_lines
 from mlx_slm.report import Report
-from mlx_slm.training.projected_step import network_bytes
+from mlx_slm.training.projected_step import network_bytes, resolved
 from mlx_slm.training.runs import find_run
 from mlx_slm.training.step import training_bytes
 from mlx_slm.workspace import Workspace
@@ -124,7 +124,8 @@ def _most_tokens(config: Config, domain_tokens: int) -> float:
 
 def _memory(config: Config, small: Shape, large: Shape, network: ProjectedShape) -> dict[str, float]:
     """Bytes that training takes at the least, one row (SLM-pn: one group) at a time."""
-    training, groups = config.training, config.projection.clusters_per_step
+    training = config.training
+    groups = resolved(config.projection, training, network).clusters_per_step
     again = training.checkpoint_layers is not False
     one, two = (training_bytes(shape, 1, again) for shape in (small, large))
     rows = max(1, training.batch_rows // groups)
@@ -142,7 +143,8 @@ def _rates(
     workspace: Workspace, config: Config, small: Shape, large: Shape, network: ProjectedShape, report: Report
 ) -> tuple[Rates, dict[str, str]]:
     """(rates, where each comes from): recorded runs of the same shape on this device, a calibration, or FLOPs."""
-    group = config.training.batch_rows * config.data.context_length / config.projection.clusters_per_step
+    projection = resolved(config.projection, config.training, network)
+    group = config.training.batch_rows * config.data.context_length / projection.clusters_per_step
     flops = {
         "slm": small.flops_per_token,
         "pn": network.flops_per_token(group),
@@ -150,7 +152,7 @@ def _rates(
         "lora": Lora(large, min(LORA_RANK, large.dims), 1.0).flops_per_token,
         "llm_forward": large.forward_flops_per_token,
     }
-    recorded = _recorded_speeds(workspace, {"slm": small, "pn": small, "llm": large}, config)
+    recorded = _recorded_speeds(workspace, {"slm": small, "pn": small, "llm": large}, projection)
     sources = {name: f"run {run}" for name, (run, _) in recorded.items()}
     if "slm" not in recorded:
         report.line(f"measuring this machine's speed on the small model (about {CALIBRATION_SECONDS} s)")
@@ -169,16 +171,18 @@ def _rates(
     return Rates(**hours), sources
 
 
-def _recorded_speeds(workspace: Workspace, shapes: dict[str, Shape], config: Config) -> dict[str, tuple[str, float]]:
+def _recorded_speeds(
+    workspace: Workspace, shapes: dict[str, Shape], projection: ProjectionConfig
+) -> dict[str, tuple[str, float]]:
     """(run, tokens per second) of the newest finished pretraining of each method with this shape on this device."""
-    projection = config.projection.model_dump(mode="json")
+    wanted = projection.model_dump(mode="json")
     found: dict[str, tuple[float, str, float]] = {}
     for name in workspace.runs():
         run = find_run(workspace, name)
         method, record = run.record["method"], run.record
         fits = method in shapes and run.finished and "from" not in record["inputs"] and record["seconds"] > 60
         same = fits and record["device"] == runtime.device_name()
-        same = same and record["inputs"].get("projection", projection) == projection
+        same = same and record["inputs"].get("projection", wanted) == wanted
         if same and _body(run.shape) == _body(shapes[method]) and record["started"] > found.get(method, (0.0,))[0]:
             positions = record["step"] * record["inputs"]["training"]["batch_rows"] * run.shape.context_length
             found[method] = (record["started"], name, positions / record["seconds"])

@@ -35,6 +35,7 @@ from mlx_slm.sizes import format_size
 from mlx_slm.text.huggingface import open_tokenizer, tokenizer_of
 from mlx_slm.text.prepare import ensure_set, sources_of, text_needed
 from mlx_slm.text.store import Store
+from mlx_slm.training.projected_step import resolved
 from mlx_slm.training.runs import Run, alone_in, milestone_step, open_expert, open_run, read_run
 from mlx_slm.training.step import measure_speed, rows_that_fit
 from mlx_slm.training.trainer import Plan, Trainer
@@ -69,7 +70,7 @@ def pretrain(
     if method == "mix":
         return _pretrain_mixture(ground, path, fresh, experts, report)
     if method == "pn":
-        job = network_job(ground, path, report)
+        job = network_job(ground, path, fresh, report)
     else:
         job = sampled_job(ground, path, target, report) if target else generic_job(ground, path, method)
     return _work(ground, job, fresh, report, export=method != "pn")
@@ -194,8 +195,9 @@ def _ground(
         config = config.model_copy(update={"tokenizer": _tokenizer_of(workspace, config, origin)})
     slowdown = 1.0
     if method == "pn":
-        per_group = training.batch_rows * context / config.projection.clusters_per_step
-        slowdown = ProjectedShape.of(config.projection, shape).flops_per_token(per_group) / shape.flops_per_token
+        projected = ProjectedShape.of(config.projection, shape)
+        per_group = training.batch_rows * context / resolved(config.projection, training, projected).clusters_per_step
+        slowdown = projected.flops_per_token(per_group) / shape.flops_per_token
     tokens = _horizon_tokens(path, shape, training, slowdown, report, fresh)
     tokenizer, store = _generic_set(workspace, config, tokens, pool, report)
     if origin and tokenizer.vocab_size > shape.vocab_size:

@@ -35,6 +35,10 @@ def _not_a_switch(value):
     return value
 
 
+def _auto(value):
+    return None if value == "auto" else value
+
+
 def format_size(value: int) -> str:
     """1000000 -> '1M', 250000 -> '250k', 4097 -> '4097': the shortest exact form, as in names of runs."""
     for unit, scale in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
@@ -47,6 +51,8 @@ Size = Annotated[int, BeforeValidator(parse_size)]
 PositiveSize = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Dimension = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=MAX_DIMENSION)]
 """Of a matrix, a vocabulary, a context or a batch."""
+DimensionOrAuto = Annotated[Dimension | None, BeforeValidator(_auto)]
+"""`auto` and nothing are the same: the default, which depends on the rest."""
 Layers = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=MAX_LAYERS)]
 Clusters = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=MAX_CLUSTERS)]
 Steps = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=10**9)]

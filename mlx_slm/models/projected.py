@@ -41,7 +41,8 @@ class ProjectedShape:
         wrong = [layer for layer in layers if not 0 <= layer < base.num_layers]
         if wrong:
             raise SlmError(f"projection.layers: there is no layer {wrong[0]} among 0 to {base.num_layers - 1}")
-        return cls(base, config.h, config.k, config.m or config.h, tuple(layers))
+        h = config.h or config.k
+        return cls(base, h, config.k, config.m or h, tuple(layers))
 
     @property
     def matrices(self) -> list[str]:

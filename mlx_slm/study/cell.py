@@ -167,9 +167,7 @@ class Study:
             horizon["milestones"] = [] if method == "mix" else budgets
         changes["training"] = config.training.model_copy(update=seed | horizon)
         if cell.method == "pn":
-            follows = config.projection.h == config.projection.k
-            more = {"k": cell.k} | ({"h": cell.k} if follows else {})
-            changes["projection"] = config.projection.model_copy(update=more)
+            changes["projection"] = config.projection.model_copy(update={"k": cell.k})
         if cell.method == "mix":
             changes["mixture"] = config.mixture.model_copy(update={"k": cell.k, "tokens": None})
         if cell.method == "is":

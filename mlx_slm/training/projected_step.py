@@ -17,11 +17,14 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slm import runtime, sums
+from mlx_slm.config import ProjectionConfig, TrainingConfig
 from mlx_slm.models.projected import ProjectedShape, coefficients, combined, network_of
 from mlx_slm.models.transformer import Transformer, for_products
 from mlx_slm.training.loss import next_token_loss
 from mlx_slm.training.optimizer import AdamW, global_norm
 from mlx_slm.training.step import add_trees, compiled_lanes, largest_that_fits, shared_out, training_bytes
+
+PROJECTING = 0.1
 
 
 class ProjectedStep:
@@ -171,6 +174,26 @@ def network_bytes(shape: ProjectedShape, groups: int, rows: int, micro_groups: i
     stacks = shape.projected_parameters * (2 * groups + 2 * micro_groups)
     cast = 0 if dtype == mx.float32 else 2 * dtype.size * micro_groups * shape.projected_parameters
     return plain + 4 * (3 * shape.num_parameters + (3 * shape.h + groups) * largest + stacks) + cast
+
+
+def resolved(config: ProjectionConfig, training: TrainingConfig, shape: ProjectedShape) -> ProjectionConfig:
+    """The section with its defaults written out: h, and the groups of rows in a step."""
+    groups = config.clusters_per_step or _most_groups(training, shape)
+    return config.model_copy(update={"h": shape.h, "clusters_per_step": groups})
+
+
+def _most_groups(training: TrainingConfig, shape: ProjectedShape) -> int:
+    """The most groups of equal size that fit the memory, and for which projecting costs at most `PROJECTING` of an
+    expert's FLOPs."""
+    base, memory = shape.base, 0.8 * runtime.memory_bytes()
+    for groups in range(training.batch_rows, 1, -1):
+        rows, uneven = divmod(training.batch_rows, groups)
+        uneven = uneven or (training.micro_rows or rows) % rows
+        if uneven or network_bytes(shape, groups, rows, 1, False) > memory:
+            continue
+        if shape.flops_per_token(rows * base.context_length) <= (1 + PROJECTING) * base.flops_per_token:
+            return groups
+    return 1
 
 
 def groups_that_fit(
