@@ -250,7 +250,8 @@ class Recipe(Section):
 
 
 class FinetuningConfig(Section):
-    """Specialisation: all weights, early stopping on the validation loss, the best checkpoint is kept."""
+    """Specialisation: a first try at a constant rate finds out how many steps the domain's text is worth, a second one
+    from the start lets the rate fall to zero within about so many; the best evaluation of all is kept."""
 
     recipes: list[Recipe] = Field(
         [
@@ -264,17 +265,20 @@ class FinetuningConfig(Section):
     learning_rate: Rate | None = None
     """Set by hand, it replaces the recipe's."""
     max_steps: Steps | None = None
-    """Set by hand, it replaces the recipe's."""
+    """Set by hand, it replaces the recipe's. Both tries together."""
     warmup_steps: Size = 20
     """Not specified by the paper."""
     batch_rows: Dimension = 8
     """Inferred from the paper: about 8 windows a step."""
     micro_rows: Dimension | None = None
-    evaluations_per_pass: PositiveSize = 4
-    """Evaluations on the validation set in each pass over the domain set. Not specified by the paper."""
+    evaluations_per_pass: PositiveSize = 2
+    """Evaluations on the validation set in each pass over the domain set, fewer where they would read more tokens than
+    the steps between them. Not specified by the paper."""
     eval_tokens: PositiveSize = 200_000
-    patience: Rounds = 3
-    """Stop after so many evaluations without a gain. Not specified by the paper."""
+    patience: Multiple = 2
+    """Passes over the domain set without a gain that end the first try. Not specified by the paper."""
+    again: Multiple = 2
+    """Steps of the second try, as a multiple of those to the best of the first. Not specified by the paper."""
     select_tokens: PositiveSize = 50_000
     """Tokens of the domain set on which `--select pretrained` scores every expert. Not specified by the paper."""
     seed: Seed = 0

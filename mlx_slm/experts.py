@@ -88,7 +88,7 @@ class Experts:
     def histogram(self, config: Config, name: str, windows: np.ndarray, report: Report) -> np.ndarray:
         """P(c | domain) of these windows of a train split, float64 [k]: shares of tokens."""
         place = self.assigned(config, name, "train", report).clusters[:][windows]
-        counts = histogram(place, Store(self.workspace.data(name, "train")).windows[:]["length"][windows], self.k)
+        counts = histogram(place, Store(self.workspace.data(name, "train")).lengths(windows), self.k)
         return counts / counts.sum()
 
     @functools.cached_property

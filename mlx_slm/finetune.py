@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -19,9 +20,10 @@ from mlx_slm.scoring import validation_loss
 from mlx_slm.text.store import Store
 from mlx_slm.training.loss import next_token_loss
 from mlx_slm.training.optimizer import AdamW
+from mlx_slm.training.plan import Plan
 from mlx_slm.training.runs import Run, expert_path, open_run
 from mlx_slm.training.step import TrainingStep, as_it_is, rows_that_fit
-from mlx_slm.training.trainer import Plan, Trainer
+from mlx_slm.training.trainer import Trainer
 from mlx_slm.workspace import Workspace
 
 
@@ -103,10 +105,13 @@ def finetune_all(workspace: Workspace, run: Run, experts: Experts, job: Finetuni
     job.report.line(f"the best is expert {best}: validation perplexity {perplexity(scores[best]):.2f}")
 
 
-def plan_of(config: Config, recipe: Recipe, rate: float, per_pass: float) -> Plan:
-    """The plan of a fine-tuning with `per_pass` steps in a pass over the domain set."""
+def plan_of(config: Config, recipe: Recipe, rate: float, per_pass: float, eval_tokens: int) -> Plan:
+    """The plan of a fine-tuning with `per_pass` steps in a pass over the domain set, whose evaluations read so many
+    tokens: at the most a quarter of its FLOPs is theirs."""
     finetuning = config.finetuning
-    cadence = max(1, round(per_pass / finetuning.evaluations_per_pass))
+    step_tokens = finetuning.batch_rows * config.data.context_length
+    cadence = max(1, round(max(per_pass / finetuning.evaluations_per_pass, eval_tokens / step_tokens)))
+    patience = max(finetuning.patience * per_pass, finetuning.warmup_steps)
     return Plan(
         steps=finetuning.max_steps or recipe.steps,
         learning_rate=rate,
@@ -116,8 +121,8 @@ def plan_of(config: Config, recipe: Recipe, rate: float, per_pass: float) -> Pla
         report_every=cadence,
         checkpoint_every=4 * cadence,
         checkpoint_seconds=60 * config.training.checkpoint_minutes,
-        patience=finetuning.patience,
-        score_start=True,
+        patience=math.ceil(patience / cadence),
+        again=finetuning.again,
     )
 
 

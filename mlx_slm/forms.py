@@ -246,6 +246,7 @@ class StateForm(Form):
     tokens: Count
     seconds: Number
     window: dict[str, Number]
+    fall: tuple[Count, Count] | None = None
 
 
 class Gpt2Form(Form):

@@ -35,10 +35,11 @@ from mlx_slm.sizes import format_size
 from mlx_slm.text.huggingface import open_tokenizer, tokenizer_of
 from mlx_slm.text.prepare import ensure_set, sources_of, text_needed
 from mlx_slm.text.store import Store
+from mlx_slm.training.plan import Plan
 from mlx_slm.training.projected_step import resolved
 from mlx_slm.training.runs import Run, alone_in, milestone_step, open_expert, open_run, read_run
 from mlx_slm.training.step import measure_speed, rows_that_fit
-from mlx_slm.training.trainer import Plan, Trainer
+from mlx_slm.training.trainer import Trainer
 from mlx_slm.workspace import MANIFEST, Workspace
 
 POOL = 4

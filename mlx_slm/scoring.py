@@ -71,7 +71,7 @@ class Scorer:
         self, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None
     ) -> np.ndarray:
         """Sum of the token losses of each window, float64 [W]."""
-        lengths = store.windows[:]["length"][windows].astype(np.int64)
+        lengths = store.lengths(windows)
         if not lengths.sum():
             raise SlmError(f"{store.directory} has no text to evaluate on")
         result = np.zeros(len(windows))
@@ -111,7 +111,7 @@ def routed_nll(
     report: Report | None = None,
 ) -> np.ndarray:
     """Sum of the token losses of each window, float64 [W], each through `expert` of its cluster (int [W])."""
-    result, lengths = np.zeros(len(windows)), store.windows[:]["length"][windows].astype(np.int64)
+    result, lengths = np.zeros(len(windows)), store.lengths(windows)
     with (report or Report()).progress("evaluating, each cluster's expert", int(lengths.sum()), " tok") as advance:
         for cluster in np.unique(clusters).tolist():
             place = np.flatnonzero(clusters == cluster)

@@ -35,7 +35,7 @@ def select_expert(
         sample = windows[np.isin(windows, first_windows(store, size, config.data.seed))]
         scores = score_experts(experts, store, sample, report)
         found |= {"scores": scores, "expert": int(min(scores, key=scores.get))}
-        tokens = int(store.windows[:]["length"][sample].astype(np.int64).sum()) * len(scores)
+        tokens = int(store.lengths(sample).sum()) * len(scores)
     found["share"] = None if found["expert"] is None else float(shares[found["expert"]])
     return found | {"cost": {"tokens": tokens, "seconds": round(time.perf_counter() - begun, 2)}}
 

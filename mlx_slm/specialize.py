@@ -52,7 +52,12 @@ class Domain:
     @property
     def num_tokens(self) -> int:
         """Stored tokens of the domain set."""
-        return int(self.store.windows[:]["length"][self.windows].astype(np.int64).sum())
+        return int(self.store.lengths(self.windows).sum())
+
+    @property
+    def valid_tokens(self) -> int:
+        """Tokens that an evaluation reads."""
+        return int(self.valid.lengths(self.valid_windows).sum())
 
     def inputs(self) -> dict:
         """What tells it from another, for a record."""
@@ -126,7 +131,7 @@ def specialize(
     stream = Stream.of(of_domain.store, of_domain.windows)
     sampler = Sampler([stream], np.ones(1), finetuning.batch_rows, finetuning.seed)
     per_pass = sampler.num_rows / finetuning.batch_rows
-    plan = plan_of(config, recipe, rate, per_pass)
+    plan = plan_of(config, recipe, rate, per_pass, of_domain.valid_tokens)
     flops, valid = shape.flops_per_token, (of_domain.valid, of_domain.valid_windows)
     job = Finetuning(config, shape, sampler, plan, *valid, report, flops)
 

@@ -73,7 +73,7 @@ def importance_of(
     else:
         store, assigned = Store(workspace.data(target.domain, "train")), clusters.assigned(target.domain, "train")
         windows = first_windows(store, target.tokens, config.data.seed)
-        counts = histogram(assigned.clusters[:][windows], store.windows[:]["length"][windows], clusters.k)
+        counts = histogram(assigned.clusters[:][windows], store.lengths(windows), clusters.k)
         names = {"domain": target.domain, "far": far_windows(assigned, generic)}
     return importance(
         counts,

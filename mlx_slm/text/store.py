@@ -44,6 +44,10 @@ class Store:
     def fingerprint(self) -> str:
         return self.manifest["fingerprint"]
 
+    def lengths(self, windows: np.ndarray) -> np.ndarray:
+        """Tokens of the given windows, int64."""
+        return self.windows[:]["length"][windows].astype(np.int64)
+
     def window_tokens(self, index: int) -> np.ndarray:
         """Ids of one window."""
         window = self.windows[int(index)]

@@ -24,7 +24,7 @@ from mlx_slm.models.transformer import Shape
 from mlx_slm.records import count_damaged_lines, fingerprint, read_record, write_record, write_text
 from mlx_slm.sizes import parse_size
 from mlx_slm.training import checkpoint
-from mlx_slm.training.trainer import State
+from mlx_slm.training.plan import State
 from mlx_slm.workspace import Workspace, sha256
 
 RECORD, CONFIG, IMPORTANCE, METRICS = "run.json", "config.yaml", "importance.json", "metrics.jsonl"

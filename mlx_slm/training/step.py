@@ -56,7 +56,8 @@ class TrainingStep:
         plain: Callable[[dict], dict] = as_it_is,
     ):
         self.model, self.micro_rows, self.loss, self.plain = model, micro_rows, loss, plain
-        self.parameters, self.moments = parameters, moments or optimizer.init(parameters)
+        self.optimizer = optimizer
+        self.restart(parameters, moments)
         self.dtype = runtime.compute_dtype()
         self._lanes = compiled_lanes(self._loss_and_gradients, micro_rows)
         self._update = mx.compile(optimizer.update)
@@ -82,6 +83,10 @@ class TrainingStep:
         self.parameters, self.moments, norm = self._update(self.parameters, self.moments, gradients, total, loss, rate)
         mx.async_eval(self.parameters, self.moments, loss, norm)
         return loss, norm, self.moments["bad"]
+
+    def restart(self, parameters: dict, moments: dict | None = None) -> None:
+        """Go on from other parameters; moments None: new ones."""
+        self.parameters, self.moments = parameters, moments or self.optimizer.init(parameters)
 
     def sharing_cores(self) -> AbstractContextManager:
         """Enter this around a run of steps."""

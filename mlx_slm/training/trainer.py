@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,65 +22,11 @@ from mlx_slm.clustering.sampler import Sampler
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.report import Report, duration, perplexity
 from mlx_slm.training import checkpoint
-from mlx_slm.training.optimizer import learning_rate
+from mlx_slm.training.plan import Plan, State
 from mlx_slm.training.projected_step import ProjectedStep
 from mlx_slm.training.step import TrainingStep
 
 BAD_STEPS = 3
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to train: everything but model, rows and start."""
-
-    steps: int
-    learning_rate: float
-    warmup_steps: int
-    batch_rows: int
-    eval_every: int
-    report_every: int
-    checkpoint_every: int
-    checkpoint_seconds: float = 600.0
-    schedule: str = "constant"
-    patience: int | None = None
-    """Stop after so many evaluations without a gain; None: never."""
-    score_start: bool = False
-    """Whether the start is a candidate for the best as well."""
-    milestones: tuple[int, ...] = ()
-    """Steps whose checkpoints are kept for good."""
-
-    def rate(self, step: int) -> float:
-        return learning_rate(step, self.learning_rate, self.warmup_steps, self.schedule, self.steps)
-
-
-@dataclass
-class State:
-    """Where a run is. Saved with every checkpoint, so that a resumed run goes on as if nothing had happened."""
-
-    step: int = 0
-    tokens: int = 0
-    """Target tokens seen."""
-    seconds: float = 0.0
-    skipped: int = 0
-    """Steps that were not finite and left the weights alone."""
-    best_step: int | None = None
-    best_nll: float = math.inf
-    last_nll: float = math.inf
-    """The newest evaluation."""
-    stale: int = 0
-    """Evaluations since the best."""
-    window: dict = field(default_factory=lambda: {"loss": 0.0, "tokens": 0, "steps": 0, "seconds": 0.0})
-    """Sums since the last report."""
-    arithmetic: str = ""
-    """`runtime.arithmetic()` of the last step."""
-
-    def to_json(self) -> dict:
-        found = asdict(self)
-        return {k: None if v == math.inf else v for k, v in found.items()}
-
-    @classmethod
-    def from_json(cls, found: dict) -> State:
-        return cls(**{k: math.inf if v is None and k != "best_step" else v for k, v in found.items()})
 
 
 class Trainer:
@@ -104,12 +49,12 @@ class Trainer:
     ):
         self.sampler, self.plan, self.run_directory, self.flops_per_token = sampler, plan, run, flops_per_token
         self.evaluate, self.report = evaluate, report
-        self.state, moments = State(), None
+        self.state, self._start, moments = State(), parameters, None
         found = checkpoint.load_newest(run, report)
         if found:
             parameters, moments, state = found
             self.state = State.from_json(state)
-            report.line(f"resuming {run.name} at step {self.state.step:,} of {plan.steps:,}")
+            report.line(f"resuming {run.name} at step {self.state.step:,} of {plan.end(self.state):,}")
             self._check_arithmetic()
             self._check_best()
         self.state.arithmetic = runtime.arithmetic()
@@ -128,7 +73,7 @@ class Trainer:
             ThreadPoolExecutor(1) as loader,
             self.step.sharing_cores(),
         ):
-            if plan.score_start and state.best_step is None:
+            if plan.patience is not None and state.best_step is None:
                 self._evaluate()
                 if not math.isfinite(state.last_nll):
                     raise SlmError(
@@ -138,11 +83,11 @@ class Trainer:
                 self._save()
             rows = loader.submit(self.sampler.rows, state.step)
             started, first = time.perf_counter(), True
-            while state.step < plan.steps and not self._stopped_early():
+            while state.step < plan.end(state):
                 tokens, weights, clusters = rows.result()
                 rows = loader.submit(self.sampler.rows, state.step + 1)
                 total = int(weights.sum())
-                in_flight = self.step(tokens, weights, plan.rate(state.step), clusters)
+                in_flight = self.step(tokens, weights, plan.rate(state.step, state), clusters)
                 if first:
                     mx.eval(in_flight)
                     compiled, started = time.perf_counter() - started, time.perf_counter()
@@ -153,9 +98,8 @@ class Trainer:
                 self._pending = (state.step, total, *in_flight)
                 state.step += 1
                 state.tokens += total
-                reporting = state.step % plan.report_every == 0 or state.step == plan.steps
-                evaluating = state.step % plan.eval_every == 0 or state.step == plan.steps
-                saving = state.step % plan.checkpoint_every == 0 or state.step in {plan.steps, *plan.milestones}
+                reporting, evaluating = plan.is_due(plan.report_every, state), plan.evaluates(state)
+                saving = plan.is_due(plan.checkpoint_every, state) or state.step in plan.milestones
                 saving = saving or time.perf_counter() - self._saved_at >= plan.checkpoint_seconds
                 if reporting or evaluating or saving or stopping.is_set():
                     self._collect()
@@ -166,9 +110,12 @@ class Trainer:
                 if reporting:
                     self._report(peak)
                 better = self._evaluate() if evaluating else False
-                if saving or better or stopping.is_set() or (evaluating and self._stopped_early()):
+                falls = evaluating and plan.begin_fall(state)
+                if falls:
+                    self._begin_fall()
+                if saving or better or falls or stopping.is_set():
                     self._save()
-                if stopping.is_set() and state.step < plan.steps:
+                if stopping.is_set() and state.step < plan.end(state):
                     raise Interrupted(f"stopped at step {state.step:,}; the same command again goes on from there")
                 if reporting or evaluating or saving:
                     started = time.perf_counter()
@@ -194,8 +141,13 @@ class Trainer:
             self.report.warn(f"the best checkpoint, step-{best}, is lost; the best from here on counts")
             self.state.best_step, self.state.best_nll, self.state.stale = None, math.inf, 0
 
-    def _stopped_early(self) -> bool:
-        return self.plan.patience is not None and self.state.stale >= self.plan.patience
+    def _begin_fall(self) -> None:
+        state = self.state
+        if state.second:
+            self.step.restart(self._start)
+        if state.fall[1] > state.step:
+            how = "again from the start, with a rate that" if state.second else "from here on the rate"
+            self.report.line(f"{how} falls to zero by step {state.fall[1]:,}")
 
     def _collect(self) -> None:
         """Read the numbers of the step in flight, if any; raises SlmError after three that were not finite."""
@@ -233,8 +185,8 @@ class Trainer:
         positions = plan.batch_rows * self.sampler.row_length * window["steps"]
         speed = positions / window["seconds"]
         achieved = speed * self.flops_per_token
-        loss, rate = window["loss"] / window["tokens"], plan.rate(state.step - 1)
-        left = (plan.steps - state.step) * window["seconds"] / window["steps"]
+        loss, rate = window["loss"] / window["tokens"], plan.rate(state.step - 1, state)
+        left = (plan.end(state) - state.step) * window["seconds"] / window["steps"]
         memory = mx.get_peak_memory() / 2**30
         self.metrics.write(
             {
@@ -252,7 +204,7 @@ class Trainer:
             }
         )
         self.report.line(
-            f"step {state.step:>6,}/{plan.steps:,}  loss {loss:.4f}  lr {rate:.2e}  {speed:,.0f} tok/s  "
+            f"step {state.step:>6,}/{plan.end(state):,}  loss {loss:.4f}  lr {rate:.2e}  {speed:,.0f} tok/s  "
             f"{achieved / 1e12:.3f} TFLOP/s  MFU {achieved / peak:.0%}  {memory:.2f} GB  ETA {duration(left)}"
         )
         state.window = State().window
@@ -270,7 +222,7 @@ class Trainer:
         self.metrics.write({"step": state.step, "tokens": state.tokens, "valid_nll": nll})
         mark = "best so far" if better else f"{state.stale} since the best"
         self.report.line(
-            f"step {state.step:>6,}/{self.plan.steps:,}  validation perplexity {perplexity(nll):.2f} ({mark})"
+            f"step {state.step:>6,}/{self.plan.end(state):,}  validation perplexity {perplexity(nll):.2f} ({mark})"
         )
         return better
 

@@ -27,8 +27,9 @@ from mlx_slm.text.store import Store
 from mlx_slm.training import checkpoint, trainer
 from mlx_slm.training.checkpoint import checkpoint_steps, load_checkpoint
 from mlx_slm.training.optimizer import AdamW
+from mlx_slm.training.plan import Plan
 from mlx_slm.training.step import TrainingStep
-from mlx_slm.training.trainer import Plan, Trainer
+from mlx_slm.training.trainer import Trainer
 
 STEPS = 26
 EXACT = ("step", "tokens", "loss", "learning_rate", "grad_norm", "skipped", "valid_nll")
@@ -230,15 +231,76 @@ def test_the_last_two_and_the_best_are_kept(prepared, tmp_path):
     assert checkpoint_steps(run) == [14, 25, 26]
 
 
-def test_early_stopping_and_its_state_survive_a_resume(prepared, tmp_path):
-    run = tmp_path / "r"
-    losses = [3.0, 1.0, 2.0, 1.5, 0.1]
-    trainer = make_trainer(prepared.data("generic", "train"), run, eval_every=3, patience=2)
-    trainer.evaluate = lambda _: losses[trainer.state.step // 3 - 1]
-    assert trainer.run().step == 12
-    again = make_trainer(prepared.data("generic", "train"), run, eval_every=3, patience=2)
-    state = again.run()
-    assert (state.step, state.best_step, state.best_nll, state.stale) == (12, 6, 1.0, 2)
+TWICE = dict(steps=40, schedule="constant", eval_every=3, patience=2, again=1.5)
+LOSSES = {0: 4.0, 3: 3.0, 6: 1.0, 9: 2.0, 12: 1.5, 14: 3.0, 16: 0.9, 18: 1.2, 20: 1.0, 21: 1.1}
+
+
+def tried_twice(prepared, run, report=None, **changes) -> Trainer:
+    """A fine-tuning whose first try is best after 6 steps and ends after 12; the second one takes 1.5 times 6."""
+    made = make_trainer(prepared.data("generic", "train"), run, report, **(TWICE | changes))
+    made.evaluate = lambda _: LOSSES[made.state.step]
+    return made
+
+
+def test_a_second_try_begins_at_the_start_and_its_rate_falls_to_zero(prepared, tmp_path, report):
+    trainer = tried_twice(prepared, tmp_path / "r", report)
+    rates, real, begun = [], trainer.step.__class__.__call__, {}
+
+    class Watched(TrainingStep):
+        def __call__(self, tokens, weights, rate, clusters):
+            if trainer.state.step in (0, 12):
+                begun[trainer.state.step] = dict(tree_flatten([self.parameters, self.moments]))
+            rates.append(rate)
+            return real(self, tokens, weights, rate, clusters)
+
+    trainer.step.__class__ = Watched
+    state = trainer.run()
+    assert (state.step, state.fall, state.second, state.best_step, state.best_nll) == (21, (12, 21), True, 16, 0.9)
+    assert all(mx.array_equal(begun[12][name], value) for name, value in begun[0].items())
+    warm = [1 / 3, 2 / 3, 1]
+    assert rates == pytest.approx(
+        [0.01 * r for r in (*warm, *[1] * 9)] + [0.01 * (warm[i] if i < 3 else 1) * (9 - i) / 9 for i in range(9)]
+    )
+    evaluated = [r["step"] for r in read_json_lines(tmp_path / "r" / "metrics.jsonl") if "valid_nll" in r]
+    assert (
+        evaluated == list(LOSSES) and "again from the start, with a rate that falls to zero by step 21" in report.lines
+    )
+    assert 16 in checkpoint_steps(tmp_path / "r")
+
+
+@pytest.mark.parametrize("stop", [2, 10, 12, 15, 20])
+def test_a_fine_tuning_that_was_stopped_ends_with_the_same_bits(prepared, tmp_path, stop):
+    tried_twice(prepared, tmp_path / "whole").run()
+    trainer = tried_twice(prepared, tmp_path / "r")
+    real = trainer.sampler.rows
+
+    def rows(step):
+        if step == stop:
+            raise KeyboardInterrupt
+        return real(step)
+
+    trainer.sampler.rows = rows
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    tried_twice(prepared, tmp_path / "r").run()
+    assert_same(tmp_path / "r", everything(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("steps", "begins"), [(20, 8), (7, 2), (1, None)])
+def test_where_the_horizon_comes_first_the_rate_falls_up_to_it(prepared, tmp_path, steps, begins):
+    trainer = tried_twice(prepared, tmp_path / "r", steps=steps, patience=99)
+    trainer.evaluate = lambda _: 9.0 - trainer.state.step
+    state = trainer.run()
+    assert (state.step, state.fall, state.second) == (steps, begins and (begins, steps), False)
+    assert state.best_step == steps and (begins is None or trainer.plan.rate(steps, state) == 0)
+
+
+def test_a_start_that_nothing_is_better_than_ends_the_training(prepared, tmp_path):
+    trainer = tried_twice(prepared, tmp_path / "r")
+    trainer.evaluate = lambda _: 1.0 + trainer.state.step
+    state = trainer.run()
+    assert (state.step, state.best_step, state.fall) == (6, 0, (6, 6)) and 0 in checkpoint_steps(tmp_path / "r")
+    assert tried_twice(prepared, tmp_path / "r").run().step == 6
 
 
 def poison(trainer, bad: set[int]) -> None:
@@ -266,9 +328,9 @@ def test_a_bad_step_is_skipped_and_counted_and_three_stop_the_run(prepared, tmp_
     assert checkpoint_steps(tmp_path / "three")[-1] == 10
 
 
-@pytest.mark.parametrize("score_start", [False, True])
-def test_a_start_that_is_no_model_is_said_to_be_one(prepared, tmp_path, score_start):
-    trainer = make_trainer(prepared.data("generic", "train"), tmp_path / "r", score_start=score_start)
+@pytest.mark.parametrize("patience", [None, 3])
+def test_a_start_that_is_no_model_is_said_to_be_one(prepared, tmp_path, patience):
+    trainer = make_trainer(prepared.data("generic", "train"), tmp_path / "r", patience=patience)
     trainer.step.parameters = tree_map(lambda value: value * float("nan"), trainer.step.parameters)
     with pytest.raises(SlmError, match="(no step was finite, of 3: the|loss of nan: its) weights .*are damaged"):
         trainer.run()
