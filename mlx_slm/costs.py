@@ -76,24 +76,33 @@ PAPER_PERPLEXITY = {
 """Tables 4 and 8: the average of nine domains after fine-tuning on 1M, 8M and 64M tokens."""
 
 
-def finetuning_tokens(kind: str, domain_tokens: int, limit: float = math.inf) -> float:
+def finetuning_tokens(
+    kind: str, domain_tokens: int, limit: float = math.inf, patience: float = 0.0, again: float = 0.0
+) -> float:
     """Tokens that fine-tuning (`slm`, `llm`, `lora`, or a student `d`) processes at the most, and no more than `limit`.
 
-    Passes between the paper's sizes are interpolated by the logarithm of the size.
+    Passes between the paper's sizes are interpolated by the logarithm of the size; `patience` passes follow without a
+    gain, and then `again` times as many as were needed (section `finetuning`).
     """
     passes = np.interp(math.log(domain_tokens), np.log(SIZES), PAPER_PASSES[kind])
-    return min(limit, float(passes) * domain_tokens)
+    return min(limit, (float(passes) * (1 + again) + patience) * domain_tokens)
 
 
 def costs_of_budgets(
-    rates: Rates, generic_hours: float, sampling_hours: float, domain_tokens: int, limit: float = math.inf
+    rates: Rates,
+    generic_hours: float,
+    sampling_hours: float,
+    domain_tokens: int,
+    limit: float = math.inf,
+    patience: float = 0.0,
+    again: float = 0.0,
 ) -> dict[str, Cost]:
     """Cost of each method, where a generic pretraining gets `generic_hours` and SLM-is `sampling_hours` per domain.
 
     SLM-d shares its generic hours between student and teacher; per domain the teacher is fine-tuned, and the student
-    then reads every token with it. `limit`: tokens that one fine-tuning processes at the most.
+    then reads every token with it. `limit`, `patience`, `again`: see `finetuning_tokens`.
     """
-    tokens = {kind: finetuning_tokens(kind, domain_tokens, limit) for kind in PAPER_PASSES}
+    tokens = {kind: finetuning_tokens(kind, domain_tokens, limit, patience, again) for kind in PAPER_PASSES}
     small, large = tokens["slm"] * rates.slm, tokens["llm"] * rates.llm
     return {
         "slm": Cost(generic_hours, small),

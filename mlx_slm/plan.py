@@ -62,7 +62,15 @@ def make_plan(
     rates, sources = _rates(workspace, config, small, large, network, report)
     sampling = budgets.sampling_hours or SAMPLING_SHARE * budgets.generic_hours
     limit = _most_tokens(config, budgets.domain_tokens)
-    costs = costs_of_budgets(rates, budgets.generic_hours, sampling, budgets.domain_tokens, limit)
+    costs = costs_of_budgets(
+        rates,
+        budgets.generic_hours,
+        sampling,
+        budgets.domain_tokens,
+        limit,
+        config.finetuning.patience,
+        config.finetuning.again,
+    )
     tokens = _pretraining_tokens(rates, budgets.generic_hours, sampling)
     memory = _memory(config, small, large, network)
     allowed = _largest_allowed(budgets, small, large, report)

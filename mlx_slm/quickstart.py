@@ -26,7 +26,7 @@ from mlx_slm.text.prepare import ensure_set
 from mlx_slm.training.runs import Run
 from mlx_slm.workspace import Workspace
 
-PROMPT = "Upload a file to the Hub.\n\nArgs:\n"
+PROMPT = "Return the sorted unique elements of an array.\n\nParameters\n----------\n"
 DOMAIN_TOKENS = 30_000
 
 

@@ -24,6 +24,9 @@ OUT_OF_MEMORY = (
     "out of memory: lower training.micro_rows (in fine-tuning finetuning.micro_rows), data.context_length or the model,"
     " or end other programs; what was saved is whole, the same command goes on from there"
 )
+NO_BACKEND = (
+    "MLX has nothing to compute with on this machine: pip install 'mlx-slm[cpu]', or 'mlx-slm[cuda]' for an NVIDIA GPU"
+)
 NO_MEMORY = ("Unable to allocate", "Insufficient Memory", "out of memory", "can't start new thread")
 """How MLX (on a CPU, on Metal, on CUDA) and Python say so."""
 
@@ -110,6 +113,10 @@ def run(arguments: list[str]) -> int:
         return _fail(str(error), INTERRUPTED)
     except SlmError as error:
         return _fail(f"error: {error}", FAILED)
+    except ImportError as error:
+        if "libmlx" not in str(error):
+            raise
+        return _fail(f"error: {NO_BACKEND}", FAILED)
     except BrokenPipeError:
         return FAILED
     except OSError as error:
