@@ -49,7 +49,8 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         problems = [_explain(item) for item in error.errors()]
-        head = f"{path}: " if len(problems) == 1 else f"{path}: {len(problems)} problems:\n  "
+        where = f"{path} with {' '.join(f'--set {override}' for override in overrides)}" if overrides else path
+        head = f"{where}: " if len(problems) == 1 else f"{where}: {len(problems)} problems:\n  "
         raise SlmError(head + "\n  ".join(problems)) from error
 
 
@@ -63,7 +64,7 @@ HORIZON = {"steps", "tokens", "passes", "hours"}
 
 def _override(raw: dict, override: str) -> None:
     key, equals, value = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise SlmError(f"--set {override}: write it as section.key=value, such as --set training.tokens=4M")
     *sections, last = key.split(".")
     for section in sections:

@@ -17,7 +17,7 @@ from mlx_slm.records import append_json
 from mlx_slm.report import Report, perplexity
 from mlx_slm.scoring import Score, Scorer, routed_nll, score_of
 from mlx_slm.text.store import Store, first_windows
-from mlx_slm.workspace import Workspace
+from mlx_slm.workspace import EVALUATIONS, Workspace
 
 
 def macro_perplexity(scores: list[Score]) -> float:
@@ -62,7 +62,7 @@ def evaluate_models(
             score, how = evaluated.score(set_name, split, expert, tokens)
             scores.append(score)
             results.append({"model": name, "set": set_name, "split": split, **asdict(score), **how})
-            append_json(workspace.results / "evaluations.jsonl", results[-1])
+            append_json(workspace.results / EVALUATIONS, results[-1])
         if scores:
             macro.append({"model": name, "sets": list(stores), "perplexity": macro_perplexity(scores)})
     return {"results": results, "macro": macro}

@@ -193,6 +193,8 @@ def network_job(ground: Ground, path: Path, fresh: bool, report: Report) -> Job:
     projection = resolved(projection, training, shape)
     groups = projection.clusters_per_step
     rows = training.batch_rows // groups
+    given = training.micro_rows and training.micro_rows // rows
+    micro, again = groups_that_fit(shape, groups, rows, given, training.checkpoint_layers)
     clusters = generic_clusters(ground, projection.k, report)
     assigned = clusters.assigned(generic, "train")
     streams = assigned.streams(ground.store)
@@ -202,8 +204,6 @@ def network_job(ground: Ground, path: Path, fresh: bool, report: Report) -> Job:
         return initialise_network(shape, projection, training.seed, ground.start())
 
     rate = projection.tensor_rate or tensor_rate(parameters())
-    given = training.micro_rows and training.micro_rows // rows
-    micro, again = groups_that_fit(shape, groups, rows, given, training.checkpoint_layers)
     model = Transformer(ground.shape, again)
     step = partial(ProjectedStep, model, AdamW.of(training), micro, tensor_rate=rate)
     place = clusters.assigned(generic, "valid").clusters[:][ground.windows]

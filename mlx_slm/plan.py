@@ -22,7 +22,7 @@ from mlx_slm.report import Report
 from mlx_slm.training.projected_step import network_bytes, resolved
 from mlx_slm.training.runs import find_run
 from mlx_slm.training.step import training_bytes
-from mlx_slm.workspace import Workspace
+from mlx_slm.workspace import EVALUATIONS, Workspace
 
 SAMPLING_SHARE = 130 / 650
 """What a domain's SLM-is gets of the hours of a generic pretraining, where it is not said: as in Table 3."""
@@ -252,7 +252,7 @@ def _perplexity(workspace: Workspace, method: str, domain: str | None, budgets: 
 def _recorded_perplexities(workspace: Workspace, method: str, domain: str, tokens: int) -> list[float]:
     """The newest perplexity of each run of a method that was specialised to the domain on so many tokens."""
     found = {}
-    for row in read_json_lines(workspace.results / "evaluations.jsonl"):
+    for row in read_json_lines(workspace.results / EVALUATIONS, keys=("set", "split", "model", "perplexity")):
         if row["set"] == domain and row["split"] == "test" and row["model"] in workspace.runs():
             record = find_run(workspace, row["model"]).record
             inputs = record["inputs"]

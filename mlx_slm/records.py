@@ -30,12 +30,13 @@ def json_line(record: dict) -> str:
     return f'{body[:-1]}, "crc": {zlib.crc32(body.encode())}}}\n'
 
 
-def read_json_lines(file: Path, report: Report | None = None) -> list[dict]:
+def read_json_lines(file: Path, report: Report | None = None, keys: tuple[str, ...] = ()) -> list[dict]:
     """The records of a file that `append_json` wrote, without their `crc`; none if there is no file.
 
-    A last line that a kill cut off is left out; other lines that are damaged are too, and `report` says how many.
+    A last line that a kill cut off is left out; other lines that are damaged, or lack one of `keys`, are too, and
+    `report` says how many.
     """
-    records = _records(file)
+    records = [record if record and all(key in record for key in keys) else None for record in _records(file)]
     if damaged := report and records[:-1].count(None):
         report.warn(f"{file}: {damaged} damaged lines are left out")
     return [record for record in records if record is not None]

@@ -129,6 +129,11 @@ def specialize(
     label = f"{method}-{select}" if select else method
     path = workspace.run(name or f"{domain}-{label}-{_size(tokens)}")
     stream = Stream.of(of_domain.store, of_domain.windows)
+    if finetuning.batch_rows > max(8, stream.num_rows):
+        report.warn(
+            f"finetuning.batch_rows {finetuning.batch_rows:,} is more than the domain set's {stream.num_rows:,} rows: "
+            "each step reads all of them, some again"
+        )
     sampler = Sampler([stream], np.ones(1), finetuning.batch_rows, finetuning.seed)
     per_pass = sampler.num_rows / finetuning.batch_rows
     plan = plan_of(config, recipe, rate, per_pass, of_domain.valid_tokens)

@@ -24,6 +24,8 @@ from mlx_slm.files import Damaged, open_regular, read_json, require_form
 from mlx_slm.records import fingerprint, write_json
 
 MANIFEST = "manifest.json"
+EVALUATIONS = "evaluations.jsonl"
+"""Of `evaluate`, in results/."""
 BLOCK = 4 << 20
 
 

@@ -41,6 +41,10 @@ def test_set_replaces_a_value_and_the_horizon(tmp_path):
     assert found.training.learning_rate == 0.003
     with pytest.raises(SlmError, match=r"section\.key=value"):
         load_config(path, ("training.steps",))
+    with pytest.raises(SlmError, match=r"section\.key=value"):
+        load_config(path, (".=1",))
+    with pytest.raises(SlmError, match=r"yaml with --set finetuning\.micro_rows=3: finetuning: batch_rows 8 is"):
+        load_config(path, ("finetuning.micro_rows=3",))
     with pytest.raises(SlmError, match="is a value, not a section"):
         load_config(path, ("training.tokens.x=1",))
 

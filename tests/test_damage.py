@@ -4,6 +4,7 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from mlx_slm.clustering.sampler import Sampler, Stream
 from mlx_slm.files import Damaged
 from mlx_slm.records import append_json, count_damaged_lines, read_json_lines, read_record, write_record
 from mlx_slm.text import prepare as p
+from mlx_slm.text.shards import read_shard, save_shard
 from mlx_slm.text.store import Store
 from mlx_slm.training.checkpoint import Metrics
 from mlx_slm.training.runs import find_run, verify_run
@@ -61,6 +63,38 @@ def test_a_damaged_shard_of_an_interrupted_run_is_made_anew(damage, tmp_path, te
     p.prepare(own, "generic", [str(source)], config, report)
     for split in ("train", "valid", "test"):
         assert Store(own.data("generic", split)).fingerprint == Store(whole.data("generic", split)).fingerprint
+
+
+def test_any_flipped_bit_of_a_shard_is_noticed_or_changes_nothing(tmp_path):
+    whole = {"tokens": np.arange(40, dtype=np.uint16), "lengths": np.array([15, 25]), "bytes": np.array(99)}
+    path = tmp_path / "train-00001.npz"
+    save_shard(path, **whole)
+    data, noticed = path.read_bytes(), 0
+    for bit in range(0, 8 * len(data), 3):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            found = read_shard(path, *whole)
+        except Damaged:
+            noticed += 1
+        else:
+            assert all((a == b).all() for a, b in zip(found, whole.values(), strict=True))
+    assert noticed > 0.3 * 8 * len(data) / 3
+
+
+@pytest.mark.parametrize("what", ["another's place", "a pipe", "a folder", "a link to nothing"])
+def test_what_is_no_shard_is_no_shard(tmp_path, what):
+    path, other = tmp_path / "train-00001.npz", tmp_path / "train-00000.npz"
+    save_shard(other, tokens=np.arange(4))
+    {
+        "another's place": lambda: shutil.copy(other, path),
+        "a pipe": lambda: os.mkfifo(path),
+        "a folder": path.mkdir,
+        "a link to nothing": lambda: path.symlink_to("nowhere"),
+    }[what]()
+    with pytest.raises(Damaged, match=r"train-00001\.npz (was written as train-00000|is damaged)"):
+        read_shard(path, "tokens")
 
 
 def test_any_flipped_bit_of_a_record_is_noticed(with_experts, tmp_path, capsys):

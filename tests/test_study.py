@@ -20,6 +20,7 @@ from mlx_slm.config_files import dump_config, find_config, load_config
 from mlx_slm.costs import Cost
 from mlx_slm.errors import SlmError
 from mlx_slm.models.transformer import Shape
+from mlx_slm.records import append_json
 from mlx_slm.report import Report
 from mlx_slm.study.cell import Study
 from mlx_slm.study.figures import draw
@@ -240,6 +241,14 @@ def test_names_that_belong_to_other_settings(copy, study_config):
 def test_bad_grids(change, message, copy, study_config):
     with pytest.raises(SlmError, match=message):
         run_study(Study(copy, changed(study_config, **change), "grid", Report()))
+
+
+def test_a_study_does_not_write_into_the_evaluations(copy, study_config):
+    with pytest.raises(SlmError, match="a study cannot be called evaluations"):
+        run_study(Study(copy, study_config, "evaluations", Report()))
+    study = Study(copy, study_config, "grid", Report())
+    append_json(study.file, {"set": "notes", "perplexity": 3.0})
+    assert len(run_study(study)) == len(study.cells), "a line of something else is left out"
 
 
 def test_tables_by_hand(done):

@@ -98,7 +98,7 @@ def _perplexity(row: dict) -> str:
 @click.argument("configuration", type=PLACE, metavar="CONFIG")
 @click.option(
     "--jobs",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 64),
     default=1,
     show_default=True,
     help="So many processes share the cells, each on its part of the cores, and each takes memory as if it were alone. "

@@ -45,7 +45,7 @@ def quickstart(session: Session, fresh) -> None:
             f"\nThe model: {result['model']}\nIt continues {result['prompt']!r}:\n\n{result['sample']}\n"
         )
         here = "mlx-slm" if shutil.which("mlx-slm") else os.path.relpath(Path(sys.executable).with_name("mlx-slm"))
-        session.report.line(f"Ask it yourself: {here} generate {result['model']} --prompt 'Upload a'")
+        session.report.line(f"Ask it yourself: {here} generate {result['model']} --prompt 'Return the'")
 
     session.show(result, text)
 

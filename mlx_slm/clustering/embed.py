@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.files import Damaged, append_array
 from mlx_slm.mapped import MappedFile
 from mlx_slm.report import Report, duration
-from mlx_slm.text.shards import save_shard, start_shards
+from mlx_slm.text.shards import read_shard, save_shard, start_shards
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.workspace import MANIFEST, Workspace, load_manifest, new_artifact
@@ -104,9 +102,8 @@ def embed(
 
 def _read(shard: Path) -> np.ndarray:
     try:
-        with np.load(shard) as arrays:
-            return arrays["embeddings"]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        return read_shard(shard, "embeddings")[0]
+    except Damaged as error:
         shard.unlink()
         raise Damaged(f"{shard} was damaged and is removed: run the same command again, it makes it anew") from error
 

@@ -29,7 +29,7 @@ from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.checkpoint import checkpoint_steps
 from mlx_slm.training.runs import Run, alone_in, find_run
-from mlx_slm.workspace import Workspace, plain_name
+from mlx_slm.workspace import EVALUATIONS, Workspace, plain_name
 
 
 class Study:
@@ -61,6 +61,8 @@ class Study:
     def _check(self, domains: Iterable[str]) -> None:
         config, small = self.config, Shape.of(self.config.model, self.config.tokenizer.vocab_size, 1)
         plain_name(self.name)
+        if self.file.name == EVALUATIONS:
+            raise SlmError(f"a study cannot be called {self.name}: `evaluate` keeps its results there; rename its file")
         if config.data.generic in domains:
             raise SlmError(f"study.grids: {config.data.generic} is the generic set, not a domain")
         if "lora" in {cell.method for cell in self.cells} and config.study.lora_rank > config.large.dims:
@@ -114,8 +116,8 @@ class Study:
             return self._work(cell)
         except OtherSettings as error:
             raise SlmError(
-                f"{error.what}: put it back, give the study's file another name, or remove *{self.name}-* from "
-                f"{self.workspace.root / 'runs'}"
+                f"{error.what}: put it back, give the study's file another name, or remove that run from "
+                f"{self.workspace.root / 'runs'}, to have it trained anew"
             ) from error
 
     def _work(self, cell: Cell) -> dict:

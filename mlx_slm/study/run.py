@@ -41,7 +41,7 @@ def run_study(study: Study, jobs: int = 1, command: list[str] | None = None) -> 
     if todo := _left(study):
         _announce(study, todo)
     if jobs > 1 and todo:
-        _share(study, jobs, command)
+        _share(study, min(jobs, len(todo)), command)
     else:
         _work(study)
     rows = read_rows(study)
@@ -51,7 +51,7 @@ def run_study(study: Study, jobs: int = 1, command: list[str] | None = None) -> 
 def read_rows(study: Study) -> dict[str, dict]:
     """The rows of a study that hold for its settings, by cell; a line that a kill cut off is left out."""
     found: dict[str, dict] = {}
-    for row in read_json_lines(study.file):
+    for row in read_json_lines(study.file, keys=("cell", "settings")):
         if study.settings.get(row["cell"]) == row["settings"]:
             found[row["cell"]] = row
     return found

@@ -28,6 +28,7 @@ SUFFIXES = {
 }
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 COMPRESSED = (".gz", ".zst")
+MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 HEAD = 1 << 16
 """Bytes that an encoding is told by."""
 FEED = 256
@@ -83,6 +84,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """
     with io.BufferedReader(open_regular(path), 1 << 18) as raw:
         compression = kind_of(path).compression
+        _require_compression(path, compression, raw.peek(4)[:4])
         stream: io.BufferedIOBase = raw
         if compression == ".gz":
             stream = io.BufferedReader(gzip.GzipFile(fileobj=raw), HEAD)
@@ -99,6 +101,17 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             if head.startswith(codecs.BOM_UTF8):
                 body.read(len(codecs.BOM_UTF8))
             yield raw, body
+
+
+def _require_compression(path: Path, named: str | None, head: bytes) -> None:
+    """Raise SlmError where the first bytes of a file say another compression than its name."""
+    found = next((suffix for suffix, magic in MAGIC.items() if head.startswith(magic)), None)
+    if found and found != named:
+        raise SlmError(f"{path} is compressed, as a file that ends in {found}: name it so")
+    if head and named and not found and not (named == ".zst" and head[1:] == b"\x2a\x4d\x18"):
+        raise SlmError(
+            f"{path} ends in {named} but is not compressed that way: name it as what it is, or fetch it again"
+        )
 
 
 NO_TEXT = "no text"

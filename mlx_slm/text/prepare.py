@@ -55,6 +55,7 @@ def ensure_set(workspace: Workspace, name: str, config: Config, report: Report, 
     """
     exists = all((workspace.data(name, split) / MANIFEST).exists() for split in SPLITS)
     if exists:
+        _tell_what_is_kept(workspace, name, config, report)
         sources = config.data.sets.get(name, [])
         if sources and all(_on_disk(source) for source in sources):
             prepare(workspace, name, sources, _as_prepared(workspace, name, config, report), report)
@@ -74,6 +75,17 @@ def ensure_set(workspace: Workspace, name: str, config: Config, report: Report, 
         if limit > 1e9 and not report.confirm("start the download?"):
             raise Interrupted("not started; nothing was downloaded")
     prepare(workspace, name, sources, config, report, limit=limit if streamed else None)
+
+
+def _tell_what_is_kept(workspace: Workspace, name: str, config: Config, report: Report) -> None:
+    """Say which settings of a set and of its tokenizer are others than the configuration's."""
+    inputs, made = load_manifest(workspace.data(name, "train"), KIND)["inputs"], open_tokenizer(workspace.tokenizer)
+    settings = {key: value for key, value in made.manifest["inputs"]["settings"].items() if key != "path"}
+    kept = [f"tokenizer.{key}={value}" for key, value in settings.items() if getattr(config.tokenizer, key) != value]
+    if inputs["context_length"] != config.data.context_length:
+        kept.append(f"data.context_length={inputs['context_length']}")
+    if kept:
+        report.warn(f"set {name!r} was prepared with {', '.join(kept)}, which stay: a new --workspace takes others")
 
 
 def _as_prepared(workspace: Workspace, name: str, config: Config, report: Report) -> Config:

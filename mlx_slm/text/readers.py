@@ -182,9 +182,9 @@ def _read_json(path: Path, reading: Reading) -> Iterator[str]:
             try:
                 record = parse_json(raw.decode("utf-8", "surrogateescape"))
             except ValueError as error:
-                whole = raw.strip() in (b"[", b"{")
-                advice = "make one line of each object with jq -c" if whole else "mend or remove the line"
-                reason = str(error)[:200]
+                reason, lines = str(error)[:200], "make one line of each object with jq -c"
+                whole = {b"[": f"{lines} '.[]'", b"{": f"{lines} ."}.get(raw.strip())
+                advice = whole or (f"{lines} ." if "Extra data" in reason else "mend or remove the line")
                 raise SlmError(f"{where}: not a JSON object on one line ({reason}); {advice}") from error
             yield text_field(record, where, reading)
 

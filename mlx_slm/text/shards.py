@@ -9,8 +9,6 @@ import contextlib
 import io
 import os
 import shutil
-import zipfile
-import zlib
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_slm import runtime
-from mlx_slm.files import Damaged, append_array, read_json
+from mlx_slm.files import Damaged, append_array, open_regular, read_json
 from mlx_slm.records import write_json
 from mlx_slm.report import Report
 from mlx_slm.text.documents import Documents
@@ -134,24 +132,32 @@ def write_shard(texts: list[str], tokenizer: Tokenizer, path: Path) -> None:
     save_shard(path, tokens=tokens, lengths=lengths, bytes=sum(len(text.encode()) for text in texts))
 
 
-def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
-    with np.load(path) as arrays:
-        return arrays["tokens"], arrays["lengths"], int(arrays["bytes"])
-
-
 def _is_whole(path: Path) -> bool:
-    """Whether a shard of an interrupted run can be used; each of its arrays has a checksum in the zip."""
+    """Whether a shard of an interrupted run can be used."""
     try:
-        tokens, lengths, _ = _read_shard(path)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        tokens, lengths, _ = read_shard(path, "tokens", "lengths", "bytes")
+    except Damaged:
         return False
     return len(tokens) == lengths.sum()
 
 
+def read_shard(path: Path, *names: str) -> list[np.ndarray]:
+    """Arrays that `save_shard` wrote under this name, each with a checksum; raises Damaged for anything else."""
+    try:
+        with open_regular(path) as file, np.load(file) as arrays:
+            found = [arrays[name] for name in names]
+            place = str(arrays["place"])
+    except Exception as error:  # zipfile and numpy have a dozen kinds of them for one bit that is flipped
+        raise Damaged(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
+    if place != path.stem:
+        raise Damaged(f"{path} was written as {place[:60]}")
+    return found
+
+
 def save_shard(path: Path, **arrays) -> None:
-    """Write arrays to an npz file, whole or not at all."""
+    """Write arrays to an npz file, whole or not at all, with the place that it has among the others."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, place=np.array(path.stem), **arrays)
     temporary = path.with_suffix(".new")
     with open(temporary, "wb") as file:
         file.write(buffer.getbuffer())
@@ -172,8 +178,8 @@ def merge_shards(
         num_tokens = documents = num_bytes = 0
         with open(path / TOKENS, "wb") as tokens_file, open(path / WINDOWS, "wb") as windows_file:
             for shard in shards:
-                tokens, lengths, size = _read_shard(shard)
-                num_bytes += size
+                tokens, lengths, size = read_shard(shard, "tokens", "lengths", "bytes")
+                num_bytes += int(size)
                 windows = cut_windows(lengths, tokenizer.token_bytes[tokens], context_length)
                 windows["offset"] += num_tokens
                 windows["document"] += documents

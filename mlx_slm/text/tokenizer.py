@@ -162,7 +162,7 @@ def _explain_training(message: str, vocab_size: int, size: int) -> str:
             f"tokenizer.vocab_size {vocab_size} is more than {size:,} bytes of generic text support: "
             f"set it to {best[1]} or less, or add text"
         )
-    return f"the tokenizer could not be trained on {size:,} bytes of generic text: {message}"
+    return f"tokenizer.vocab_size {vocab_size}: no tokenizer comes of {size:,} bytes of generic text ({message})"
 
 
 def write_huggingface(model: sentencepiece.SentencePieceProcessor, directory: Path) -> None:

@@ -370,6 +370,17 @@ def test_a_set_is_used_as_it_was_prepared(changes, tmp_path, texts, config, repo
     assert any("is used as it was prepared, with data." in line for line in report.lines)
 
 
+def test_settings_that_a_set_was_not_prepared_with_are_told(prepared, config, report):
+    tokenizer = config.tokenizer.model_copy(update={"vocab_size": 500})
+    other = config.model_copy(update={"data": config.data.model_copy(update={"context_length": 64})})
+    for changed in (other, config.model_copy(update={"tokenizer": tokenizer})):
+        p.ensure_set(prepared, "notes", changed, report)
+    assert [warning.split(" was prepared with ")[1] for warning in report.warnings] == [
+        f"data.context_length={config.data.context_length}, which stay: a new --workspace takes others",
+        f"tokenizer.vocab_size={config.tokenizer.vocab_size}, which stay: a new --workspace takes others",
+    ]
+
+
 @pytest.mark.parametrize("number", range(6))
 def test_a_single_document_is_training_text(number, tmp_path, texts, config, report):
     """Whatever its hash says; with held-out shares of 49 % each, nearly all of them are held out."""

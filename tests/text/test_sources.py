@@ -124,7 +124,7 @@ def test_docs_source(tmp_path):
         ("a.csv", b"title,body\nx,y\n", r"a\.csv:1: no field 'text'; its fields: title, body"),
         ("a.parquet", b"not parquet", r"a\.parquet: damaged or not a parquet file"),
         ("a.jsonl.gz", gzip.compress(jsonl_bytes() * 100)[:-20], r"a\.jsonl\.gz: truncated or damaged gzip"),
-        ("a.jsonl.gz", b"plain text", r"a\.jsonl\.gz: truncated or damaged gzip"),
+        ("a.jsonl.gz", b"plain text", r"a\.jsonl\.gz ends in \.gz but is not compressed"),
         ("a.txt.zst", zstandard.ZstdCompressor().compress(b"words " * 9999)[:-8], r"a\.txt\.zst: truncated or damaged"),
         ("a.exe", b"x", r"a\.exe: unknown kind of file; known: .*jsonl"),
     ],
@@ -382,7 +382,8 @@ def test_a_source_that_vanishes(tmp_path):
             "looks like windows-1252",
         ),
         ("a.md", bytes(range(128, 256)) * 20, "no text in any encoding|looks like"),
-        ("a.json", b'[\n {"text": "a"}\n]\n', "make one line of each object with jq"),
+        ("a.json", b'[\n {"text": "a"}\n]\n', r"make one line of each object with jq -c '\.\[\]'"),
+        ("a.json", b'{"text": "a"} {"text": "b"}\n', r"make one line of each object with jq -c \."),
         ("a.json", b'[{"text": "a"}]\n', "found a list: make lines of it with jq"),
         ("a.csv", b"\n\ntext,n\n\none,1\n\n", None),
         ("a.csv", b"text,n\rone,1\rtwo,2\r", None),
@@ -420,6 +421,28 @@ def test_a_column_whose_name_has_a_dot(tmp_path):
     table = pyarrow.Table.from_arrays([struct, pyarrow.array(["of the column"])], names=["a", "a.b"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet", text_field="a.b")[0] == ["of the column"]
+
+
+@pytest.mark.parametrize(
+    ("name", "compress", "message"),
+    [
+        ("a.jsonl", gzip.compress, r"is compressed, as a file that ends in \.gz"),
+        ("a.txt", zstandard.compress, r"is compressed, as a file that ends in \.zst"),
+        ("a.csv.gz", zstandard.compress, r"is compressed, as a file that ends in \.zst"),
+        ("a.jsonl.gz", bytes, "ends in .gz but is not compressed that way"),
+        ("a.md.zst", bytes, "ends in .zst but is not compressed that way"),
+    ],
+)
+def test_a_name_that_says_another_compression(tmp_path, name, compress, message):
+    (tmp_path / name).write_bytes(compress(b'{"text": "one"}\n'))
+    with pytest.raises(SlmError, match=message):
+        read(tmp_path / name)
+
+
+def test_frames_that_zstd_skips_are_skipped(tmp_path):
+    skipped = b"\x53\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"12345"
+    (tmp_path / "a.txt.zst").write_bytes(skipped + zstandard.compress(b"one"))
+    assert read(tmp_path / "a.txt.zst")[0] == ["one"]
 
 
 def test_two_columns_of_one_name_in_parquet(tmp_path):
