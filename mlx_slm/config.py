@@ -277,8 +277,8 @@ class FinetuningConfig(Section):
     eval_tokens: PositiveSize = 200_000
     patience: Multiple = 2
     """Passes over the domain set without a gain that end the first try. Not specified by the paper."""
-    again: Multiple = 1.5
-    """Steps of the second try, as a multiple of those to the best of the first. Not specified by the paper."""
+    again: Multiple = 1
+    """Steps of the second try, as a multiple of those of the first. Not specified by the paper."""
     select_tokens: PositiveSize = 50_000
     """Tokens of the domain set on which `--select pretrained` scores every expert. Not specified by the paper."""
     seed: Seed = 0

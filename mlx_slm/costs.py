@@ -82,10 +82,10 @@ def finetuning_tokens(
     """Tokens that fine-tuning (`slm`, `llm`, `lora`, or a student `d`) processes at the most, and no more than `limit`.
 
     Passes between the paper's sizes are interpolated by the logarithm of the size; `patience` passes follow without a
-    gain, and then `again` times as many as were needed (section `finetuning`).
+    gain, and then `again` times as many as all these (section `finetuning`).
     """
     passes = np.interp(math.log(domain_tokens), np.log(SIZES), PAPER_PASSES[kind])
-    return min(limit, (float(passes) * (1 + again) + patience) * domain_tokens)
+    return min(limit, (float(passes) + patience) * (1 + again) * domain_tokens)
 
 
 def costs_of_budgets(

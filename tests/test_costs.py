@@ -62,7 +62,7 @@ def test_tokens_of_fine_tuning_grow_with_the_domain_set_up_to_the_limit():
         found = [finetuning_tokens(kind, int(n)) for n in (1e4, 1e6, 1.1e6, 5e6, 8e6, 9e6, 6.4e7, 2e8)]
         assert found == sorted(found) and len(set(found)) == len(found)
     assert finetuning_tokens("d", 10**6, limit=5e6) == 5e6
-    assert finetuning_tokens("slm", 8 * 10**6, patience=2, again=1.5) == pytest.approx((4 + 2 + 1.5 * 4) * 8e6)
+    assert finetuning_tokens("slm", 8 * 10**6, patience=2, again=1.5) == pytest.approx((4 + 2) * 2.5 * 8e6)
 
 
 LARGE = {"llm": "it has 771M parameters, the inference budget admits 126M"}

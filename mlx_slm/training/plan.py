@@ -2,8 +2,8 @@
 
 A fine-tuning (a plan with `patience`) tries twice. At a constant rate it finds out how many steps the text is worth:
 until the validation loss has not improved for `patience` evaluations. Then it begins again from the start, and the rate
-falls linearly to zero within `again` times the steps to the best. Where the horizon comes first, there is no second
-try: the rate falls to zero by the horizon. The best evaluation of all counts, that of the start too.
+falls linearly to zero within `again` times as many steps. Where the horizon comes first, there is no second try: the
+rate falls to zero by the horizon. The best evaluation of all counts, that of the start too.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Plan:
     patience: int | None = None
     """Evaluations without a gain that end the first try; None: there is one, up to the horizon."""
     again: float = 0.0
-    """Steps of the second try, as a multiple of those to the best of the first."""
+    """Steps of the second try, as a multiple of those of the first."""
     milestones: tuple[int, ...] = ()
     """Steps whose checkpoints are kept for good."""
 
@@ -93,7 +93,7 @@ class Plan:
             return False
         state.second = state.stale >= self.patience
         if state.second:
-            state.fall = (state.step, state.step + round(self.again * state.best_step))
+            state.fall = (state.step, state.step + round(self.again * state.step))
         elif self.longest_try <= state.step < self.steps:
             state.fall = (state.step, self.steps)
         return state.fall is not None
