@@ -190,8 +190,8 @@ def test_a_job_that_ends_is_told_of_and_the_others_go_on(done, copy, study_confi
     study = Study(copy, study_config, "grid", report)
     study.prepare()
     lines = study.file.read_text().splitlines(keepends=True)
-    study.file.write_text("".join(lines[:-1]))
-    with pytest.raises(SlmError, match=r"1 cells are not done \(.*grid-job[12]\.log: mlx-slm: .*no such file.*goes on"):
+    study.file.write_text("".join(lines[:-2]))
+    with pytest.raises(SlmError, match=r"2 cells are not done \(.*grid-job[12]\.log: mlx-slm: .*no such file.*goes on"):
         run_study(study, 2, ["study", "nothing"])
     assert len(report.warnings) == 2 and "a job ended before its time" in report.warnings[0]
 
