@@ -303,6 +303,12 @@ def test_a_budget_that_its_run_has_no_checkpoint_of(copy, study_config):
         run_study(Study(copy, changed(study_config, grids=[between]), "grid", Report()))
 
 
+def test_more_clusters_a_step_than_rows(copy, study_config):
+    many = study_config.projection.model_copy(update={"clusters_per_step": 16})
+    with pytest.raises(SlmError, match=r"projection\.clusters_per_step 16 is more than the 8 rows of a step"):
+        run_study(Study(copy, study_config.model_copy(update={"projection": many}), "wide", Report()))
+
+
 def test_nothing_is_trained_before_all_can_be(copy, study_config):
     odd = study_config.training.model_copy(update={"batch_rows": 9})
     config = changed(study_config.model_copy(update={"training": odd}), grids=[ALL])

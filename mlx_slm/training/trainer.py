@@ -49,6 +49,11 @@ class Trainer:
     ):
         self.sampler, self.plan, self.run_directory, self.flops_per_token = sampler, plan, run, flops_per_token
         self.evaluate, self.report = evaluate, report
+        if plan.warmup_steps > plan.steps:
+            report.warn(
+                f"the warm-up of {plan.warmup_steps:,} steps is longer than the training of {plan.steps:,}, which ends "
+                f"at a rate of {plan.rate(plan.steps - 1, State()):.1e}: lower warmup_steps"
+            )
         self.state, self._start, moments = State(), parameters, None
         found = checkpoint.load_newest(run, report)
         if found:

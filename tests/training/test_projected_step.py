@@ -9,14 +9,14 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_slm import runtime
-from mlx_slm.config import ModelConfig, ProjectionConfig
+from mlx_slm.config import ModelConfig, ProjectionConfig, TrainingConfig
 from mlx_slm.errors import SlmError
 from mlx_slm.models import transformer
 from mlx_slm.models.projected import ProjectedShape, initialise_network, stacked
 from mlx_slm.models.transformer import Shape, Transformer, for_products
 from mlx_slm.training.loss import linear_cross_entropy
 from mlx_slm.training.optimizer import AdamW
-from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit, network_bytes
+from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit, network_bytes, resolved
 
 
 def make(family="llama", **changes):
@@ -142,3 +142,23 @@ def test_groups_that_fit_divide_those_of_a_step(monkeypatch):
     monkeypatch.setattr(runtime, "memory_bytes", lambda: 16 << 30)
     with pytest.raises(SlmError, match=r"1,422,237,696 parameters\) needs about .* projection\.clusters_per_step"):
         groups_that_fit(shape, 8, 4)
+
+
+def test_the_clusters_of_a_step_are_as_many_as_memory_and_cost_admit(monkeypatch):
+    """A group for each of 56 rows of 1,024 tokens costs 6 h P / 1,024 a token, 1 % of the paper's expert."""
+    shape = ProjectedShape.of(ProjectionConfig(layers=[1, 2, 3, 4, 5]), Shape.of(ModelConfig(), 32_000, 1024))
+    training = TrainingConfig(steps=1, batch_rows=56)
+    monkeypatch.setattr(runtime, "memory_bytes", lambda: 10**15)
+    found = resolved(ProjectionConfig(), training, shape)
+    assert (found.h, found.clusters_per_step) == (32, 56)
+    short = ProjectedShape.of(ProjectionConfig(), Shape.of(ModelConfig(), 32_000, 64))
+    groups = resolved(ProjectionConfig(), training, short).clusters_per_step
+    cost = 6 * 32 * short.projected_parameters / 64 / short.base.flops_per_token
+    assert groups == max(g for g in (1, 2, 4, 7, 8, 14, 28, 56) if cost * g / 56 <= 0.1) and 1 < groups < 56
+    monkeypatch.setattr(runtime, "memory_bytes", lambda: 48 << 30)
+    few = resolved(ProjectionConfig(), training, shape).clusters_per_step
+    assert few < found.clusters_per_step
+    assert network_bytes(shape, few, 56 // few, 1, False) <= 0.8 * (48 << 30)
+    assert resolved(ProjectionConfig(clusters_per_step=7), training, shape).clusters_per_step == 7
+    whole = resolved(ProjectionConfig(), training.model_copy(update={"micro_rows": 8}), shape).clusters_per_step
+    assert 8 % (56 // whole) == 0

@@ -295,6 +295,13 @@ def test_where_the_horizon_comes_first_the_rate_falls_up_to_it(prepared, tmp_pat
     assert state.best_step == steps and (begins is None or trainer.plan.rate(steps, state) == 0)
 
 
+def test_a_warm_up_that_never_ends_is_said(prepared, tmp_path, report):
+    make_trainer(prepared.data("generic", "train"), tmp_path / "r", report, steps=4, warmup_steps=8)
+    assert report.warnings == [
+        "the warm-up of 8 steps is longer than the training of 4, which ends at a rate of 5.0e-03: lower warmup_steps"
+    ]
+
+
 def test_a_start_that_nothing_is_better_than_is_kept(prepared, tmp_path):
     trainer = tried_twice(prepared, tmp_path / "r")
     trainer.evaluate = lambda _: 1.0 + trainer.state.step
