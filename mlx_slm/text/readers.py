@@ -24,8 +24,8 @@ from mlx_slm.text.kinds import FOREIGN, kind_of, looks_like, not_utf8, opened
 
 LONG_TEXT, TEXT_PART = 100_000, 20_000
 MAX_DOCUMENT = 16 << 20
-PARQUET_ROWS = 8
-"""Documents of a parquet file that are in memory at once."""
+FEWEST_ROWS, MOST_ROWS = 8, 256
+"""Documents of a parquet file that are in memory at once: few, where one may be as large as all of a group."""
 BOMB_BYTES, BOMB_RATIO = 64 << 20, 1000
 """A column of parquet that is larger than this, and this many times what it takes on the disk, is no text."""
 
@@ -256,9 +256,10 @@ def _read_parquet(path: Path, reading: Reading) -> Iterator[str]:
             raise SlmError(f"{path}: several columns are named {reading.text_field!r}: rename all but one")
         if reading.text_field not in file.schema_arrow.names:
             text_field(dict.fromkeys(file.schema_arrow.names), str(path), reading)
-        _require_sane(file.metadata, path)
+        largest = _largest_text(file.metadata, path, reading.text_field)
+        rows_at_once = min(MOST_ROWS, max(FEWEST_ROWS, BOMB_BYTES // max(1, largest)))
         row = 0
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[reading.text_field]):
+        for batch in file.iter_batches(batch_size=rows_at_once, columns=[reading.text_field]):
             for value in _as_bytes(batch.column(reading.text_field)).to_pylist():
                 row += 1
                 yield text_field({reading.text_field: value}, f"{path}, row {row}", reading)
@@ -269,18 +270,23 @@ def _read_parquet(path: Path, reading: Reading) -> Iterator[str]:
         raise SlmError(f"{path}: damaged or not a parquet file ({reason}); fetch the file again") from error
 
 
-def _require_sane(metadata, path: Path) -> None:
-    """Raise SlmError where a column of a group of rows is a bomb: its pages are decompressed before they can be looked
-    at."""
+def _largest_text(metadata, path: Path, text_field: str) -> int:
+    """Bytes of the largest group of rows; raises SlmError where one is a bomb, for pages are decompressed before they
+    can be looked at."""
+    largest = 0
     for group in range(metadata.num_row_groups):
         for index in range(metadata.num_columns):
             column = metadata.row_group(group).column(index)
+            if not f"{column.path_in_schema}.".startswith(f"{text_field}."):
+                continue
             size, packed = column.total_uncompressed_size, column.total_compressed_size
+            largest = max(largest, size)
             if size > BOMB_BYTES and size > BOMB_RATIO * packed:
                 raise SlmError(
                     f"{path}: {packed:,} bytes of its column {column.path_in_schema!r} stand for {size:,}: no text is "
                     "like that; leave the file out"
                 )
+    return largest
 
 
 def _as_bytes(column):

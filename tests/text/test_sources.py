@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from mlx_slm.errors import SlmError
-from mlx_slm.text.readers import LONG_TEXT, Reading, read_file
+from mlx_slm.text.readers import BOMB_BYTES, BOMB_RATIO, LONG_TEXT, Reading, read_file
 from mlx_slm.text.sources import Source
 
 TEXTS = ["one line", 'two\nlines, "quoted"\ttab', "  äöü \u2028 ¶ 漢字 🙂\r\n", "a,b;c" * 50]
@@ -326,7 +326,7 @@ def test_a_document_without_an_end_is_an_error_and_memory_stays_bounded(tmp_path
 @pytest.mark.parametrize(
     ("size", "rows", "message"),
     [
-        (300_000_000, 1, r"a\.parquet: .* bytes of its column 'text' stand for 300,0.*: no text is like that"),
+        (80_000_000, 1, r"a\.parquet: .* bytes of its column 'text' stand for 80,0.*: no text is like that"),
         (15_000_000, 128, None),
         (2_000_000, 300, r"a\.parquet, row 1: a document of more than 1,000,000 bytes"),
     ],
@@ -443,6 +443,17 @@ def test_frames_that_zstd_skips_are_skipped(tmp_path):
     skipped = b"\x53\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"12345"
     (tmp_path / "a.txt.zst").write_bytes(skipped + zstandard.compress(b"one"))
     assert read(tmp_path / "a.txt.zst")[0] == ["one"]
+
+
+def test_a_column_of_zeros_beside_the_text_is_no_bomb(tmp_path):
+    zeros = pyarrow.array([bytes(1000)] * 70_000, pyarrow.binary(1000))
+    table = pyarrow.table({"n": zeros, "text": pyarrow.nulls(70_000, pyarrow.string())})
+    pyarrow.parquet.write_table(
+        table, tmp_path / "a.parquet", use_dictionary=False, compression="zstd", data_page_size=1 << 27
+    )
+    column = pyarrow.parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0).column(0)
+    assert column.total_uncompressed_size > max(BOMB_BYTES, BOMB_RATIO * column.total_compressed_size)
+    assert next(read_file(tmp_path / "a.parquet", Reading()), None) is None
 
 
 def test_two_columns_of_one_name_in_parquet(tmp_path):
