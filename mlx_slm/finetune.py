@@ -105,12 +105,11 @@ def finetune_all(workspace: Workspace, run: Run, experts: Experts, job: Finetuni
     job.report.line(f"the best is expert {best}: validation perplexity {perplexity(scores[best]):.2f}")
 
 
-def plan_of(config: Config, recipe: Recipe, rate: float, per_pass: float, eval_tokens: int) -> Plan:
-    """The plan of a fine-tuning with `per_pass` steps in a pass over the domain set, whose evaluations read so many
-    tokens: at the most a quarter of its FLOPs is theirs."""
+def plan_of(config: Config, recipe: Recipe, rate: float, per_pass: float, per_evaluation: float) -> Plan:
+    """The plan of a fine-tuning with `per_pass` steps in a pass over the domain set. An evaluation reads as many tokens
+    as `per_evaluation` steps: at the most a quarter of the first try's FLOPs is theirs."""
     finetuning = config.finetuning
-    step_tokens = finetuning.batch_rows * config.data.context_length
-    cadence = max(1, round(max(per_pass / finetuning.evaluations_per_pass, eval_tokens / step_tokens)))
+    cadence = max(1, round(max(per_pass / finetuning.evaluations_per_pass, per_evaluation)))
     patience = max(finetuning.patience * per_pass, finetuning.warmup_steps)
     return Plan(
         steps=finetuning.max_steps or recipe.steps,

@@ -27,8 +27,8 @@ from mlx_slm.report import Report
 from mlx_slm.scoring import routed_loss, validation_loss
 from mlx_slm.text.store import Store
 from mlx_slm.training.optimizer import AdamW
-from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit, resolved
-from mlx_slm.training.runs import IMPORTANCE, RECORD, expert_path, read_run
+from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit
+from mlx_slm.training.runs import IMPORTANCE, expert_path
 from mlx_slm.training.step import TrainingStep, rows_that_fit
 from mlx_slm.workspace import Workspace
 
@@ -109,10 +109,8 @@ def check_method(config: Config, method: str, init_from: Path | None, experts: l
         )
     if method != "pn":
         return
-    groups = projection.clusters_per_step
-    if groups is None:
-        groups = training.batch_rows
-    elif groups > training.batch_rows:
+    groups = projection.clusters_per_step or training.batch_rows
+    if groups > training.batch_rows:
         raise SlmError(
             f"projection.clusters_per_step {groups} is more than the {training.batch_rows} rows of a step "
             "(training.batch_rows): a group has one row at the least"
@@ -183,14 +181,10 @@ def experts_inputs(ground: Ground, method: str, clusters: Clusters) -> dict:
     return ground.inputs(method) | {"k": clusters.k, "clusters": clusters.fingerprint, "generic": tokens}
 
 
-def network_job(ground: Ground, path: Path, fresh: bool, report: Report) -> Job:
-    """SLM-pn: clusters drawn by P(c | generic), several a step."""
+def network_job(ground: Ground, path: Path, report: Report) -> Job:
+    """SLM-pn: clusters drawn by P(c | generic), several a step. The ground's projection is `resolved`."""
     training, projection, generic = ground.config.training, ground.config.projection, ground.config.data.generic
     shape = ProjectedShape.of(projection, ground.shape)
-    if projection.clusters_per_step is None and not fresh and (path / RECORD).exists():
-        begun = read_run(path)["inputs"]["projection"]  # with the memory of another machine, perhaps
-        projection = projection.model_copy(update={"clusters_per_step": begun["clusters_per_step"]})
-    projection = resolved(projection, training, shape)
     groups = projection.clusters_per_step
     rows = training.batch_rows // groups
     given = training.micro_rows and training.micro_rows // rows

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_slm import runtime
-from mlx_slm.config import Config, ProjectionConfig
+from mlx_slm.config import Config
 from mlx_slm.costs import METHODS, PAPER_PERPLEXITY, SIZES, Cost, Rates, costs_of_budgets, recommend
 from mlx_slm.errors import SlmError, nearest
 from mlx_slm.finetune import choose_recipe
@@ -59,6 +59,7 @@ def make_plan(
     vocab, context = config.tokenizer.vocab_size, config.data.context_length
     small, large = (Shape.of(section, vocab, context) for section in (config.model, config.large))
     network = ProjectedShape.of(config.projection, small)
+    config = config.model_copy(update={"projection": resolved(config.projection, config.training, network)})
     rates, sources = _rates(workspace, config, small, large, network, report)
     sampling = budgets.sampling_hours or SAMPLING_SHARE * budgets.generic_hours
     limit = _most_tokens(config, budgets.domain_tokens)
@@ -132,8 +133,7 @@ def _most_tokens(config: Config, domain_tokens: int) -> float:
 
 def _memory(config: Config, small: Shape, large: Shape, network: ProjectedShape) -> dict[str, float]:
     """Bytes that training takes at the least, one row (SLM-pn: one group) at a time."""
-    training = config.training
-    groups = resolved(config.projection, training, network).clusters_per_step
+    training, groups = config.training, config.projection.clusters_per_step
     again = training.checkpoint_layers is not False
     one, two = (training_bytes(shape, 1, again) for shape in (small, large))
     rows = max(1, training.batch_rows // groups)
@@ -151,8 +151,7 @@ def _rates(
     workspace: Workspace, config: Config, small: Shape, large: Shape, network: ProjectedShape, report: Report
 ) -> tuple[Rates, dict[str, str]]:
     """(rates, where each comes from): recorded runs of the same shape on this device, a calibration, or FLOPs."""
-    projection = resolved(config.projection, config.training, network)
-    group = config.training.batch_rows * config.data.context_length / projection.clusters_per_step
+    group = config.training.batch_rows * config.data.context_length / config.projection.clusters_per_step
     flops = {
         "slm": small.flops_per_token,
         "pn": network.flops_per_token(group),
@@ -160,7 +159,7 @@ def _rates(
         "lora": Lora(large, min(LORA_RANK, large.dims), 1.0).flops_per_token,
         "llm_forward": large.forward_flops_per_token,
     }
-    recorded = _recorded_speeds(workspace, {"slm": small, "pn": small, "llm": large}, projection)
+    recorded = _recorded_speeds(workspace, {"slm": small, "pn": small, "llm": large}, config)
     sources = {name: f"run {run}" for name, (run, _) in recorded.items()}
     if "slm" not in recorded:
         report.line(f"measuring this machine's speed on the small model (about {CALIBRATION_SECONDS} s)")
@@ -179,18 +178,16 @@ def _rates(
     return Rates(**hours), sources
 
 
-def _recorded_speeds(
-    workspace: Workspace, shapes: dict[str, Shape], projection: ProjectionConfig
-) -> dict[str, tuple[str, float]]:
+def _recorded_speeds(workspace: Workspace, shapes: dict[str, Shape], config: Config) -> dict[str, tuple[str, float]]:
     """(run, tokens per second) of the newest finished pretraining of each method with this shape on this device."""
-    wanted = projection.model_dump(mode="json")
+    projection = config.projection.model_dump(mode="json")
     found: dict[str, tuple[float, str, float]] = {}
     for name in workspace.runs():
         run = find_run(workspace, name)
         method, record = run.record["method"], run.record
         fits = method in shapes and run.finished and "from" not in record["inputs"] and record["seconds"] > 60
         same = fits and record["device"] == runtime.device_name()
-        same = same and record["inputs"].get("projection", wanted) == wanted
+        same = same and record["inputs"].get("projection", projection) == projection
         if same and _body(run.shape) == _body(shapes[method]) and record["started"] > found.get(method, (0.0,))[0]:
             positions = record["step"] * record["inputs"]["training"]["batch_rows"] * run.shape.context_length
             found[method] = (record["started"], name, positions / record["seconds"])

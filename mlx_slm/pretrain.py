@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlx_slm import runtime
 from mlx_slm.clustering.target import Target, check_target
-from mlx_slm.config import Config, TokenizerConfig, TrainingConfig
+from mlx_slm.config import Config, ProjectionConfig, TokenizerConfig, TrainingConfig
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.export import export_run
 from mlx_slm.forms import Count
@@ -37,7 +37,7 @@ from mlx_slm.text.prepare import ensure_set, sources_of, text_needed
 from mlx_slm.text.store import Store
 from mlx_slm.training.plan import Plan
 from mlx_slm.training.projected_step import resolved
-from mlx_slm.training.runs import Run, alone_in, milestone_step, open_expert, open_run, read_run
+from mlx_slm.training.runs import RECORD, Run, alone_in, milestone_step, open_expert, open_run, read_run
 from mlx_slm.training.step import measure_speed, rows_that_fit
 from mlx_slm.training.trainer import Trainer
 from mlx_slm.workspace import MANIFEST, Workspace
@@ -71,7 +71,7 @@ def pretrain(
     if method == "mix":
         return _pretrain_mixture(ground, path, fresh, experts, report)
     if method == "pn":
-        job = network_job(ground, path, fresh, report)
+        job = network_job(ground, path, report)
     else:
         job = sampled_job(ground, path, target, report) if target else generic_job(ground, path, method)
     return _work(ground, job, fresh, report, export=method != "pn")
@@ -194,10 +194,11 @@ def _ground(
     shape = origin.shape if origin else Shape.of(model_config, config.tokenizer.vocab_size, context)
     if origin:
         config = config.model_copy(update={"tokenizer": _tokenizer_of(workspace, config, origin)})
-    slowdown = 1.0
+    slowdown, projection = 1.0, config.projection
     if method == "pn":
-        projected = ProjectedShape.of(config.projection, shape)
-        per_group = training.batch_rows * context / resolved(config.projection, training, projected).clusters_per_step
+        projected = ProjectedShape.of(projection, shape)
+        projection = resolved(_as_begun(path, projection, training, fresh), training, projected)
+        per_group = training.batch_rows * context / projection.clusters_per_step
         slowdown = projected.flops_per_token(per_group) / shape.flops_per_token
     tokens = _horizon_tokens(path, shape, training, slowdown, report, fresh)
     tokenizer, store = _generic_set(workspace, config, tokens, pool, report)
@@ -210,7 +211,18 @@ def _ground(
         shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)
     valid = Store(workspace.require_set(config.data.generic, "valid"))
     windows = validation_windows(valid, training.eval_tokens, config.data.seed)
+    config = config.model_copy(update={"projection": projection})
     return Ground(workspace, config, shape, origin, tokenizer.fingerprint, store, valid, windows, tokens)
+
+
+def _as_begun(path: Path, projection: ProjectionConfig, training: TrainingConfig, fresh: bool) -> ProjectionConfig:
+    """The section with the clusters of a step that the run began with, perhaps by the memory of another machine."""
+    if projection.clusters_per_step or fresh or not (path / RECORD).exists():
+        return projection
+    inputs = read_run(path)["inputs"]
+    if "projection" not in inputs or inputs["training"]["batch_rows"] != training.batch_rows:
+        return projection  # of other settings, for which the run is refused later
+    return projection.model_copy(update={"clusters_per_step": inputs["projection"]["clusters_per_step"]})
 
 
 def _generic_set(workspace: Workspace, config: Config, tokens: int | None, pool: int, report: Report) -> tuple:

@@ -57,7 +57,7 @@ Layers = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=MAX_LAYERS)]
 Clusters = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=MAX_CLUSTERS)]
 Steps = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=10**9)]
 Rounds = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=10_000)]
-"""Of evaluations, of k-means."""
+"""Of k-means."""
 Real = Annotated[float, BeforeValidator(_not_a_switch), Field(allow_inf_nan=False)]
 Fraction = Annotated[Real, Field(ge=0, lt=1)]
 Rate = Annotated[Real, Field(gt=0, le=100)]

@@ -136,7 +136,8 @@ def specialize(
         )
     sampler = Sampler([stream], np.ones(1), finetuning.batch_rows, finetuning.seed)
     per_pass = sampler.num_rows / finetuning.batch_rows
-    plan = plan_of(config, recipe, rate, per_pass, of_domain.valid_tokens)
+    per_evaluation = of_domain.valid_tokens / (finetuning.batch_rows * sampler.row_length)
+    plan = plan_of(config, recipe, rate, per_pass, per_evaluation)
     flops, valid = shape.flops_per_token, (of_domain.valid, of_domain.valid_windows)
     job = Finetuning(config, shape, sampler, plan, *valid, report, flops)
 

@@ -111,6 +111,23 @@ def test_a_network_can_start_from_the_generic_run(own, expert_config, report):
         assert mx.abs(value - start[name]).max().item() < 1.1 * step
 
 
+def test_the_clusters_of_a_step_stay_as_a_run_began_with_them(own, expert_config, report, monkeypatch):
+    from mlx_slm.training import projected_step
+
+    auto = expert_config.projection.model_copy(update={"clusters_per_step": None})
+    config = expert_config.model_copy(update={"projection": auto})
+    for groups, fresh, expected in ((4, False, 4), (2, False, 4), (2, True, 2)):
+        monkeypatch.setattr(projected_step, "_most_groups", lambda *_, g=groups: g)
+        record = pretrain(own, config, "pn", report, name="auto", fresh=fresh).record
+        assert record["inputs"]["projection"]["clusters_per_step"] == expected
+    with pytest.raises(SlmError, match=r"run slm was started with another configuration"):
+        pretrain(own, config, "pn", report, name="slm")
+    fewer = config.model_copy(update={"training": config.training.model_copy(update={"batch_rows": 3})})
+    with pytest.raises(SlmError, match=r"run auto was started with another configuration .*batch_rows 8 -> 3"):
+        monkeypatch.setattr(projected_step, "_most_groups", lambda *_: 3)
+        pretrain(own, fewer, "pn", report, name="auto")
+
+
 def test_frequent_and_histogram_are_those_of_the_tokens(with_experts, expert_config):
     experts, store = experts_of(with_experts, "pn"), Store(with_experts.data("notes", "train"))
     windows = first_windows(store, 4000, 0)

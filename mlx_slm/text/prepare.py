@@ -18,6 +18,7 @@ from mlx_slm.text.readers import Reading
 from mlx_slm.text.shards import merge_shards, start_shards, tokenise
 from mlx_slm.text.sources import SPLITS, Source
 from mlx_slm.text.store import KIND
+from mlx_slm.text.tokenizer import KIND as TOKENIZER
 from mlx_slm.text.tokenizer import Tokenizer, sample_documents, train_tokenizer
 from mlx_slm.workspace import MANIFEST, Workspace, load_manifest
 
@@ -79,13 +80,18 @@ def ensure_set(workspace: Workspace, name: str, config: Config, report: Report, 
 
 def _tell_what_is_kept(workspace: Workspace, name: str, config: Config, report: Report) -> None:
     """Say which settings of a set and of its tokenizer are others than the configuration's."""
-    inputs, made = load_manifest(workspace.data(name, "train"), KIND)["inputs"], open_tokenizer(workspace.tokenizer)
-    settings = {key: value for key, value in made.manifest["inputs"]["settings"].items() if key != "path"}
-    kept = [f"tokenizer.{key}={value}" for key, value in settings.items() if getattr(config.tokenizer, key) != value]
-    if inputs["context_length"] != config.data.context_length:
-        kept.append(f"data.context_length={inputs['context_length']}")
+    made = load_manifest(workspace.tokenizer, TOKENIZER)["inputs"]["settings"]
+    kept = _other({key: value for key, value in made.items() if key != "path"}, config.tokenizer.model_dump())
+    context = load_manifest(workspace.data(name, "train"), KIND)["inputs"]["context_length"]
+    if context != config.data.context_length:
+        kept.append(f"data.context_length={context}")
     if kept:
         report.warn(f"set {name!r} was prepared with {', '.join(kept)}, which stay: a new --workspace takes others")
+
+
+def _other(made: dict, settings: dict) -> list[str]:
+    """Settings that a tokenizer was made with and that are others now."""
+    return [f"tokenizer.{key}={value}" for key, value in made.items() if settings.get(key) != value]
 
 
 def _as_prepared(workspace: Workspace, name: str, config: Config, report: Report) -> Config:
@@ -201,9 +207,8 @@ def ensure_tokenizer(
         made = tokenizer.manifest["inputs"]
         recorded = {key: value for key, value in made["settings"].items() if key != "path" or "path" in settings}
         if recorded != settings and not (fresh and name == config.data.generic):
-            old = ", ".join(f"tokenizer.{k}={v}" for k, v in recorded.items() if settings.get(k) != v)
             raise SlmError(
-                f"{workspace.tokenizer} was made with other settings ({old}): "
+                f"{workspace.tokenizer} was made with other settings ({', '.join(_other(recorded, settings))}): "
                 f"put these back in {workspace.config_file} or with --set, or rebuild with "
                 f"`mlx-slm prepare {config.data.generic} --fresh` and then every set"
             )

@@ -1,4 +1,4 @@
-"""The one training loop: rows -> compiled step -> reports, evaluations, checkpoints, early stopping, resume.
+"""The one training loop: rows -> compiled step -> reports, evaluations, checkpoints, a second try, resume.
 
 The loss of a step is the mean over its target tokens, whatever the number of micro-batches. One step is always in
 flight: the host reads the numbers of step s while the device works on step s+1.
@@ -54,7 +54,8 @@ class Trainer:
                 f"the warm-up of {plan.warmup_steps:,} steps is longer than the training of {plan.steps:,}, which ends "
                 f"at a rate of {plan.rate(plan.steps - 1, State()):.1e}: lower warmup_steps"
             )
-        self.state, self._start, moments = State(), parameters, None
+        self.state, moments = State(), None
+        self._start = None if plan.patience is None else parameters  # what a pretraining starts from is freed
         found = checkpoint.load_newest(run, report)
         if found:
             parameters, moments, state = found
@@ -69,7 +70,7 @@ class Trainer:
         self._saved_step, self._saved_at = self.state.step if found else -1, time.perf_counter()
 
     def run(self) -> State:
-        """Train to the horizon or until early stopping; raises Interrupted after saving on SIGINT or SIGTERM."""
+        """Train as planned; raises Interrupted after saving on SIGINT or SIGTERM."""
         plan, state = self.plan, self.state
         runtime.configure_device()
         peak = runtime.matmul_gflops() * 1e9
@@ -115,9 +116,7 @@ class Trainer:
                 if reporting:
                     self._report(peak)
                 better = self._evaluate() if evaluating else False
-                falls = evaluating and plan.begin_fall(state)
-                if falls:
-                    self._begin_fall()
+                falls = evaluating and self._begin_fall()
                 if saving or better or falls or stopping.is_set():
                     self._save()
                 if stopping.is_set() and state.step < plan.end(state):
@@ -146,13 +145,17 @@ class Trainer:
             self.report.warn(f"the best checkpoint, step-{best}, is lost; the best from here on counts")
             self.state.best_step, self.state.best_nll, self.state.stale = None, math.inf, 0
 
-    def _begin_fall(self) -> None:
+    def _begin_fall(self) -> bool:
+        """Let the rate fall from here on, or begin again with one that falls, if it is time; returns whether it is."""
         state = self.state
+        if not self.plan.begin_fall(state):
+            return False
         if state.second:
             self.step.restart(self._start)
         if state.fall[1] > state.step:
             how = "again from the start, with a rate that" if state.second else "from here on the rate"
             self.report.line(f"{how} falls to zero by step {state.fall[1]:,}")
+        return True
 
     def _collect(self) -> None:
         """Read the numbers of the step in flight, if any; raises SlmError after three that were not finite."""

@@ -1,3 +1,4 @@
+import gc
 import itertools
 import json
 import math
@@ -5,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -320,6 +322,21 @@ def poison(trainer, bad: set[int]) -> None:
                 return super().__call__(tokens, weights * scale, rate)
 
     trainer.step.__class__ = Poisoned
+
+
+def test_a_pretraining_frees_what_it_starts_from(prepared, tmp_path, monkeypatch):
+    begun, real = [], initialise
+
+    def watched(shape, seed):
+        made = real(shape, seed)
+        begun.extend(weakref.ref(value) for _, value in tree_flatten(made))
+        return made
+
+    monkeypatch.setitem(globals(), "initialise", watched)
+    trainer = make_trainer(prepared.data("generic", "train"), tmp_path / "r", steps=3)
+    trainer.run()
+    gc.collect()
+    assert begun and all(value() is None for value in begun)
 
 
 def test_a_bad_step_is_skipped_and_counted_and_three_stop_the_run(prepared, tmp_path, report):
