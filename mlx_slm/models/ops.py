@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from itertools import zip_longest
 
 import mlx.core as mx
@@ -45,9 +46,17 @@ def exp_nonpositive(x: mx.array) -> mx.array:
 
 
 def _alone(x: mx.array) -> mx.array:
-    """Keep an operation out of a fused loop: one with a broadcast operand is not vectorised, and a long one is cut by
-    `mx.compile` where more passes through memory."""
+    """Keep an operation out of a fused loop: a long one is cut by `mx.compile` where more passes through memory."""
     return mx.contiguous(x)
+
+
+def _spread(operation: Callable[[mx.array, mx.array], mx.array], x: mx.array, y: mx.array) -> mx.array:
+    """operation(x, y) with y broadcast to the shape of x, as a loop of its own on a CPU: that one is vectorised, and a
+    fused one with a broadcast operand, which takes 2.5 times as long, is not. No gradient."""
+    if not scalar_exp():
+        return operation(x, y)
+    (y,) = mx.depends([mx.broadcast_to(y, x.shape)], [x])
+    return _alone(operation(x, y))
 
 
 def _by_pairs(coefficients: tuple[float, ...], x: mx.array) -> mx.array:
@@ -138,7 +147,7 @@ def _join(blocks: list[mx.array]) -> mx.array:
 def exp_shifted(x: mx.array) -> tuple[mx.array, mx.array]:
     """Return (exp(x - top), top), top the maximum over axis -2 (kept): there reductions are vectorised."""
     top = x.max(axis=-2, keepdims=True)
-    return exp_nonpositive(_alone(x - top) if scalar_exp() else x - top), top
+    return exp_nonpositive(_spread(mx.subtract, x, top)), top
 
 
 @mx.custom_function
@@ -156,10 +165,10 @@ def _blocked_attention(q: mx.array, k: mx.array, v: mx.array):
     for i, rows in enumerate(_cut(q)):
         m, turned = rows.shape[2], rows.swapaxes(-1, -2)
         scores = [_alone(keys[j] @ turned) for j in range(i)]
-        scores.append(_alone(keys[i] @ turned + hidden[:m, :m]))
+        scores.append(_spread(mx.add, keys[i] @ turned, hidden[:m, :m]))
         top = functools.reduce(mx.maximum, [s.max(axis=-2, keepdims=True) for s in scores])
-        e = [_alone(exp_nonpositive(_alone(s - top))) for s in scores]
-        e[i] = _alone(e[i] * visible[:m, :m])
+        e = [_alone(exp_nonpositive(_spread(mx.subtract, s, top))) for s in scores]
+        e[i] = _spread(mx.multiply, e[i], visible[:m, :m])
         total = functools.reduce(mx.add, [x.sum(axis=-2) for x in e])[..., None]
         outs.append(functools.reduce(mx.add, [x.swapaxes(-1, -2) @ y for x, y in zip(e, values, strict=False)]) / total)
         totals.append(total)
@@ -179,7 +188,7 @@ def _blocked_attention_backward(primals, cotangents, outputs):
         turned, parts = d.swapaxes(-1, -2), []
         for j in range(i + 1):
             e = next(kept)
-            ds = _alone(e * _alone(values[j] @ turned - inner))
+            ds = _alone(e * _spread(mx.subtract, values[j] @ turned, inner))
             parts.append(ds.swapaxes(-1, -2) @ keys[j])
             dk[j].append(ds @ queries[i])
             dv[j].append(e @ d)
@@ -251,7 +260,6 @@ def masked_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, hidden
     """
     if not scalar_exp():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=hidden[:, None, None, :].astype(q.dtype))
-    scores = _alone(k @ (q * scale).swapaxes(-1, -2)) + hidden[:, None, :, None]
-    e, _ = exp_shifted(_alone(scores))
+    e, _ = exp_shifted(_spread(mx.add, k @ (q * scale).swapaxes(-1, -2), hidden[:, None, :, None]))
     out = e.swapaxes(-1, -2) @ v
     return out / e.sum(axis=-2)[..., None]
