@@ -1,7 +1,8 @@
 """The whole path on the built-in corpus: docstrings -> tokenizer -> model -> specialised model -> answer.
 
-The generic set is the docstrings of all packages but one; the domain is that one. Every line of the table is a method
-at one stage: none (random weights), pretrained, specialised. All methods pretrain on the same number of tokens.
+The generic set is the docstrings of all packages, the domain those of one. A document falls into the same split of
+both sets, so no model is trained on what it is tested on. Every line of the table is a method at one stage: none
+(random weights), pretrained, specialised. All methods pretrain on the same number of tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mlx_slm.text.prepare import ensure_set
 from mlx_slm.training.runs import Run
 from mlx_slm.workspace import Workspace
 
-PROMPT = "Return the sorted unique elements of an array.\n\nParameters\n----------\n"
+PROMPT = "Return the number of bytes written to the file.\n\n"
 DOMAIN_TOKENS = 30_000
 
 
@@ -40,7 +41,7 @@ def run_quickstart(workspace: Workspace, config: Config, report: Report, fresh: 
     if fresh:
         for made in ("tokenizer", "data", "encoder", "embeddings", "clusters"):
             shutil.rmtree(workspace.root / made, ignore_errors=True)
-    report.line(f"1. text: docstrings of the installed packages; the domain is {domain}, left out of the rest")
+    report.line(f"1. text: docstrings of the installed packages; the domain is {domain}")
     for name in (generic, domain):
         ensure_set(workspace, name, config, report)
     report.line("2. pretraining a small model on the generic set")

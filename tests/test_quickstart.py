@@ -9,7 +9,13 @@ import pytest
 
 from mlx_slm.cli import run
 
-SHORT = ["data.limit=400k", "training.tokens=60k", "training.eval_every=30", "finetuning.max_steps=20"]
+SHORT = [
+    "data.limit=400k",
+    "training.tokens=60k",
+    "training.warmup_steps=10",
+    "training.eval_every=30",
+    "finetuning.max_steps=20",
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,7 @@ def test_all_stages_and_the_shape_of_the_result(folder, capsys):
     assert code == 0, err
     found = json.loads(out)
     assert set(found) >= {"seconds", "device", "domain", "results", "model", "sample"}
-    assert found["domain"] == "numpy"
+    assert found["domain"] == "stdlib"
     assert [(r["method"], r["stage"]) for r in found["results"]] == [
         ("slm", "none"),
         ("slm", "pretrained"),
@@ -49,7 +55,7 @@ def test_all_stages_and_the_shape_of_the_result(folder, capsys):
     assert sampled_specialized < 0.9 * sampled < 0.5 * none
     assert found["results"][3]["tokens"] == pytest.approx(found["results"][1]["tokens"], rel=0.03)
     assert found["results"][1]["tokens"] > 50_000 and found["results"][1]["seconds"] > 0
-    assert found["sample"].startswith("Return the sorted unique elements of an array.") and len(found["sample"]) > 80
+    assert found["sample"].startswith("Return the number of bytes written to the file.") and len(found["sample"]) > 80
     assert [line[0] for line in err.splitlines() if line[:2] in {f"{i}." for i in range(1, 9)}] == list("1234567")
 
 
@@ -58,7 +64,7 @@ def test_a_second_run_finds_everything_done(folder, capsys, monkeypatch):
 
     monkeypatch.setattr(docstrings, "documents", lambda _: pytest.fail("the text was read again"))
     code, out, _ = quickstart(folder, capsys)
-    assert code == 0 and "run slm is finished" in out and "run numpy-slm-30k is finished" in out
+    assert code == 0 and "run slm is finished" in out and "run stdlib-slm-30k is finished" in out
     assert "slm, specialized" in out and "mlx-slm generate" in out
 
 
@@ -67,7 +73,7 @@ def test_serving_answers_the_openai_client(folder):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    model = str(folder / "w" / "models" / "numpy-slm-30k")
+    model = str(folder / "w" / "models" / "stdlib-slm-30k")
     command = [sys.executable, "-m", "mlx_slm", "serve", model, "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
         try:
