@@ -40,7 +40,7 @@ def random(*shape: int, seed: int = 0):
     """Normal numbers in the compute dtype."""
     import mlx.core as mx
 
-    from mlx_slm import runtime
+    from mlx_slm.machine import runtime
 
     found = mx.random.normal(shape, key=mx.random.key(seed)).astype(runtime.compute_dtype())
     mx.eval(found)

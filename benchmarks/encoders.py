@@ -26,13 +26,13 @@ def main() -> None:
     from sklearn.metrics import adjusted_rand_score
 
     from benchmarks.run import print_machine, write
-    from mlx_slm.clustering.encoder import choose_encoder, window_texts
     from mlx_slm.clustering.kmeans import kmeans, nearest
-    from mlx_slm.config import DEFAULT_ENCODER, ClustersConfig
+    from mlx_slm.config.schema import DEFAULT_ENCODER, ClustersConfig
+    from mlx_slm.embedding.encoder import choose_encoder, window_texts
     from mlx_slm.report import Report
-    from mlx_slm.text.huggingface import open_tokenizer
+    from mlx_slm.storage.workspace import Workspace
+    from mlx_slm.text.hub_tokenizer import open_tokenizer
     from mlx_slm.text.store import Store
-    from mlx_slm.workspace import Workspace
 
     print_machine()
     workspace = Workspace(options.workspace)

@@ -117,8 +117,8 @@ def trained(shape, ids, steps: int, rows: int, half: bool = False, rate: float =
 
 
 def shape_of(family: str, layers: int, dims: int, context: int):
-    from mlx_slm.config import ModelConfig
-    from mlx_slm.models.transformer import Shape
+    from mlx_slm.config.schema import ModelConfig
+    from mlx_slm.models.shape import Shape
 
     return Shape.of(ModelConfig(family=family, num_layers=layers, dims=dims, num_heads=4), VOCABULARY, context)
 

@@ -26,8 +26,8 @@ def mlx_lm_trainer(rows: int, size: Size) -> Callable:
         from mlx_lm.tuner import trainer
         from mlx_lm.utils import _get_classes
 
-        from mlx_slm import runtime
-        from mlx_slm.export import huggingface_config
+        from mlx_slm.export.model import huggingface_config
+        from mlx_slm.machine import runtime
 
         class Turns(trainer.TrainingCallback):
             def on_train_loss_report(self, info):
@@ -64,7 +64,7 @@ def torch_step(rows: int, size: Size, compiled: bool = False) -> Case:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from mlx_slm.export import huggingface_config
+    from mlx_slm.export.model import huggingface_config
 
     device = torch_device()
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def autodiff(size: Size) -> Case:
     import numpy as np
 
     from benchmarks.whole import network_of
-    from mlx_slm import runtime
+    from mlx_slm.machine import runtime
     from mlx_slm.models.projected import initialise_network, stacked
     from mlx_slm.models.transformer import Transformer
     from mlx_slm.training.loss import next_token_loss
@@ -211,8 +211,8 @@ def sentence_transformers(size: Size) -> Case:
     from sentence_transformers import SentenceTransformer
 
     from benchmarks.texts import hundred_words
-    from mlx_slm.clustering.encoder import find_directory
-    from mlx_slm.config import DEFAULT_ENCODER
+    from mlx_slm.config.schema import DEFAULT_ENCODER
+    from mlx_slm.embedding.encoder import find_directory
 
     model = SentenceTransformer(str(find_directory(DEFAULT_ENCODER)), device=torch_device())
     texts = hundred_words(size.texts)
@@ -240,8 +240,8 @@ def bare_sentencepiece(size: Size) -> Case:
 
 
 STOCK = "mlx-lm as installed"
-"""In the environment that the benchmark was started in, without anything of `mlx_slm.runtime` (its BLAS, allocator and
-compiler): a step takes most of a minute on a Linux CPU."""
+"""In the environment that the benchmark was started in, without our BLAS, allocator and compiler: a step takes most of
+a minute on a Linux CPU."""
 
 
 OWN_BLAS = frozenset({"torch", "torch, compiled", "faiss", "scikit-learn", "sentence-transformers", "sentencepiece"})
@@ -271,7 +271,7 @@ PEERS: dict[str, dict[str, Callable]] = {
 
 def facts_of(case: Case) -> dict:
     """What a side says about itself: its work, its device and its dtype."""
-    from mlx_slm import runtime
+    from mlx_slm.machine import runtime
 
     facts = {key: getattr(case, key) for key in ("amount", "unit", "flops", "bytes", "size")}
     return facts | {"device": runtime.device_name(), "dtype": str(runtime.compute_dtype()).removeprefix("mlx.core.")}

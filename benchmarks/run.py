@@ -30,7 +30,7 @@ def run_case(name: str, device: str, size: Size, turn) -> None:
 
 def present_devices() -> list[str]:
     """`gpu` and `cpu`, or `cpu` alone."""
-    from mlx_slm import runtime
+    from mlx_slm.machine import runtime
 
     return ["cpu"] if runtime.backend() == "cpu" else ["gpu", "cpu"]
 
@@ -152,7 +152,7 @@ def print_machine() -> None:
     """Chip, memory, operating system, backend, its speed, versions and BLAS, in three lines."""
     import platform
 
-    from mlx_slm import runtime
+    from mlx_slm.machine import runtime
 
     this, system = runtime.describe(), platform.platform(terse=True)
     print(f"{this['device']}, {this['memory_gb']} GB, {system}, {this['backend']}, {this['gflops']} GFLOP/s")

@@ -39,8 +39,8 @@ class Size:
     @property
     def shape(self):
         """Of the small model."""
-        from mlx_slm.config import ModelConfig
-        from mlx_slm.models.transformer import Shape
+        from mlx_slm.config.schema import ModelConfig
+        from mlx_slm.models.shape import Shape
 
         config = ModelConfig(family=self.family, num_layers=self.num_layers, dims=self.dims, num_heads=self.num_heads)
         return Shape.of(config, self.vocab_size, self.context)

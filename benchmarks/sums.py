@@ -20,7 +20,7 @@ def main() -> None:
     import numpy as np
 
     from benchmarks.run import print_machine, write
-    from mlx_slm import sums
+    from mlx_slm.machine import sums
 
     print_machine()
     n, records = options.numbers, []

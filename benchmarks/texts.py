@@ -34,9 +34,9 @@ def make_embeddings() -> None:
 
     import numpy as np
 
-    from mlx_slm.clustering.bert import SentenceEncoder
-    from mlx_slm.clustering.encoder import find_directory
-    from mlx_slm.config import DEFAULT_ENCODER
+    from mlx_slm.config.schema import DEFAULT_ENCODER
+    from mlx_slm.embedding.bert import SentenceEncoder
+    from mlx_slm.embedding.encoder import find_directory
     from mlx_slm.text.docstrings import documents
 
     if CACHE.exists():
@@ -84,9 +84,9 @@ def kmeans(size: Size) -> Case:
 
 def encoder(size: Size) -> Case:
     """Sentence embeddings by the default encoder, of texts of a hundred words."""
-    from mlx_slm.clustering.bert import SentenceEncoder
-    from mlx_slm.clustering.encoder import find_directory
-    from mlx_slm.config import DEFAULT_ENCODER
+    from mlx_slm.config.schema import DEFAULT_ENCODER
+    from mlx_slm.embedding.bert import SentenceEncoder
+    from mlx_slm.embedding.encoder import find_directory
 
     encode, texts = SentenceEncoder(find_directory(DEFAULT_ENCODER)).encode, hundred_words(size.texts)
     return Case(lambda: encode(texts), len(texts), "texts/s")
@@ -109,7 +109,7 @@ def documents_of(size: Size) -> list[str]:
 
 
 def tokenizer_in(directory: Path, size: Size):
-    from mlx_slm.config import TokenizerConfig
+    from mlx_slm.config.schema import TokenizerConfig
     from mlx_slm.text.tokenizer import train_tokenizer
 
     config = TokenizerConfig(vocab_size=min(4096, max(600, size.vocab_size)))
@@ -149,8 +149,8 @@ def make_store(directory: Path, windows: int, context: int, vocab_size: int = 40
     """A store of random tokens: documents of ten windows."""
     import numpy as np
 
+    from mlx_slm.storage.artifacts import new_artifact
     from mlx_slm.text.store import KIND, TOKENS, WINDOW, WINDOWS
-    from mlx_slm.workspace import new_artifact
 
     with new_artifact(directory, KIND, {"tokenizer": "none"}, mapped=(TOKENS, WINDOWS)) as (path, info):
         rng = np.random.default_rng(0)
@@ -172,8 +172,8 @@ def evaluation(size: Size) -> Case:
     import numpy as np
 
     from mlx_slm.models.transformer import Transformer, initialise
-    from mlx_slm.scoring import validation_loss
     from mlx_slm.text.store import Store
+    from mlx_slm.training.scoring import validation_loss
 
     with tempfile.TemporaryDirectory() as scratch:
         make_store(Path(scratch) / "store", 64, size.context, size.vocab_size)
@@ -187,7 +187,7 @@ def clustered(store, k: int):
     """(order, ends, bounds) of a random assignment of a store's windows to k clusters."""
     import numpy as np
 
-    from mlx_slm.clustering.sampler import separated_ends
+    from mlx_slm.text.rows import separated_ends
 
     place = np.random.default_rng(0).integers(0, k, store.num_windows)
     order = np.argsort(place, kind="stable")
@@ -200,7 +200,7 @@ def row_loading(size: Size) -> Case:
 
     import numpy as np
 
-    from mlx_slm.clustering.sampler import Sampler, Stream
+    from mlx_slm.text.rows import Sampler, Stream
     from mlx_slm.text.store import Store
 
     scratch = tempfile.TemporaryDirectory()
@@ -217,7 +217,7 @@ def row_loading(size: Size) -> Case:
 OPENING = """
 import resource, sys, time
 import numpy as np
-from mlx_slm.clustering.sampler import Sampler, Stream
+from mlx_slm.text.rows import Sampler, Stream
 from mlx_slm.text.store import Store
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()

@@ -41,7 +41,7 @@ def finetuning_step(size: Size) -> Case:
 
 def network_of(size: Size):
     """(shape, configuration) of the projected network: all MLPs, for the paper's size the middle five of seven."""
-    from mlx_slm.config import ProjectionConfig
+    from mlx_slm.config.schema import ProjectionConfig
     from mlx_slm.models.projected import ProjectedShape
 
     layers = list(range(1, size.num_layers - 1)) if size.name == "paper" else None
@@ -79,17 +79,18 @@ def _served(size: Size, bits: int | None):
     import mlx.nn as nn
     from mlx_lm.utils import load_model
 
-    from mlx_slm import runtime
-    from mlx_slm.export import huggingface_config, to_huggingface
+    from mlx_slm.export.model import huggingface_config
+    from mlx_slm.machine import runtime
+    from mlx_slm.models.families import FAMILIES
     from mlx_slm.models.transformer import initialise
-    from mlx_slm.records import write_json
-    from mlx_slm.training.checkpoint import save_arrays
+    from mlx_slm.storage.arrays import save_arrays
+    from mlx_slm.storage.records import write_json
 
     shape = size.shape
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
         write_json(path / "config.json", huggingface_config(shape, 0))
-        save_arrays(path / "model.safetensors", to_huggingface(initialise(shape, 0), shape.family), {"format": "pt"})
+        save_arrays(path / "model.safetensors", FAMILIES[shape.family].to_hub(initialise(shape, 0)), {"format": "pt"})
         model, _ = load_model(path)
         model.set_dtype(runtime.compute_dtype())
         mx.eval(model.parameters())

@@ -10,22 +10,23 @@ from __future__ import annotations
 import shutil
 import time
 
-from mlx_slm import runtime
 from mlx_slm.clustering.target import Target
-from mlx_slm.config import Config
+from mlx_slm.config.schema import Config
 from mlx_slm.errors import SlmError
-from mlx_slm.evaluate import evaluate_models
-from mlx_slm.experts import FREQUENT, HISTOGRAM
-from mlx_slm.export import export_model
-from mlx_slm.generate import stream
-from mlx_slm.models.transformer import Shape, initialise
-from mlx_slm.pretrain import pretrain
+from mlx_slm.evaluation.evaluate import evaluate_models
+from mlx_slm.experts.experts import FREQUENT, HISTOGRAM
+from mlx_slm.export.generate import stream
+from mlx_slm.export.model import export_model
+from mlx_slm.machine import runtime
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import initialise
+from mlx_slm.pretraining.pretrain import pretrain
 from mlx_slm.report import Report
-from mlx_slm.specialize import specialize
-from mlx_slm.text.huggingface import open_tokenizer
+from mlx_slm.specialization.specialize import specialize
+from mlx_slm.storage.workspace import Workspace
+from mlx_slm.text.hub_tokenizer import open_tokenizer
 from mlx_slm.text.prepare import ensure_set
 from mlx_slm.training.runs import Run
-from mlx_slm.workspace import Workspace
 
 PROMPT = "Return the number of bytes written to the file.\n\n"
 DOMAIN_TOKENS = 30_000

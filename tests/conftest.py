@@ -13,9 +13,9 @@ import hypothesis
 import pytest
 
 import mlx_slm  # noqa: F401  (before mlx: the BLAS)
-from mlx_slm import runtime
 from mlx_slm.cli import run
-from mlx_slm.config import (
+from mlx_slm.config.files import dump_config
+from mlx_slm.config.schema import (
     ClustersConfig,
     Config,
     DataConfig,
@@ -26,17 +26,17 @@ from mlx_slm.config import (
     TokenizerConfig,
     TrainingConfig,
 )
-from mlx_slm.config_files import dump_config
 from mlx_slm.errors import SlmError
-from mlx_slm.experts import Experts
-from mlx_slm.pretrain import pretrain
+from mlx_slm.experts.experts import Experts
+from mlx_slm.machine import runtime
+from mlx_slm.pretraining.pretrain import pretrain
 from mlx_slm.report import Report
+from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.docstrings import documents
 from mlx_slm.text.prepare import prepare
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.runs import find_run
-from mlx_slm.workspace import Workspace
 
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
@@ -77,7 +77,7 @@ KILLED = """
 import os, signal, sys
 import mlx_slm
 from mlx_slm.cli import run
-from mlx_slm.clustering.sampler import Sampler
+from mlx_slm.text.rows import Sampler
 
 real, calls = Sampler.rows, []
 def rows(self, step):
@@ -225,8 +225,8 @@ def sentences() -> list[str]:
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The directory of the default sentence encoder, from the wheel that has it."""
-    from mlx_slm.clustering.encoder import find_directory
-    from mlx_slm.config import DEFAULT_ENCODER
+    from mlx_slm.config.schema import DEFAULT_ENCODER
+    from mlx_slm.embedding.encoder import find_directory
 
     try:
         return find_directory(DEFAULT_ENCODER)
@@ -236,6 +236,6 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def sentence_encoder(minilm):
-    from mlx_slm.clustering.bert import SentenceEncoder
+    from mlx_slm.embedding.bert import SentenceEncoder
 
     return SentenceEncoder(minilm)

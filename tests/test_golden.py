@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_slm import blas, runtime
 from mlx_slm.cli import run
-from mlx_slm.records import fingerprint
+from mlx_slm.machine import blas, runtime
+from mlx_slm.storage.records import fingerprint
 
 FILE = Path(__file__).with_name("golden.json")
 STEPS = 20

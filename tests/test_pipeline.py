@@ -12,17 +12,18 @@ import pytest
 from conftest import call, write_jsonl
 
 from mlx_slm.cli import run
-from mlx_slm.config import ModelConfig, Recipe
-from mlx_slm.config_files import dump_config, load_config
+from mlx_slm.config.files import dump_config, load_config
+from mlx_slm.config.schema import ModelConfig, Recipe
 from mlx_slm.errors import SlmError
-from mlx_slm.export import export_model
-from mlx_slm.finetune import choose_recipe
-from mlx_slm.models.transformer import Shape, initialise
-from mlx_slm.pretrain import pretrain
+from mlx_slm.export.model import export_model
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import initialise
+from mlx_slm.pretraining.pretrain import pretrain
 from mlx_slm.report import Report
-from mlx_slm.specialize import specialize
+from mlx_slm.specialization.finetune import choose_recipe
+from mlx_slm.specialization.specialize import specialize
+from mlx_slm.storage.workspace import Workspace
 from mlx_slm.training.runs import alone_in, find_run
-from mlx_slm.workspace import Workspace
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 
 import click
 
-from mlx_slm import __version__, runtime
+from mlx_slm import __version__
 from mlx_slm.cli import data, info, plan, train, use
 from mlx_slm.errors import Interrupted, SlmError
+from mlx_slm.machine import runtime
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 OUT_OF_MEMORY = (

@@ -24,14 +24,14 @@ class Session:
 
     @functools.cached_property
     def workspace(self):
-        from mlx_slm.workspace import Workspace
+        from mlx_slm.storage.workspace import Workspace
 
         return Workspace(self.workspace_path)
 
     @functools.cached_property
     def config(self):
         """`--config`, else the workspace's own config.yaml, else `mac`; with `--set` on top."""
-        from mlx_slm.config_files import find_config, load_config
+        from mlx_slm.config.files import find_config, load_config
 
         own = self.workspace.config_file
         path = find_config(self.config_name) if self.config_name else own if own.exists() else find_config("mac")
@@ -45,7 +45,7 @@ class Session:
 
     def start_computing(self) -> None:
         """Say once what slows this machine down."""
-        from mlx_slm import runtime
+        from mlx_slm.machine import runtime
 
         for notice in runtime.notices():
             self.report.warn(notice)
@@ -106,7 +106,7 @@ class Size(click.ParamType):
     name = "size"
 
     def convert(self, value, param, ctx):
-        from mlx_slm.sizes import parse_size
+        from mlx_slm.fields import parse_size
 
         try:
             size = parse_size(value)

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeE
 from rich.table import Table
 from rich.text import Text
 
+from mlx_slm.fields import format_size
 from mlx_slm.report import Report
-from mlx_slm.sizes import format_size
 
 PLAIN_EVERY = 10.0
 """Seconds between plain progress lines."""

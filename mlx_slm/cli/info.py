@@ -20,9 +20,9 @@ def info(session: Session, run, verify) -> None:
     With a RUN of method pn: how alike its experts' coefficients are, layer by layer, against how alike their clusters
     are, in numbers and as a figure in results/.
     """
-    from mlx_slm import runtime
+    from mlx_slm.machine import runtime
     from mlx_slm.models.projected import ProjectedShape
-    from mlx_slm.models.transformer import Shape
+    from mlx_slm.models.shape import Shape
 
     if run:
         _show_experts(session, run)
@@ -67,11 +67,11 @@ def info(session: Session, run, verify) -> None:
 
 
 def _show_experts(session: Session, name: str) -> None:
-    from mlx_slm.bundle import find_source
     from mlx_slm.errors import SlmError
-    from mlx_slm.experts import Experts, has_experts
-    from mlx_slm.geometry import draw, geometry
-    from mlx_slm.workspace import Workspace
+    from mlx_slm.experts.bundle import find_source
+    from mlx_slm.experts.experts import Experts, has_experts
+    from mlx_slm.experts.geometry import draw, geometry
+    from mlx_slm.storage.workspace import Workspace
 
     run = find_source(session.workspace, name)
     if not has_experts(run):
@@ -95,8 +95,8 @@ def _show_experts(session: Session, name: str) -> None:
 def _verify(session: Session) -> list[str]:
     from mlx_slm.errors import SlmError
     from mlx_slm.files import Damaged, read_json
+    from mlx_slm.storage.artifacts import load_manifest, verify
     from mlx_slm.training.runs import RECORD, verify_run
-    from mlx_slm.workspace import load_manifest, verify
 
     good, damaged = [], []
     for path in session.workspace.artifacts():

@@ -32,7 +32,7 @@ def plan(
 
     Hours come from recorded runs of the same models on this machine, or from a short measurement.
     """
-    from mlx_slm.plan import Budgets, make_plan
+    from mlx_slm.planning.plan import Budgets, make_plan
 
     if inference_parameters and inference_speed:
         raise click.UsageError("give --inference-parameters or --inference-speed, not both")
@@ -87,7 +87,7 @@ def plan(
 
 def _perplexity(row: dict) -> str:
     """With where it comes from."""
-    from mlx_slm.sizes import format_size
+    from mlx_slm.fields import format_size
 
     if row["perplexity"] is None:
         return "-"
@@ -113,7 +113,7 @@ def study(session: Session, configuration, jobs) -> None:
     """
     from pathlib import Path
 
-    from mlx_slm.records import write_text
+    from mlx_slm.storage.records import write_text
     from mlx_slm.study.cell import Study
     from mlx_slm.study.figures import draw
     from mlx_slm.study.run import run_study

@@ -22,7 +22,7 @@ def quickstart(session: Session, fresh) -> None:
     one package that it has not seen, and shows what that gains.
     """
     from mlx_slm.quickstart import run_quickstart
-    from mlx_slm.workspace import Workspace
+    from mlx_slm.storage.workspace import Workspace
 
     session.config_name = session.config_name or "quickstart"
     session.workspace = Workspace(session.workspace_path or "quickstart")
@@ -92,8 +92,8 @@ def pretrain(
     as often as the domain has them, pn trains an expert per cluster from shared tensors, mix a model per cluster.
     """
     from mlx_slm.clustering.target import Target
-    from mlx_slm.export import require_model
-    from mlx_slm.pretrain import pretrain as work
+    from mlx_slm.export.model import require_model
+    from mlx_slm.pretraining.pretrain import pretrain as work
 
     if tokens and hours:
         raise click.UsageError("give --tokens or --hours, not both")
@@ -159,8 +159,8 @@ def specialize(session: Session, domain, sources, from_run, select, lora, fuse, 
 
     A SOURCE is the domain's text, as for prepare, where the set is not prepared yet.
     """
-    from mlx_slm.bundle import bundle_at, install_bundle
-    from mlx_slm.specialize import specialize as work
+    from mlx_slm.experts.bundle import bundle_at, install_bundle
+    from mlx_slm.specialization.specialize import specialize as work
 
     if fuse and not lora:
         raise click.UsageError("--fuse is for --lora")
@@ -178,7 +178,7 @@ def specialize(session: Session, domain, sources, from_run, select, lora, fuse, 
 def _how_to_use(session: Session, base: dict, adapter: Path) -> str:
     """How to run an adapter: with its base where that is exported at the same step, else fused."""
     from mlx_slm.files import read_json
-    from mlx_slm.workspace import MANIFEST
+    from mlx_slm.storage.artifacts import MANIFEST
 
     model = session.workspace.model(base["run"])
     exported = read_json(model / MANIFEST)["inputs"] if (model / MANIFEST).exists() else {}
@@ -188,7 +188,7 @@ def _how_to_use(session: Session, base: dict, adapter: Path) -> str:
 
 
 def _show_run(session: Session, run) -> None:
-    from mlx_slm.experts import has_experts
+    from mlx_slm.experts.experts import has_experts
     from mlx_slm.report import perplexity
 
     record = run.record

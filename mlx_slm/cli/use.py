@@ -37,7 +37,7 @@ def evaluate(session: Session, models, domains, split, expert, domain_tokens) ->
 
     Without a name, every model of the workspace is evaluated. Results are added to results/evaluations.jsonl.
     """
-    from mlx_slm.evaluate import evaluate_models
+    from mlx_slm.evaluation.evaluate import evaluate_models
 
     if domain_tokens and expert not in ("frequent", "histogram"):
         raise click.UsageError("--domain-tokens is for --expert frequent and --expert histogram")
@@ -76,8 +76,8 @@ def evaluate(session: Session, models, domains, split, expert, domain_tokens) ->
 @common
 def generate(session: Session, model, prompt, max_tokens, temp, top_p, seed) -> None:
     """Continue a text with a model, through mlx-lm. MODEL is a name in models/ or a directory."""
-    from mlx_slm.export import require_model
-    from mlx_slm.generate import read_prompt, stream
+    from mlx_slm.export.generate import read_prompt, stream
+    from mlx_slm.export.model import require_model
 
     path = require_model(session.workspace, model)
     if prompt == "-":
@@ -112,8 +112,8 @@ def generate(session: Session, model, prompt, max_tokens, temp, top_p, seed) -> 
 @common
 def serve(session: Session, model, host, port) -> None:
     """Serve a model with mlx-lm's OpenAI-compatible server, on loopback."""
-    from mlx_slm.export import require_model
-    from mlx_slm.generate import serve as work
+    from mlx_slm.export.generate import serve as work
+    from mlx_slm.export.model import require_model
 
     path = require_model(session.workspace, model)
     session.start_computing()
@@ -132,7 +132,7 @@ def export(session: Session, run, bundle) -> None:
     """
     from pathlib import Path
 
-    from mlx_slm.handover import export_bundle
+    from mlx_slm.experts.handover import export_bundle
     from mlx_slm.training.runs import find_run
 
     session.start_computing()

@@ -14,23 +14,24 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_slm.clustering.embed import Embeddings, embed
-from mlx_slm.clustering.encoder import Choice, choose_encoder, recorded_encoder
 from mlx_slm.clustering.kmeans import State, assign, kmeans
-from mlx_slm.clustering.sampler import Stream, separated_ends
-from mlx_slm.config import ClustersConfig, Config
+from mlx_slm.config.schema import ClustersConfig, Config
+from mlx_slm.embedding.embed import Embeddings, embed
+from mlx_slm.embedding.encoder import Choice, choose_encoder, recorded_encoder
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged, append_array, read_arrays, read_json, write_arrays
-from mlx_slm.forms import CountsForm
-from mlx_slm.locks import alone
-from mlx_slm.mapped import MappedFile
-from mlx_slm.records import write_json
 from mlx_slm.report import Report
-from mlx_slm.text.huggingface import open_tokenizer
+from mlx_slm.storage.artifacts import MANIFEST, load_manifest, new_artifact, verify
+from mlx_slm.storage.forms import CountsForm
+from mlx_slm.storage.locks import alone
+from mlx_slm.storage.mapped import MappedFile
+from mlx_slm.storage.records import write_json
+from mlx_slm.storage.workspace import Workspace
+from mlx_slm.text.hub_tokenizer import open_tokenizer
 from mlx_slm.text.prepare import ensure_set
+from mlx_slm.text.rows import Stream, separated_ends
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store
-from mlx_slm.workspace import MANIFEST, Workspace, load_manifest, new_artifact, verify
 
 KIND, ASSIGNED = "clusters", "assignments"
 CENTROIDS = "centroids.safetensors"

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_slm import runtime
 from mlx_slm.errors import SlmError
+from mlx_slm.machine import runtime
 
 SUMMED_POINTS = 8192
 """Points that are added up at once in fp32; the sums of those are added in float64."""

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from mlx_slm.clustering.clusters import Clusters, far_windows
-from mlx_slm.clustering.encoder import window_texts
 from mlx_slm.clustering.importance import entropy, kl
+from mlx_slm.embedding.encoder import window_texts
 from mlx_slm.figures import new_figure, save_figure
-from mlx_slm.text.huggingface import open_tokenizer
+from mlx_slm.storage.workspace import Workspace
+from mlx_slm.text.hub_tokenizer import open_tokenizer
 from mlx_slm.text.store import Store
-from mlx_slm.workspace import Workspace
 
 LINE = 70
 

@@ -9,15 +9,15 @@ import numpy as np
 
 from mlx_slm.clustering.clusters import Clusters, as_made, ensure_clusters, far_windows
 from mlx_slm.clustering.importance import Importance, histogram, importance, read_weights
-from mlx_slm.clustering.sampler import Stream
-from mlx_slm.config import Config
+from mlx_slm.config.schema import Config
 from mlx_slm.errors import SlmError
-from mlx_slm.records import fingerprint
+from mlx_slm.fields import format_size
 from mlx_slm.report import Report
-from mlx_slm.sizes import format_size
+from mlx_slm.storage.records import fingerprint
+from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, sources_of, text_needed
+from mlx_slm.text.rows import Stream
 from mlx_slm.text.store import Store, first_windows
-from mlx_slm.workspace import Workspace
 
 
 @dataclasses.dataclass(frozen=True)

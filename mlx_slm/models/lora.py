@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_slm.models.transformer import Shape
+from mlx_slm.models.families import FAMILIES
+from mlx_slm.models.family import Adapted
+from mlx_slm.models.shape import Shape
 
 
 @dataclass(frozen=True)
 class Lora:
     """Adapters of rank `rank` for a transformer of `shape`; what they add is multiplied by `scale`.
 
-    Their parameters are `{"<name>.a": fp32 [in, rank], "<name>.b": fp32 [rank, out]}`, flat or as a tree. In the gpt2
-    family query, key and value are one matrix [3 d, d], of which the query's and the value's rows have an adapter each.
+    Their parameters are `{"<name>.a": fp32 [in, rank], "<name>.b": fp32 [rank, out]}`, flat or as a tree.
     """
 
     shape: Shape
@@ -31,18 +32,10 @@ class Lora:
             raise ValueError(f"a rank from 1 to {self.shape.dims}, not {self.rank}")
 
     @property
-    def targets(self) -> list[tuple[str, str, int, int]]:
+    def targets(self) -> list[Adapted]:
         """(adapter, matrix, first row, rows) of everything that is adapted."""
-        d, kv = self.shape.dims, self.shape.dims // self.shape.num_heads * self.shape.num_kv_heads
-        found = []
-        for layer in range(self.shape.num_layers):
-            if self.shape.family == "gpt2":
-                matrix = f"model.h.{layer}.attn.c_attn"
-                found += [(f"{matrix}.q", f"{matrix}.weight", 0, d), (f"{matrix}.v", f"{matrix}.weight", 2 * d, d)]
-            else:
-                names = [(f"model.layers.{layer}.self_attn.{x}_proj", rows) for x, rows in (("q", d), ("v", kv))]
-                found += [(name, f"{name}.weight", 0, rows) for name, rows in names]
-        return found
+        family = FAMILIES[self.shape.family]
+        return [target for layer in range(self.shape.num_layers) for target in family.lora_targets(self.shape, layer)]
 
     @property
     def num_parameters(self) -> int:
@@ -64,10 +57,11 @@ class Lora:
 
     @property
     def _adapted_size(self) -> int:
-        """Numbers in the matrices that are adapted; gpt2's joint one is made, and has its gradient, as a whole."""
-        if self.shape.family == "gpt2":
-            return 3 * self.shape.num_layers * self.shape.dims**2
-        return sum(self.shape.dims * rows for *_, rows in self.targets)
+        """Numbers in the matrices that are adapted; a joint one is made, and has its gradient, as a whole."""
+        ends: dict[str, int] = {}
+        for _, matrix, first, rows in self.targets:
+            ends[matrix] = max(first + rows, ends.get(matrix, 0))
+        return self.shape.dims * sum(ends.values())
 
     def initialise(self, seed: int) -> dict:
         """A uniform within 1 / sqrt(in) and B zero, as mlx-lm begins: at first nothing is added."""
@@ -91,27 +85,10 @@ class Lora:
         return tree_unflatten(list(flat.items()))
 
     def to_mlx_lm(self, adapters: dict) -> tuple[dict[str, mx.array], dict]:
-        """(arrays, configuration) in mlx-lm's adapter format.
-
-        mlx-lm adapts gpt2's joint matrix as a whole. The same sum has rank 2 `rank` there: A is [A_q, A_v], and B has
-        B_q and B_v in their blocks and zeros for the rest.
-        """
-        found, d, adapters = {}, self.shape.dims, dict(tree_flatten(adapters))
-        if self.shape.family == "gpt2":
-            for layer in range(self.shape.num_layers):
-                matrix = f"model.h.{layer}.attn.c_attn"
-                b = [
-                    mx.pad(adapters[f"{matrix}.q.b"], [(0, 0), (0, 2 * d)]),
-                    mx.pad(adapters[f"{matrix}.v.b"], [(0, 0), (2 * d, 0)]),
-                ]
-                a = [adapters[f"{matrix}.q.a"], adapters[f"{matrix}.v.a"]]
-                found |= {f"{matrix}.lora_a": mx.concatenate(a, axis=1), f"{matrix}.lora_b": mx.concatenate(b)}
-            keys, rank = ["attn.c_attn"], 2 * self.rank
-        else:
-            for name, *_ in self.targets:
-                found |= {f"{name}.lora_{part}": adapters[f"{name}.{part}"] for part in "ab"}
-            keys, rank = ["self_attn.q_proj", "self_attn.v_proj"], self.rank
-        parameters = {"rank": rank, "scale": self.scale, "dropout": 0.0, "keys": keys}
+        """(arrays, configuration) in mlx-lm's adapter format."""
+        flat = dict(tree_flatten(adapters))
+        found, keys, ranks = FAMILIES[self.shape.family].lora_to_mlx_lm(self.shape, flat)
+        parameters = {"rank": ranks * self.rank, "scale": self.scale, "dropout": 0.0, "keys": keys}
         return found, {
             "fine_tune_type": "lora",
             "num_layers": self.shape.num_layers,

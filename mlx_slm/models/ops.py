@@ -15,7 +15,7 @@ from itertools import zip_longest
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_slm import runtime, sums
+from mlx_slm.machine import runtime, sums
 
 FLOOR = -24.0
 SQUARINGS = 4

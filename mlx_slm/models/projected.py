@@ -10,19 +10,33 @@ transformer: an expert costs no more at inference than the small model.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_slm.config import ProjectionConfig
 from mlx_slm.errors import SlmError
-from mlx_slm.models.transformer import Shape, initialise, parameter_shapes
+from mlx_slm.models.families import FAMILIES
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import initialise, parameter_shapes
 
-MATRICES = {
-    "gpt2": ("model.h.{}.mlp.c_fc", "model.h.{}.mlp.c_proj"),
-    "llama": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj", "model.layers.{}.mlp.down_proj"),
-}
+
+class NetworkSettings(Protocol):
+    """The section of a configuration that a network is made of."""
+
+    @property
+    def k(self) -> int: ...
+    @property
+    def h(self) -> int | None: ...
+    @property
+    def m(self) -> int | None: ...
+    @property
+    def layers(self) -> list[int] | None: ...
+    @property
+    def init(self) -> str: ...
+    @property
+    def spread(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -36,18 +50,20 @@ class ProjectedShape:
     layers: tuple[int, ...]
 
     @classmethod
-    def of(cls, config: ProjectionConfig, base: Shape) -> ProjectedShape:
-        layers = range(base.num_layers) if config.layers is None else config.layers
+    def of(cls, settings: NetworkSettings, base: Shape) -> ProjectedShape:
+        layers = range(base.num_layers) if settings.layers is None else settings.layers
         wrong = [layer for layer in layers if not 0 <= layer < base.num_layers]
         if wrong:
             raise SlmError(f"projection.layers: there is no layer {wrong[0]} among 0 to {base.num_layers - 1}")
-        h = config.h or config.k
-        return cls(base, h, config.k, config.m or h, tuple(layers))
+        h = settings.h or settings.k
+        return cls(base, h, settings.k, settings.m or h, tuple(layers))
 
     @property
     def matrices(self) -> list[str]:
         """Names of the projected matrices among a plain transformer's parameters."""
-        return [f"{name.format(layer)}.weight" for layer in self.layers for name in MATRICES[self.base.family]]
+        return [
+            f"{name.format(layer)}.weight" for layer in self.layers for name in FAMILIES[self.base.family].projected
+        ]
 
     @property
     def projected_parameters(self) -> int:
@@ -65,10 +81,10 @@ class ProjectedShape:
         return self.base.flops_per_token + 6 * self.h * self.projected_parameters / tokens_per_group
 
     def to_dict(self) -> dict:
-        return asdict(self) | {"layers": list(self.layers)}
+        return asdict(self) | {"base": self.base.to_dict(), "layers": list(self.layers)}
 
 
-def initialise_network(shape: ProjectedShape, config: ProjectionConfig, seed: int, start: dict | None = None) -> dict:
+def initialise_network(shape: ProjectedShape, settings: NetworkSettings, seed: int, start: dict | None = None) -> dict:
     """fp32 parameters: `{"shared": {...}, "E": [k, m], "M": {name: [m, h]}, "T": {name: [h, out, in]}}`.
 
     `start` are those of the plain small model to begin with, by default fresh ones.
@@ -82,8 +98,8 @@ def initialise_network(shape: ProjectedShape, config: ProjectionConfig, seed: in
     keys = mx.random.split(mx.random.key(seed + 1), 1 + len(shape.matrices))
     h, k, m = shape.h, shape.k, shape.m
     noise = mx.random.normal((k, m), key=keys[0])
-    anchored = config.init == "anchored"
-    E = mx.concatenate([mx.ones((k, 1)), config.spread * noise[:, 1:]], axis=1) if anchored else noise * m**-0.5
+    anchored = settings.init == "anchored"
+    E = mx.concatenate([mx.ones((k, 1)), settings.spread * noise[:, 1:]], axis=1) if anchored else noise * m**-0.5
     M, T = {}, {}
     for name, key in zip(shape.matrices, keys[1:], strict=True):
         first = plain.pop(name)

@@ -6,30 +6,30 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cached_property
 
-from mlx_slm import runtime
 from mlx_slm.clustering.clusters import Clusters, as_made, ensure_clusters
 from mlx_slm.clustering.show import summary
 from mlx_slm.clustering.target import Target
-from mlx_slm.config import Config
+from mlx_slm.config.schema import Config
 from mlx_slm.errors import OtherSettings, SlmError
-from mlx_slm.evaluate import Evaluated, find_experts
-from mlx_slm.experts import HISTOGRAM
-from mlx_slm.methods import check_method
+from mlx_slm.evaluation.evaluate import Evaluated, find_experts
+from mlx_slm.experts.experts import HISTOGRAM
+from mlx_slm.fields import format_size
+from mlx_slm.machine import runtime
+from mlx_slm.methods.jobs import check_method
 from mlx_slm.models.projected import ProjectedShape
-from mlx_slm.models.transformer import Shape
-from mlx_slm.pretrain import POOL, pretrain
-from mlx_slm.records import fingerprint, read_json_lines
+from mlx_slm.models.shape import Shape
+from mlx_slm.pretraining.pretrain import POOL, pretrain
 from mlx_slm.report import Report, perplexity
-from mlx_slm.scoring import validation_windows
-from mlx_slm.sizes import format_size
-from mlx_slm.specialize import FROM_NONE, name_of_teacher, specialize
+from mlx_slm.specialization.specialize import FROM_NONE, name_of_teacher, specialize
+from mlx_slm.storage.records import fingerprint, read_json_lines
+from mlx_slm.storage.workspace import EVALUATIONS, Workspace, plain_name
 from mlx_slm.study.grid import Cell, budgets_of, cells
 from mlx_slm.text.prepare import ensure_set, text_needed
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.checkpoint import checkpoint_steps
 from mlx_slm.training.runs import Run, alone_in, find_run
-from mlx_slm.workspace import EVALUATIONS, Workspace, plain_name
+from mlx_slm.training.scoring import validation_windows
 
 
 class Study:

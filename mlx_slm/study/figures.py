@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from mlx_slm.fields import format_size
 from mlx_slm.figures import new_figure, save_figure
-from mlx_slm.sizes import format_size
 from mlx_slm.study.tables import DOMAINS_SHOWN, by_method, cost_of, grouped, label, macro, size_of_all
 
 COLORS = {"slm": "C0", "is": "C1", "pn": "C2", "mix": "C3", "d": "C4", "llm": "C5", "lora": "C6", "nopt": "#888888"}

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 
-from mlx_slm.config import Config, Grid
+from mlx_slm.config.schema import Config, Grid
 from mlx_slm.errors import SlmError
-from mlx_slm.experts import HISTOGRAM
-from mlx_slm.sizes import format_size
+from mlx_slm.experts.experts import HISTOGRAM
+from mlx_slm.fields import format_size
 
 CLUSTERED = ("is", "pn", "mix")
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from mlx_slm import runtime
 from mlx_slm.errors import Busy, Interrupted, SlmError
-from mlx_slm.models.transformer import Shape
-from mlx_slm.pretrain import likely_flops
-from mlx_slm.records import append_json, read_json_lines
+from mlx_slm.machine import runtime
+from mlx_slm.models.shape import Shape
+from mlx_slm.pretraining.pretrain import likely_flops
 from mlx_slm.report import Agreed, duration
+from mlx_slm.storage.records import append_json, read_json_lines
 from mlx_slm.study.cell import Study
 from mlx_slm.study.grid import Cell
 

@@ -7,9 +7,9 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-from mlx_slm.costs import Cost
+from mlx_slm.fields import format_size
+from mlx_slm.methods.costs import Cost
 from mlx_slm.report import perplexity
-from mlx_slm.sizes import format_size
 
 NAMES = {
     "slm": "SLM",

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mlx_slm.config import Config
+from mlx_slm.config.schema import Config
 from mlx_slm.errors import SlmError
 from mlx_slm.text.readers import Reading
 from mlx_slm.text.sources import Source

@@ -6,21 +6,22 @@ import glob
 import shutil
 from pathlib import Path
 
-from mlx_slm.config import Config
-from mlx_slm.config_files import dump_config, known_domains
+from mlx_slm.config.files import dump_config, known_domains
+from mlx_slm.config.schema import Config
 from mlx_slm.errors import Interrupted, SlmError, nearest
-from mlx_slm.locks import alone, unused
-from mlx_slm.records import fingerprint, write_text
 from mlx_slm.report import Report
+from mlx_slm.storage.artifacts import MANIFEST, load_manifest
+from mlx_slm.storage.locks import alone, unused
+from mlx_slm.storage.records import fingerprint, write_text
+from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.documents import Counts, Documents
-from mlx_slm.text.huggingface import import_tokenizer, open_tokenizer
+from mlx_slm.text.hub_tokenizer import import_tokenizer, open_tokenizer
 from mlx_slm.text.readers import Reading
 from mlx_slm.text.shards import merge_shards, start_shards, tokenise
 from mlx_slm.text.sources import SPLITS, Source
 from mlx_slm.text.store import KIND
 from mlx_slm.text.tokenizer import KIND as TOKENIZER
 from mlx_slm.text.tokenizer import Tokenizer, sample_documents, train_tokenizer
-from mlx_slm.workspace import MANIFEST, Workspace, load_manifest
 
 READ_WITH = ("field", "limit", "valid_fraction", "test_fraction", "max_document_bytes")
 """Settings of the reading, beside the tokenizer's and the context."""

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_slm import runtime
 from mlx_slm.files import Damaged, append_array, open_regular, read_json
-from mlx_slm.records import write_json
+from mlx_slm.machine import runtime
 from mlx_slm.report import Report
+from mlx_slm.storage.artifacts import new_artifact
+from mlx_slm.storage.records import write_json
 from mlx_slm.text.documents import Documents
-from mlx_slm.text.huggingface import open_tokenizer
+from mlx_slm.text.hub_tokenizer import open_tokenizer
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import KIND, TOKENS, WINDOWS, cut_windows
 from mlx_slm.text.tokenizer import Tokenizer
-from mlx_slm.workspace import new_artifact
 
 SHARD_BYTES = 4 << 20
 

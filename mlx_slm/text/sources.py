@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_slm.errors import SlmError
-from mlx_slm.records import fingerprint
+from mlx_slm.storage.artifacts import file_fingerprint
+from mlx_slm.storage.records import fingerprint
 from mlx_slm.text import docstrings
 from mlx_slm.text.kinds import is_hidden, kind_of, known_kinds
 from mlx_slm.text.readers import Reading, read_file, text_field
-from mlx_slm.workspace import file_fingerprint
 
 SPLITS = ("train", "valid", "test")
 

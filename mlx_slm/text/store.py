@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from mlx_slm.errors import SlmError
-from mlx_slm.mapped import MappedFile
-from mlx_slm.workspace import load_manifest
+from mlx_slm.storage.artifacts import load_manifest
+from mlx_slm.storage.mapped import MappedFile
 
 KIND = "token store"
 TOKENS, WINDOWS = "tokens.bin", "windows.npy"

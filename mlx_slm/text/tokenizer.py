@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from mlx_slm.config import TokenizerConfig
+from mlx_slm.config.schema import TokenizerConfig
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged, read_bytes
-from mlx_slm.workspace import load_manifest, new_artifact, verify
+from mlx_slm.storage.artifacts import load_manifest, new_artifact, verify
 
 KIND = "tokenizer"
 MODEL_FILE = "tokenizer.model"

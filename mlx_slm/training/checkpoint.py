@@ -10,37 +10,17 @@ import os
 import shutil
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
-
 from mlx_slm.errors import SlmError
-from mlx_slm.files import Damaged, read_json, require_safetensors, write_arrays
-from mlx_slm.forms import StateForm
-from mlx_slm.records import append_json, json_line, read_json_lines, write_json, write_text
+from mlx_slm.files import Damaged, read_json
 from mlx_slm.report import Report
-from mlx_slm.workspace import load_manifest, new_artifact, verify
+from mlx_slm.storage.arrays import load_arrays, save_arrays
+from mlx_slm.storage.artifacts import load_manifest, new_artifact, verify
+from mlx_slm.storage.forms import StateForm
+from mlx_slm.storage.records import append_json, json_line, read_json_lines, write_json, write_text
 
 KIND = "checkpoint"
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 KEEP = 2
-
-
-def save_arrays(path: Path, tree: dict, metadata: dict[str, str] | None = None) -> None:
-    """Write a nested dict of arrays as safetensors; raises OSError where the disk does not take it."""
-    arrays = {name: np.ascontiguousarray(np.array(value, copy=False)) for name, value in tree_flatten(tree)}
-    write_arrays(path, arrays, metadata)
-
-
-def load_arrays(path: Path) -> dict:
-    """Read safetensors as a nested dict of arrays."""
-    return tree_unflatten(list(read_safetensors(path).items()))
-
-
-def read_safetensors(path: Path) -> dict[str, mx.array]:
-    """Arrays by name; raises SlmError, naming the file, for one that cannot be read."""
-    require_safetensors(path)
-    return mx.load(str(path))
 
 
 def checkpoint_path(run: Path, step: int) -> Path:

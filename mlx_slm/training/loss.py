@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_slm import runtime, sums
+from mlx_slm.machine import runtime, sums
 from mlx_slm.models.ops import exp_shifted
 from mlx_slm.models.transformer import Transformer
 

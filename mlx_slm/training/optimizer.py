@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_slm import sums
-from mlx_slm.config import TrainingConfig
+from mlx_slm.config.schema import TrainingConfig
+from mlx_slm.machine import sums
 
 OPTIMIZER_FIELDS = ("betas", "eps", "weight_decay", "clip_norm")
 """The fields of the section `training` that specialisation takes over."""

@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_slm import runtime, sums
-from mlx_slm.config import ProjectionConfig, TrainingConfig
+from mlx_slm.config.schema import ProjectionConfig, TrainingConfig
+from mlx_slm.machine import runtime, sums
 from mlx_slm.models.projected import ProjectedShape, coefficients, combined, network_of
 from mlx_slm.models.transformer import Transformer, for_products
 from mlx_slm.training.loss import next_token_loss

@@ -13,19 +13,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_slm import runtime
-from mlx_slm.config import Config
-from mlx_slm.config_files import dump_config, load_config
+from mlx_slm.config.files import dump_config, load_config
+from mlx_slm.config.schema import Config
 from mlx_slm.errors import OtherSettings, SlmError, nearest
+from mlx_slm.fields import parse_size
 from mlx_slm.files import Damaged
-from mlx_slm.forms import RunForm
-from mlx_slm.locks import alone
-from mlx_slm.models.transformer import Shape
-from mlx_slm.records import count_damaged_lines, fingerprint, read_record, write_record, write_text
-from mlx_slm.sizes import parse_size
+from mlx_slm.machine import runtime
+from mlx_slm.models.shape import Shape
+from mlx_slm.storage.artifacts import sha256
+from mlx_slm.storage.forms import RunForm
+from mlx_slm.storage.locks import alone
+from mlx_slm.storage.records import count_damaged_lines, fingerprint, read_record, write_record, write_text
+from mlx_slm.storage.workspace import Workspace
 from mlx_slm.training import checkpoint
-from mlx_slm.training.plan import State
-from mlx_slm.workspace import Workspace, sha256
+from mlx_slm.training.schedule import State
 
 RECORD, CONFIG, IMPORTANCE, METRICS = "run.json", "config.yaml", "importance.json", "metrics.jsonl"
 EXPERT = "expert-"

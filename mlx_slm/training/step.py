@@ -11,9 +11,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_slm import runtime
 from mlx_slm.errors import SlmError
-from mlx_slm.models.transformer import Shape, Transformer, for_products, initialise
+from mlx_slm.machine import runtime
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import Transformer, for_products, initialise
 from mlx_slm.training.loss import chunk_rows, next_token_loss
 from mlx_slm.training.optimizer import AdamW
 

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_slm import runtime
-from mlx_slm.clustering.sampler import Sampler
 from mlx_slm.errors import Interrupted, SlmError
+from mlx_slm.machine import runtime
 from mlx_slm.report import Report, duration, perplexity
+from mlx_slm.text.rows import Sampler
 from mlx_slm.training import checkpoint
-from mlx_slm.training.plan import Plan, State
 from mlx_slm.training.projected_step import ProjectedStep
+from mlx_slm.training.schedule import Plan, State
 from mlx_slm.training.step import TrainingStep
 
 BAD_STEPS = 3

@@ -10,19 +10,19 @@ import pytest
 from conftest import call, write_jsonl
 
 from mlx_slm.clustering import clusters as module
-from mlx_slm.clustering import embed as embedding
 from mlx_slm.clustering.clusters import Clusters, ensure_clusters
-from mlx_slm.clustering.embed import Embeddings
 from mlx_slm.clustering.kmeans import assign
-from mlx_slm.clustering.lsi import LsiEncoder
-from mlx_slm.config_files import dump_config
+from mlx_slm.config.files import dump_config
+from mlx_slm.embedding import embed as embedding
+from mlx_slm.embedding.embed import Embeddings
+from mlx_slm.embedding.lsi import LsiEncoder
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged
-from mlx_slm.locks import alone
 from mlx_slm.report import Report
+from mlx_slm.storage.locks import alone
+from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store
-from mlx_slm.workspace import Workspace
 
 
 @pytest.fixture(scope="module")

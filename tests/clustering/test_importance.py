@@ -19,10 +19,11 @@ from mlx_slm.clustering.importance import (
     read_weights,
     smoothed,
 )
-from mlx_slm.clustering.sampler import Sampler, Stream
 from mlx_slm.errors import SlmError
-from mlx_slm.models.transformer import Shape, Transformer, initialise
-from mlx_slm.scoring import Scorer
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import Transformer, initialise
+from mlx_slm.text.rows import Sampler, Stream
+from mlx_slm.training.scoring import Scorer
 
 GENERIC = np.array([500.0, 300.0, 150.0, 40.0, 10.0])
 DOMAIN = np.array([10.0, 0.0, 60.0, 30.0, 0.0])

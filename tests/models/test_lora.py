@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_slm.config import ModelConfig
-from mlx_slm.export import export_model
+from mlx_slm.config.schema import ModelConfig
+from mlx_slm.export.model import export_model
 from mlx_slm.models.lora import Lora
-from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import Transformer, initialise
 
 FAMILIES = [("gpt2", 4), ("llama", 4), ("llama", 2)]
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_slm.config import ModelConfig, ProjectionConfig
-from mlx_slm.config_files import find_config, load_config
+from mlx_slm.config.files import find_config, load_config
+from mlx_slm.config.schema import ModelConfig, ProjectionConfig
 from mlx_slm.errors import SlmError
 from mlx_slm.models.projected import (
     ProjectedShape,
@@ -17,7 +17,8 @@ from mlx_slm.models.projected import (
     stacked,
     tensor_rate,
 )
-from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import Transformer, initialise
 from mlx_slm.training.loss import linear_cross_entropy
 
 

@@ -3,10 +3,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_slm.config import Config, ModelConfig
-from mlx_slm.export import export_model, load_exported
+from mlx_slm.config.schema import Config, ModelConfig
+from mlx_slm.export.model import export_model, load_exported
 from mlx_slm.files import Damaged
-from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import Transformer, initialise
 
 CONFIGS = {
     "gpt2": ModelConfig(family="gpt2", num_layers=3, dims=48, num_heads=4),

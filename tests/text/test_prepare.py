@@ -10,17 +10,17 @@ from conftest import small_config, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_slm.config import DataConfig, TokenizerConfig
-from mlx_slm.config_files import dump_config
+from mlx_slm.config.files import dump_config
+from mlx_slm.config.schema import DataConfig, TokenizerConfig
 from mlx_slm.errors import Busy, SlmError
 from mlx_slm.files import Damaged
-from mlx_slm.locks import in_use
 from mlx_slm.report import Report
+from mlx_slm.storage.locks import in_use
+from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text import prepare as p
 from mlx_slm.text import shards as sh
 from mlx_slm.text.store import Store, cut_windows, first_windows
 from mlx_slm.text.tokenizer import Tokenizer
-from mlx_slm.workspace import Workspace
 
 SPLITS = ("train", "valid", "test")
 

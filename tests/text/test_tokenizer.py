@@ -1,7 +1,7 @@
 import pytest
 from conftest import read_jsonl
 
-from mlx_slm.config import TokenizerConfig
+from mlx_slm.config.schema import TokenizerConfig
 from mlx_slm.errors import SlmError
 from mlx_slm.text.tokenizer import Tokenizer, pieces, sample_documents, train_tokenizer
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks.half import errors, gradients, head_error, rows_of, shape_of, trained, words_of_sources
-from mlx_slm import runtime
+from mlx_slm.machine import runtime
 from mlx_slm.models.transformer import Transformer, for_products, initialise
 from mlx_slm.training.loss import linear_cross_entropy, next_token_loss
 

@@ -3,7 +3,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_slm import runtime
+from mlx_slm.machine import runtime
 from mlx_slm.models import ops
 from mlx_slm.training.loss import chunk_rows, linear_cross_entropy, token_nll
 

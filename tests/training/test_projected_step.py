@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_slm import runtime
-from mlx_slm.config import ModelConfig, ProjectionConfig, TrainingConfig
+from mlx_slm.config.schema import ModelConfig, ProjectionConfig, TrainingConfig
 from mlx_slm.errors import SlmError
-from mlx_slm.models import transformer
+from mlx_slm.machine import runtime
+from mlx_slm.models import layers
 from mlx_slm.models.projected import ProjectedShape, initialise_network, stacked
-from mlx_slm.models.transformer import Shape, Transformer, for_products
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import Transformer, for_products
 from mlx_slm.training.loss import linear_cross_entropy
 from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit, network_bytes, resolved
@@ -112,7 +113,7 @@ def test_the_rate_of_the_tensors_is_scaled():
 @pytest.mark.parametrize(("h", "micro_groups", "rows"), [(24, 2, 1), (4, 4, 4)])
 def test_memory_is_that_of_the_network_and_of_a_plain_step(h, micro_groups, rows, monkeypatch):
     if runtime.on_gpu() and runtime.backend() == "cpu":  # MLX's attention is fused on a GPU alone
-        monkeypatch.setattr(transformer, "causal_attention", lambda q, k, v, scale: q * k * v)
+        monkeypatch.setattr(layers, "causal_attention", lambda q, k, v, scale: q * k * v)
     base = Shape.of(ModelConfig(family="llama", num_layers=4, dims=160, num_heads=4), 512, 64)
     config = ProjectionConfig(h=h, k=h)
     shape = ProjectedShape.of(config, base)

@@ -4,11 +4,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_slm import runtime
-from mlx_slm.config import ModelConfig
+from mlx_slm.config.schema import ModelConfig
 from mlx_slm.errors import SlmError
-from mlx_slm.models import transformer
-from mlx_slm.models.transformer import Shape, Transformer, initialise
+from mlx_slm.machine import runtime
+from mlx_slm.models import layers
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import Transformer, initialise
 from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.step import TrainingStep, measure_speed, rows_that_fit, training_bytes
 
@@ -19,7 +20,7 @@ from mlx_slm.training.step import TrainingStep, measure_speed, rows_that_fit, tr
 )
 def test_the_estimate_of_memory_is_near_the_measured_peak(family, layers, dims, vocab_size, context, rows, monkeypatch):
     if runtime.on_gpu() and runtime.backend() == "cpu":  # MLX's attention is fused on a GPU alone
-        monkeypatch.setattr(transformer, "causal_attention", lambda q, k, v, scale: q * k * v)
+        monkeypatch.setattr(layers, "causal_attention", lambda q, k, v, scale: q * k * v)
     shape = Shape.of(ModelConfig(family=family, num_layers=layers, dims=dims, num_heads=4), vocab_size, context)
     step = TrainingStep(Transformer(shape), AdamW(), rows, initialise(shape, 0))
     mx.eval(step.parameters, step.moments)

@@ -17,19 +17,20 @@ import safetensors.numpy
 from conftest import rounding
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_slm import runtime
-from mlx_slm.clustering.sampler import Sampler, Stream
-from mlx_slm.config import ModelConfig
+from mlx_slm.config.schema import ModelConfig
 from mlx_slm.errors import Interrupted, SlmError
-from mlx_slm.models.transformer import Shape, Transformer, initialise
-from mlx_slm.records import read_json_lines
+from mlx_slm.machine import runtime
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import Transformer, initialise
 from mlx_slm.report import Report
-from mlx_slm.scoring import validation_loss
+from mlx_slm.storage.records import read_json_lines
+from mlx_slm.text.rows import Sampler, Stream
 from mlx_slm.text.store import Store
 from mlx_slm.training import checkpoint, trainer
 from mlx_slm.training.checkpoint import checkpoint_steps, load_checkpoint
 from mlx_slm.training.optimizer import AdamW
-from mlx_slm.training.plan import Plan
+from mlx_slm.training.schedule import Plan
+from mlx_slm.training.scoring import validation_loss
 from mlx_slm.training.step import TrainingStep
 from mlx_slm.training.trainer import Trainer
 
@@ -88,7 +89,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 import mlx_slm
 from training.test_trainer import make_trainer
-from mlx_slm import workspace
+from mlx_slm.storage import workspace
 from mlx_slm.training import checkpoint, trainer
 
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

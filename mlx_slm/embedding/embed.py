@@ -1,0 +1,128 @@
+"""Windows -> embeddings: `embeddings/<encoder>/<set>/<split>`, fp16, in shards, so that a killed run goes on."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mlx_slm.embedding.encoder import Choice, window_texts
+from mlx_slm.errors import Interrupted, SlmError
+from mlx_slm.files import Damaged, append_array
+from mlx_slm.report import Report, duration
+from mlx_slm.storage.artifacts import MANIFEST, load_manifest, new_artifact
+from mlx_slm.storage.mapped import MappedFile
+from mlx_slm.storage.workspace import Workspace
+from mlx_slm.text.shards import read_shard, save_shard, start_shards
+from mlx_slm.text.store import Store
+from mlx_slm.text.tokenizer import Tokenizer
+
+KIND = "embeddings"
+FILE = "embeddings.f16"
+UNKNOWN = 0.1
+"""The share of unknown word pieces from which a user should know."""
+READ = 16_384
+"""Windows that are read at once."""
+
+
+class Embeddings:
+    """Embeddings of one split, fp16 [windows, dims], memory-mapped."""
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        self.manifest = load_manifest(self.directory, KIND)
+        self.dims = self.manifest["info"]["dims"]
+        self._values = MappedFile(self.directory / FILE, "<f2", self.manifest["files"][FILE])
+
+    def __len__(self) -> int:
+        return len(self._values) // self.dims
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """fp32 [stop - start, dims]."""
+        return self._values[start * self.dims : stop * self.dims].reshape(-1, self.dims).astype(np.float32)
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All rows in order, fp32, a few thousand at a time."""
+        for start in range(0, len(self), READ):
+            yield self.rows(start, min(start + READ, len(self)))
+
+    def sample(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Rows of a random subset in the order of the store, fp32 [count, dims]."""
+        if count >= len(self):
+            return np.concatenate(list(self.chunks()))
+        chosen = np.sort(rng.permutation(len(self))[:count])
+        parts = []
+        for start in range(0, len(self), READ):
+            first, last = np.searchsorted(chosen, (start, start + READ))
+            parts.append(self.rows(start, min(start + READ, len(self)))[chosen[first:last] - start])
+        return np.concatenate(parts)
+
+
+def embed(
+    workspace: Workspace, name: str, split: str, store: Store, choice: Choice, tokenizer: Tokenizer, report: Report
+) -> Embeddings:
+    """Return the embeddings of a split by an encoder, computing them where they are missing or the text changed."""
+    path = workspace.embeddings(choice.key, name, split)
+    inputs = {"store": store.fingerprint, **choice.facts}
+    if (path / MANIFEST).exists() and load_manifest(path, KIND)["inputs"] == inputs:
+        return Embeddings(path)
+    partial = path.with_name(f".{split}.partial")
+    start_shards(partial, inputs, report)
+    encoder = choice.open()
+    size, total, shards, made = encoder.shard_windows, store.num_windows, [], 0
+    with report.progress(f"embedding {name}/{split}", total, " windows") as advance:
+        for start in range(0, total, size):
+            windows = np.arange(start, min(start + size, total))
+            shard = partial / f"{start:010d}.npz"
+            shards.append(shard)
+            if not shard.exists():
+                if not made and (share := encoder.unknown(window_texts(store, tokenizer, windows[:200]))) > UNKNOWN:
+                    report.warn(
+                        f"the encoder {choice.facts['encoder']} does not know {share:.0%} of the pieces of {name}: "
+                        "take one for its language with clusters.encoder, or lsi, which learns from the generic set"
+                    )
+                begun = time.perf_counter()
+                found = encoder.encode(window_texts(store, tokenizer, windows)).astype(np.float16)
+                _require_finite(found, start, store)
+                save_shard(shard, embeddings=found)
+                made += 1
+                if made == 1:
+                    _announce(name, total - start - len(windows), len(windows) / (time.perf_counter() - begun), report)
+            advance(len(windows))
+    with new_artifact(path, KIND, inputs, mapped=(FILE,)) as (directory, info):
+        with open(directory / FILE, "wb") as file:
+            for shard in shards:
+                append_array(file, _read(shard))
+        info.update(windows=total, dims=encoder.dims)
+    shutil.rmtree(partial)
+    return Embeddings(path)
+
+
+def _read(shard: Path) -> np.ndarray:
+    try:
+        return read_shard(shard, "embeddings")[0]
+    except Damaged as error:
+        shard.unlink()
+        raise Damaged(f"{shard} was damaged and is removed: run the same command again, it makes it anew") from error
+
+
+def _require_finite(found: np.ndarray, start: int, store: Store) -> None:
+    bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
+    if len(bad):
+        raise SlmError(
+            f"the encoder gave window {start + bad[0]:,} of {store.directory} an embedding that is not finite "
+            f"({len(bad)} of {len(found)} there): choose another one with clusters.encoder"
+        )
+
+
+def _announce(name: str, windows: int, rate: float, report: Report) -> None:
+    if windows / rate > 600:
+        report.line(
+            f"embedding the other {windows:,} windows of {name} takes about {duration(windows / rate)} on this machine "
+            f"({rate:.0f} windows/s); clusters.encoder=static or lsi does thousands a second"
+        )
+        if not report.confirm("go on?"):
+            raise Interrupted("not started; the first shard is kept")

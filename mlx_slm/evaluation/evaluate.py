@@ -1,0 +1,144 @@
+"""Perplexity of models on held-out sets, and the record of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+
+import numpy as np
+
+from mlx_slm.config.schema import Config
+from mlx_slm.errors import SlmError
+from mlx_slm.experts.bundle import bundle_at, find_source, install_bundle
+from mlx_slm.experts.experts import FREQUENT, HISTOGRAM, Experts, has_experts
+from mlx_slm.export.model import check_model, find_model, load_any
+from mlx_slm.models.transformer import Transformer
+from mlx_slm.report import Report, perplexity
+from mlx_slm.storage.records import append_json
+from mlx_slm.storage.workspace import EVALUATIONS, Workspace
+from mlx_slm.text.store import Store, first_windows
+from mlx_slm.training.scoring import Score, Scorer, routed_nll, score_of
+
+
+def macro_perplexity(scores: list[Score]) -> float:
+    """exp of the mean over sets of nats per token, so that every set has the same weight (section 3)."""
+    return perplexity(math.fsum(score.nll for score in scores) / len(scores))
+
+
+def evaluate_models(
+    workspace: Workspace,
+    config: Config,
+    models: list[str],
+    domains: list[str],
+    split: str,
+    report: Report,
+    expert: str | None = None,
+    tokens: int | None = None,
+) -> dict:
+    """Score models (default: all that are exported) on sets (default: all domains); keeps a record in results/.
+
+    A run with experts reads each window through the expert of its cluster, or all through `expert`: its number,
+    `frequent` or `histogram`, by the first `tokens` tokens of the set's train split (None: all), as `specialize` does.
+    Returns `{"results": [...], "macro": [...]}` (DESIGN, "The commands").
+    """
+    models = models or list(dict.fromkeys([*workspace.models(), *workspace.adapters()]))
+    sets = domains or [name for name in workspace.sets() if name != config.data.generic]
+    if not models:
+        raise SlmError(f"no model in {workspace.root} yet: `mlx-slm pretrain` or `mlx-slm specialize` makes one")
+    experts = {name: find_experts(workspace, name, report) for name in models}
+    if expert is not None and (single := next((name for name, found in experts.items() if found is None), None)):
+        raise SlmError(f"--expert {expert}: {single} is a single model; it is for runs of the methods pn and mix")
+    if not sets:
+        raise SlmError("no domain is prepared: name a set with --domain, or run `mlx-slm prepare NAME SOURCE...`")
+    stores = {name: Store(workspace.require_set(name, split)) for name in sets}
+    for name in [name for name, store in stores.items() if not store.num_windows and not domains]:
+        report.warn(f"{name} has no {split} split, so it is left out")
+        del stores[name]
+    workspace.results.mkdir(parents=True, exist_ok=True)
+    results, macro = [], []
+    for name in models:
+        evaluated, scores = Evaluated(workspace, config, name, report, experts[name]), []
+        for set_name in stores:
+            score, how = evaluated.score(set_name, split, expert, tokens)
+            scores.append(score)
+            results.append({"model": name, "set": set_name, "split": split, **asdict(score), **how})
+            append_json(workspace.results / EVALUATIONS, results[-1])
+        if scores:
+            macro.append({"model": name, "sets": list(stores), "perplexity": macro_perplexity(scores)})
+    return {"results": results, "macro": macro}
+
+
+class Evaluated:
+    """A model, or the experts of a run, ready to score sets."""
+
+    def __init__(self, workspace: Workspace, config: Config, name: str, report: Report, experts: Experts | None):
+        self.workspace, self.config, self.name, self.report, self.experts = workspace, config, name, report, experts
+        if experts:
+            self.model, self.tokenizer = Transformer(experts.run.shape), experts.run.record["inputs"]["tokenizer"]
+        else:
+            self.model, self.tokenizer = load_any(workspace, name)
+        self.scorer = Scorer(self.model)
+
+    def score(
+        self,
+        set_name: str,
+        split: str,
+        expert: str | None = None,
+        domain_tokens: int | None = None,
+        limit: int | None = None,
+    ) -> tuple[Score, dict]:
+        """(score on a split, how its windows were routed). `limit`: score on about so many tokens of it (None: all)."""
+        store = Store(self.workspace.require_set(set_name, split))
+        _require_readable(self.name, self.model, self.tokenizer, set_name, store)
+        windows = np.arange(store.num_windows)
+        if limit and limit < store.num_tokens:
+            windows = first_windows(store, limit, self.config.data.seed)
+        experts, how = self.experts, {}
+        if experts and expert is None:
+            place = experts.assigned(self.config, set_name, split, self.report).clusters[:][windows]
+            nll = routed_nll(self.model, self.scorer, experts.parameters, store, windows, place, self.report)
+            return score_of(store, windows, nll), {"routing": "cluster"}
+        if experts:
+            which, how = _one_expert(experts, self.config, set_name, expert, domain_tokens, self.report)
+            self.model.update(experts.parameters(which))
+        return self.scorer(store, windows, report=self.report), how
+
+
+def find_experts(workspace: Workspace, name: str, report: Report) -> Experts | None:
+    """The experts of a run, or of a bundle whose parts are taken into the workspace; None for a single model.
+
+    Raises SlmError for an unknown name.
+    """
+    if bundle := bundle_at(workspace, name):
+        install_bundle(workspace, bundle, report)
+    else:
+        check_model(workspace, name)
+        if find_model(workspace, name):
+            return None
+    run = find_source(workspace, name)
+    return Experts(workspace, run) if has_experts(run) else None
+
+
+def _one_expert(
+    experts: Experts, config: Config, set_name: str, expert: str, tokens: int | None, report: Report
+) -> tuple[int | np.ndarray, dict]:
+    """(the expert that scores all of a set, how it is named in the results)."""
+    if expert.isascii() and expert.isdecimal():
+        return int(expert), {"routing": "expert", "expert": int(expert)}
+    if expert not in (FREQUENT, HISTOGRAM):
+        raise SlmError(f"--expert {expert}: give the number of an expert, {FREQUENT} or {HISTOGRAM}")
+    train = Store(experts.workspace.require_set(set_name, "train"))
+    shares = experts.histogram(config, set_name, first_windows(train, tokens, config.data.seed), report)
+    if expert == HISTOGRAM:
+        return shares, {"routing": HISTOGRAM}
+    return int(shares.argmax()), {"routing": FREQUENT, "expert": int(shares.argmax())}
+
+
+def _require_readable(name: str, model: Transformer, tokenizer: str, set_name: str, store: Store) -> None:
+    if store.manifest["inputs"]["tokenizer"] != tokenizer:
+        raise SlmError(f"{name} and data/{set_name} were made with different tokenizers: prepare or train one anew")
+    if store.context_length > model.shape.context_length:
+        raise SlmError(
+            f"{name} has a context of {model.shape.context_length} tokens, data/{set_name} windows of "
+            f"{store.context_length}: prepare the set with the model's data.context_length"
+        )

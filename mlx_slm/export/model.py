@@ -1,0 +1,193 @@
+"""A run -> a plain model directory that mlx-lm and transformers load, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from mlx.utils import tree_flatten
+
+from mlx_slm.errors import SlmError, nearest
+from mlx_slm.files import Damaged, load_tokenizer_json, read_json, require_form, require_safetensors
+from mlx_slm.models.families import FAMILIES
+from mlx_slm.models.lora import Lora
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import Transformer, parameter_shapes
+from mlx_slm.storage.arrays import read_safetensors, save_arrays
+from mlx_slm.storage.artifacts import MANIFEST, is_litter, load_manifest, new_artifact, verify
+from mlx_slm.storage.forms import ConfigForm, TokenizerSettings
+from mlx_slm.storage.records import write_json
+from mlx_slm.storage.workspace import Workspace
+from mlx_slm.text.hub_tokenizer import open_tokenizer
+from mlx_slm.text.tokenizer import Tokenizer
+from mlx_slm.training.runs import Run, find_run
+
+KIND, ADAPTER = "model", "adapter"
+
+
+def export_run(workspace: Workspace, run: Run, fuse: bool = False) -> None:
+    """Write the run's weights to `models/<run>`, unless they are there.
+
+    Those of LoRA go to `adapters/<run>` in mlx-lm's format, and, with `fuse`, as a plain model to `models/<run>` too.
+    """
+    step, inputs = run.weights_step(), run.record["inputs"]
+    made_from = {"run": run.name, "step": step, "method": run.record["method"], "tokenizer": inputs["tokenizer"]}
+    info = {key: run.record.get(key) for key in ("tokens", "seconds", "device", "valid_nll", "started", "selection")}
+    lora = lora_of(run)
+    if lora and not _is_written(workspace.adapter(run.name), ADAPTER, run):
+        arrays, config = lora.to_mlx_lm(run.weights())
+        with new_artifact(workspace.adapter(run.name), ADAPTER, made_from | {"base": inputs["from"]}) as (path, facts):
+            facts.update(info, parameters=lora.num_parameters)
+            save_arrays(path / "adapters.safetensors", arrays)
+            write_json(path / "adapter_config.json", config)
+    if (fuse or not lora) and not _is_written(workspace.model(run.name), KIND, run):
+        parameters, tokenizer = weights_of(workspace, run), open_tokenizer(workspace.tokenizer)
+        export_model(workspace.model(run.name), run.shape, parameters, tokenizer, made_from, info)
+
+
+def _is_written(path: Path, kind: str, run: Run) -> bool:
+    return (path / MANIFEST).exists() and load_manifest(path, kind)["info"].get("started") == run.record["started"]
+
+
+def lora_of(run: Run) -> Lora | None:
+    """The adapters of a run that trained some."""
+    settings = run.record["inputs"].get("lora")
+    return Lora(run.shape, **settings) if settings else None
+
+
+def weights_of(workspace: Workspace, run: Run) -> dict:
+    """Parameters of the run's model: its weights, or those of the run it started from with its adapters applied."""
+    lora = lora_of(run)
+    if lora is None:
+        return run.weights()
+    origin = run.record["inputs"]["from"]
+    base = find_run(workspace, origin["run"])
+    if base.identity != origin["is"]:
+        raise SlmError(
+            f"run {base.name} was trained anew since {run.name} adapted it: specialise it again with --lora and --fresh"
+        )
+    start = weights_of(workspace, dataclasses.replace(base, milestone=origin["step"]))
+    return lora.applied(start, run.weights())
+
+
+def export_model(path: Path, shape: Shape, parameters: dict, tokenizer: Tokenizer, inputs: dict, info: dict) -> Path:
+    """Write config.json, model.safetensors, the tokenizer and a model card."""
+    with new_artifact(path, KIND, inputs) as (directory, facts):
+        facts.update(info, parameters=shape.num_parameters, shape=shape.to_dict())
+        (directory / "config.json").write_text(json.dumps(huggingface_config(shape, tokenizer.eos_id), indent=1))
+        save_arrays(directory / "model.safetensors", FAMILIES[shape.family].to_hub(parameters), {"format": "pt"})
+        for file in tokenizer.files:
+            shutil.copyfile(tokenizer.directory / file, directory / file)
+        (directory / "README.md").write_text(_model_card(path.name, shape, inputs))
+    return path
+
+
+def huggingface_config(shape: Shape, eos_id: int) -> dict:
+    """config.json for transformers and mlx-lm."""
+    family = FAMILIES[shape.family]
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        "vocab_size": shape.vocab_size,
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+        "tie_word_embeddings": shape.tied,
+        "dtype": "float32",
+        **family.to_hub_config(shape),
+    }
+
+
+def load_exported(path: Path) -> tuple[Transformer, dict]:
+    """Return (model, manifest) of an exported directory after checking every byte."""
+    manifest = load_manifest(path, KIND)
+    verify(path, manifest)
+    shape = Shape(**manifest["info"]["shape"])
+    model = Transformer(shape)
+    weights = FAMILIES[shape.family].from_hub(read_safetensors(path / "model.safetensors"))
+    found = {name: value.shape for name, value in tree_flatten(weights)}
+    if found != parameter_shapes(shape):
+        raise Damaged(
+            f"{path / 'model.safetensors'} does not fit the shape in {MANIFEST}; remove {path}, make it again"
+        )
+    model.update(weights)
+    return model, manifest
+
+
+def load_any(workspace: Workspace, name: str) -> tuple[Transformer, str]:
+    """Return (model, fingerprint of its tokenizer) of an exported model, by name or directory, or of a run."""
+    path = find_model(workspace, name)
+    if path:
+        model, manifest = load_exported(path)
+        return model, manifest["inputs"]["tokenizer"]
+    check_model(workspace, name)
+    run = find_run(workspace, name)
+    model = Transformer(run.shape)
+    model.update(weights_of(workspace, run))
+    return model, run.record["inputs"]["tokenizer"]
+
+
+def find_model(workspace: Workspace, name: str) -> Path | None:
+    """The directory of an exported model, by name or path; None if there is none."""
+    return next((p for p in (workspace.root / "models" / name, Path(name)) if (p / MANIFEST).exists()), None)
+
+
+def check_model(workspace: Workspace, name: str) -> None:
+    """Raise SlmError, with the known models and runs, for a name that `load_any` would not find."""
+    if not find_model(workspace, name) and name.partition("@")[0] not in workspace.runs():
+        raise SlmError(_unknown(workspace, name, [*workspace.models(), *workspace.runs()]))
+
+
+def require_model(workspace: Workspace, name: str) -> Path:
+    """The directory of a model to run: an exported one, or any directory with a config.json; raises SlmError."""
+    path = find_model(workspace, name)
+    if path is None and (Path(name) / "config.json").exists():
+        path = Path(name)
+    if path is None:
+        raise SlmError(_unknown(workspace, name, workspace.models()))
+    check_directory(path)
+    return path
+
+
+def check_directory(path: Path) -> None:
+    """Raise SlmError for a model directory that is damaged, of unknown form, or wants to run code of its own."""
+    if (path / MANIFEST).exists():
+        verify(path, load_manifest(path, KIND))
+    config = read_json(path / "config.json", ConfigForm)
+    if {"model_file", "auto_map"} & set(config):
+        raise SlmError(f"{path / 'config.json'}: the model brings code of its own, which is not run here")
+    if config["model_type"] in FAMILIES:
+        require_form(config, FAMILIES[config["model_type"]].form, path / "config.json")
+    weights = sorted(file for file in path.glob("*.safetensors") if not is_litter(file))
+    if not weights:
+        raise SlmError(f"{path}: no safetensors weights there")
+    for file in weights:
+        require_safetensors(file)
+    if (path / "tokenizer.json").exists():
+        load_tokenizer_json(path / "tokenizer.json")
+    if (path / "tokenizer_config.json").exists():
+        read_json(path / "tokenizer_config.json", TokenizerSettings)
+
+
+def _unknown(workspace: Workspace, name: str, known: list[str]) -> str:
+    listed = ", ".join(dict.fromkeys(known)) or "none yet; `mlx-slm specialize` makes one"
+    return f"no model {name!r} in {workspace.root}{nearest(name, known)}; known: {listed}"
+
+
+def _model_card(name: str, shape: Shape, inputs: dict) -> str:
+    origin = "\n".join(f"- {key}: {value}" for key, value in inputs.items())
+    return f"""---
+library_name: mlx
+tags: [mlx, mlx-slm]
+---
+
+# {name}
+
+A language model of {shape.num_parameters:,} parameters ({shape.family}, vocabulary {shape.vocab_size:,}, context
+{shape.context_length:,}), trained with mlx-slm.
+
+{origin}
+
+Run it with `mlx_lm.generate --model . --prompt "..."`, or load it with transformers. Text starts after `</s>`.
+"""

@@ -1,0 +1,84 @@
+"""A model directory of a known family, in the layout of mlx-lm or of the Hub, as the start of a pretraining."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_slm.errors import SlmError
+from mlx_slm.files import read_json, require_form
+from mlx_slm.models.families import FAMILIES
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import Transformer
+from mlx_slm.storage.arrays import read_safetensors
+from mlx_slm.storage.artifacts import is_litter, sha256
+from mlx_slm.storage.forms import ConfigForm
+from mlx_slm.storage.records import fingerprint
+
+
+class Pretrained:
+    """A model directory: `shape` for windows of `context_length` tokens, `parameters()` in fp32, `fingerprint`."""
+
+    def __init__(self, directory: Path, context_length: int):
+        self.directory = Path(directory)
+        if not (self.directory / "config.json").exists():
+            raise SlmError(f"--init-from {directory}: no config.json there; name a model directory")
+        self.config = read_json(self.directory / "config.json", ConfigForm)
+        self._files = sorted(p for p in self.directory.glob("*.safetensors") if not is_litter(p))
+        if not self._files:
+            raise SlmError(f"--init-from {directory}: no safetensors weights there")
+        if "quantization" in self.config or "quantization_config" in self.config:
+            raise SlmError(
+                f"--init-from {directory}: its weights are quantised; dequantise them first: "
+                f"mlx_lm.convert --hf-path {directory} --mlx-path NEW -d"
+            )
+        self.shape = _shape(self.config, self.directory, context_length)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint([sha256(path) for path in self._files])
+
+    def parameters(self) -> dict:
+        """Parameters for a `Transformer(shape)`; raises SlmError naming what is missing or has another shape."""
+        weights: dict[str, mx.array] = {}
+        for path in self._files:
+            weights |= read_safetensors(path)
+        family = FAMILIES[self.shape.family]
+        wanted = {name: value.shape for name, value in tree_flatten(Transformer(self.shape).parameters())}
+        named = dict(tree_flatten(family.from_hub(family.cut(weights, self.shape.context_length))))
+        wrong = [
+            f"{name} {named[name].shape if name in named else 'is missing'}, expected {shape}"
+            for name, shape in wanted.items()
+            if name not in named or named[name].shape != shape
+        ]
+        if wrong:
+            raise SlmError(f"--init-from {self.directory}: weights do not fit config.json: {'; '.join(wrong[:3])}")
+        kept = {name: mx.contiguous(named[name].astype(mx.float32)) for name in wanted}
+        return tree_unflatten(list(kept.items()))
+
+
+def _shape(config: dict, directory: Path, context_length: int) -> Shape:
+    family = FAMILIES.get(config["model_type"])
+    if family is None:
+        raise SlmError(
+            f"--init-from {directory}: a model of type {config['model_type']!r}; supported: {', '.join(FAMILIES)}"
+        )
+    require_form(config, family.form, directory / "config.json")
+    refused = [f"{key} is {config[key]}" for key, value in family.computes.items() if config.get(key, value) != value]
+    refused += family.refused(config)
+    shape = Shape(family.name, context_length=context_length, **family.from_hub_config(config))
+    try:
+        family.check(shape)
+    except ValueError as error:
+        raise SlmError(f"--init-from {directory}: config.json: {error}") from error
+    if refused:
+        raise SlmError(f"--init-from {directory}: not supported: {', '.join(refused)}")
+    longest = config.get("n_positions") or config.get("max_position_embeddings") or 0
+    if longest < context_length:
+        raise SlmError(
+            f"--init-from {directory}: it reads {longest} tokens, data.context_length is {context_length}: "
+            f"set data.context_length={longest} and prepare the text anew"
+        )
+    return shape

@@ -1,0 +1,190 @@
+"""The llama family: RMSNorm, rotary positions, SwiGLU, as many heads of keys and values as are asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+from pydantic import Field, StrictBool, StrictInt, StrictStr
+
+from mlx_slm.fields import MAX_LAYERS, Form, StrictDimension, StrictNormEps, StrictRopeTheta
+from mlx_slm.models.family import Adapted, Family
+from mlx_slm.models.layers import Linear, RMSNorm, attend, split_heads
+from mlx_slm.models.ops import swiglu
+
+if TYPE_CHECKING:
+    from mlx_slm.models.shape import Heads, Shape
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
+        d, width, kv_width = shape.dims, shape.num_heads * shape.head_dims, shape.num_kv_heads * shape.head_dims
+        self.scale = shape.head_dims**-0.5
+        self.q_proj = Linear(d, width, bias=False)
+        self.k_proj = Linear(d, kv_width, bias=False)
+        self.v_proj = Linear(d, kv_width, bias=False)
+        self.o_proj = Linear(width, d, bias=False)
+        self.rope = nn.RoPE(shape.head_dims, base=shape.rope_theta)
+
+    def queries(self, x: mx.array) -> mx.array:
+        """[B, num_heads, L, head_dims], before their positions."""
+        return split_heads(self.q_proj(x), self.num_heads)
+
+    def keys(self, x: mx.array) -> mx.array:
+        """[B, num_kv_heads, L, head_dims], before their positions."""
+        return split_heads(self.k_proj(x), self.num_kv_heads)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        q, k = self.rope(self.queries(x)), self.rope(self.keys(x))
+        v = split_heads(self.v_proj(x), self.num_kv_heads)
+        return self.o_proj(attend(q, k, v, self.scale))
+
+
+class MLP(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.gate_proj = Linear(shape.dims, shape.hidden_dims, bias=False)
+        self.up_proj = Linear(shape.dims, shape.hidden_dims, bias=False)
+        self.down_proj = Linear(shape.hidden_dims, shape.dims, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, shape: Shape, attention: type[Attention]):
+        super().__init__()
+        self.self_attn = attention(shape)
+        self.mlp = MLP(shape)
+        self.input_layernorm = RMSNorm(shape.dims, eps=shape.norm_eps)
+        self.post_attention_layernorm = RMSNorm(shape.dims, eps=shape.norm_eps)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        h = x + self.self_attn(self.input_layernorm(x))
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Body(nn.Module):
+    attention: type[Attention] = Attention
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.dims)
+        self.layers = [Block(shape, self.attention) for _ in range(shape.num_layers)]
+        self.norm = RMSNorm(shape.dims, eps=shape.norm_eps)
+
+    def __call__(self, tokens: mx.array, run_layer) -> mx.array:
+        h = self.embed_tokens(tokens).astype(self.layers[0].self_attn.q_proj.weight.dtype)
+        for layer in self.layers:
+            h = run_layer(layer, h)
+        return self.norm(h)
+
+
+class RopeForm(Form):
+    rope_type: StrictStr | None = None
+    type: StrictStr | None = None
+    rope_theta: StrictRopeTheta | None = None
+
+
+class LlamaForm(Form):
+    hidden_size: StrictDimension
+    num_hidden_layers: Annotated[StrictInt, Field(ge=1, le=MAX_LAYERS)]
+    intermediate_size: StrictDimension
+    num_attention_heads: StrictDimension
+    num_key_value_heads: StrictDimension | None = None
+    head_dim: StrictDimension | None = None
+    vocab_size: StrictDimension
+    max_position_embeddings: Annotated[StrictInt, Field(ge=1, le=1 << 30)] | None = None
+    rope_theta: StrictRopeTheta | None = None
+    rope_parameters: RopeForm | None = None
+    rope_scaling: RopeForm | None = None
+    rms_norm_eps: StrictNormEps = 1e-6
+    tie_word_embeddings: StrictBool = False
+
+
+class Llama(Family):
+    name, summary = "llama", "RMSNorm, RoPE, SwiGLU"
+    body, embedding, looked_up = Body, "embed_tokens", ("embed_tokens.weight",)
+    into_residual = ("o_proj", "down_proj")
+    projected = tuple(f"model.layers.{{}}.mlp.{part}_proj" for part in ("gate", "up", "down"))
+    form, architecture = LlamaForm, "LlamaForCausalLM"
+    computes: ClassVar = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+    def default_hidden_dims(self, dims: int) -> int:
+        return -(-dims * 8 // 96) * 32
+
+    def check(self, of: Heads) -> None:
+        if of.dims % of.num_heads:
+            raise ValueError(f"dims {of.dims} is not a multiple of num_heads {of.num_heads}")
+        if of.head_dims not in (None, of.dims // of.num_heads):
+            raise ValueError(f"head_dims is dims / num_heads = {of.dims // of.num_heads} for family {self.name}")
+        if of.dims // of.num_heads % 2:
+            raise ValueError(f"dims / num_heads = {of.dims // of.num_heads} must be even for rotary positions")
+        super().check(of)
+
+    def layer_products(self, shape: Shape) -> int:
+        attention = 2 * shape.dims * shape.head_dims * (shape.num_heads + shape.num_kv_heads)
+        return attention + 3 * shape.dims * shape.hidden_dims
+
+    def layer_vectors(self, shape: Shape) -> int:
+        return 2 * shape.dims
+
+    def other_parameters(self, shape: Shape) -> int:
+        return shape.dims
+
+    def lora_targets(self, shape: Shape, layer: int) -> list[Adapted]:
+        widths = {"q_proj": shape.num_heads * shape.head_dims, "v_proj": shape.num_kv_heads * shape.head_dims}
+        names = {f"model.layers.{layer}.self_attn.{part}": width for part, width in widths.items()}
+        return [(name, f"{name}.weight", 0, width) for name, width in names.items()]
+
+    def lora_to_mlx_lm(self, shape: Shape, adapters: dict[str, mx.array]) -> tuple[dict[str, mx.array], list[str], int]:
+        named = {f"{name[:-2]}.lora_{name[-1]}": value for name, value in adapters.items()}
+        return named, ["self_attn.q_proj", "self_attn.v_proj"], 1
+
+    def to_hub_config(self, shape: Shape) -> dict:
+        return {
+            "hidden_size": shape.dims,
+            "intermediate_size": shape.hidden_dims,
+            "num_hidden_layers": shape.num_layers,
+            "num_attention_heads": shape.num_heads,
+            "num_key_value_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dims,
+            "max_position_embeddings": shape.context_length,
+            "rms_norm_eps": shape.norm_eps,
+            "rope_theta": shape.rope_theta,
+            **self.computes,
+        }
+
+    def from_hub_config(self, config: dict) -> dict:
+        heads = config["num_attention_heads"]
+        return {
+            "num_layers": config["num_hidden_layers"],
+            "dims": config["hidden_size"],
+            "hidden_dims": config["intermediate_size"],
+            "num_heads": heads,
+            "num_kv_heads": config.get("num_key_value_heads") or heads,
+            "vocab_size": config["vocab_size"],
+            "rope_theta": _rope(config).get("rope_theta") or config.get("rope_theta", 10_000.0),
+            "norm_eps": config.get("rms_norm_eps", 1e-6),
+            "tied": config.get("tie_word_embeddings", False),
+        }
+
+    def refused(self, config: dict) -> list[str]:
+        rope, found = _rope(config), []
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            found.append(f"rope_scaling is {rope}")
+        if not self.takes_head_dim(config):
+            found.append(f"head_dim is {config['head_dim']}")
+        return found
+
+    def takes_head_dim(self, config: dict) -> bool:
+        """Whether heads of the size that config.json gives are supported: here hidden_size / num_attention_heads."""
+        heads = config["num_attention_heads"]
+        return (config.get("head_dim") or config["hidden_size"] // heads) * heads == config["hidden_size"]
+
+
+def _rope(config: dict) -> dict:
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -1,0 +1,66 @@
+"""Which expert a domain gets (sections 2.5 and 4.3, Table 5), before it is fine-tuned."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from mlx_slm.config.schema import Config
+from mlx_slm.experts.experts import FREQUENT, HISTOGRAM, Experts
+from mlx_slm.models.transformer import Transformer
+from mlx_slm.report import Report
+from mlx_slm.text.store import Store, first_windows
+from mlx_slm.training.scoring import Scorer, score_of
+
+
+def select_expert(
+    experts: Experts, select: str, config: Config, domain: str, store: Store, windows: np.ndarray, report: Report
+) -> dict:
+    """The choice by `select` (all but `finetuned`) for the windows of a domain set in its train split, as a record:
+
+    `{"select", "expert": int | None, "histogram": [k] | None, "share", "scores": {expert: nats per token} | None,
+    "cost": {"tokens", "seconds"}}`, where the cost is that of the scoring. Raises SlmError if there is no such expert.
+    """
+    shares = experts.histogram(config, domain, windows, report)
+    begun = time.perf_counter()
+    found = {"select": select, "expert": None, "histogram": None, "scores": None}
+    tokens = 0
+    if select == HISTOGRAM:
+        found["histogram"] = shares.tolist()
+    elif select == FREQUENT:
+        found["expert"] = int(shares.argmax())
+    else:
+        size = min(config.finetuning.select_tokens, store.num_tokens)
+        sample = windows[np.isin(windows, first_windows(store, size, config.data.seed))]
+        scores = score_experts(experts, store, sample, report)
+        found |= {"scores": scores, "expert": int(min(scores, key=scores.get))}
+        tokens = int(store.lengths(sample).sum()) * len(scores)
+    found["share"] = None if found["expert"] is None else float(shares[found["expert"]])
+    return found | {"cost": {"tokens": tokens, "seconds": round(time.perf_counter() - begun, 2)}}
+
+
+def chosen(experts: Experts, selection: dict) -> dict:
+    """Parameters of the expert that a record of `select_expert` names."""
+    found = selection["histogram"]
+    return experts.parameters(selection["expert"] if found is None else np.array(found))
+
+
+def score_experts(experts: Experts, store: Store, windows: np.ndarray, report: Report) -> dict[int, float]:
+    """Nats per token of every trained expert on the same windows; raises SlmError if there is none."""
+    model = Transformer(experts.run.shape)
+    scorer, scores = Scorer(model), {}
+    with report.progress("scoring the experts", len(experts.trained), " experts") as advance:
+        for number in experts.require_trained():
+            model.update(experts.parameters(number))
+            scores[number] = score_of(store, windows, scorer.window_nll(store, windows)).nll
+            advance(1)
+    return scores
+
+
+def describe(selection: dict) -> str:
+    """The choice in words."""
+    if selection["expert"] is None:
+        return "the experts combined by the domain's histogram"
+    share = f", {selection['share']:.0%} of the domain" if selection["share"] is not None else ""
+    return f"expert {selection['expert']} ({selection['select']}{share})"

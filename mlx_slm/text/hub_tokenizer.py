@@ -1,0 +1,129 @@
+"""A tokenizer that came with a model: its `tokenizer.json`, in place of a trained one (`pretrain --init-from`)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from mlx_slm.errors import SlmError
+from mlx_slm.files import Damaged, load_tokenizer_json, read_json
+from mlx_slm.storage.artifacts import load_manifest, new_artifact, sha256, verify
+from mlx_slm.storage.forms import ConfigForm, TokenizerSettings
+from mlx_slm.text.tokenizer import FILES, KIND, MODEL_FILE, SPACE, Tokenizer
+
+JSON_FILE, CONFIG_FILE = FILES
+
+
+class HuggingFaceTokenizer:
+    """The same interface as `Tokenizer`. Special tokens that are written out in a text are encoded as text."""
+
+    files = FILES
+
+    def __init__(self, directory: Path):
+        self.manifest = load_manifest(directory, KIND)
+        verify(directory, self.manifest)
+        self.directory = Path(directory)
+        self.fingerprint = self.manifest["files"][JSON_FILE]["sha256"]
+        self._tokenizer = load_tokenizer_json(self.directory / JSON_FILE)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.eos_id = self.manifest["info"].get("eos_id", -1)
+        if not 0 <= self.eos_id < self.vocab_size:
+            raise Damaged(f"{self.directory}: its end-of-text token {self.eos_id} is not one of its tokens")
+        self.token_bytes = self._token_bytes()
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, without special ids."""
+        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def decode_all(self, batch: list[list[int]]) -> list[str]:
+        """Texts of many lists of ids."""
+        return self._tokenizer.decode_batch(batch, skip_special_tokens=True)
+
+    def _token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for: exact for byte-level BPE, and for sentencepiece's but a first space."""
+        settings = json.loads(self._tokenizer.to_str())
+        byte_level = "ByteLevel" in json.dumps([settings["decoder"], settings["pre_tokenizer"]])
+        added = {token["id"]: token for token in settings["added_tokens"]}
+        found = np.zeros(self.vocab_size, np.uint8)
+        for piece, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if index in added:
+                size = 0 if added[index]["special"] else len(piece.encode())
+            elif byte_level:
+                size = len(piece)
+            elif len(piece) == 6 and piece.startswith("<0x"):
+                size = 1
+            else:
+                size = len(piece.replace(SPACE, " ").encode())
+            if index < len(found):
+                found[index] = min(size, 255)
+        return found
+
+
+def open_tokenizer(directory: Path) -> Tokenizer | HuggingFaceTokenizer:
+    """The workspace's tokenizer, trained or taken from a model."""
+    files = load_manifest(directory, KIND)["files"]
+    if JSON_FILE not in files or not all("sha256" in entry for entry in files.values()):
+        raise Damaged(f"{directory} is not a tokenizer with its {JSON_FILE}; remove it and make it again")
+    return Tokenizer(directory) if MODEL_FILE in files else HuggingFaceTokenizer(directory)
+
+
+def import_tokenizer(model: Path, directory: Path, inputs: dict) -> Tokenizer | HuggingFaceTokenizer:
+    """Write the tokenizer of a model directory to `directory`; one that we exported stays a sentencepiece model.
+
+    Raises SlmError if there is no tokenizer.json, or no end-of-text token.
+    """
+    require_tokenizer_json(model)
+    settings = read_json(model / CONFIG_FILE, TokenizerSettings) if (model / CONFIG_FILE).exists() else {}
+    ours = (model / MODEL_FILE).exists() and settings.get("tokenizer_class") == "PreTrainedTokenizerFast"
+    with new_artifact(directory, KIND, inputs) as (path, info):
+        for name in (MODEL_FILE, *FILES) if ours else FILES:
+            if (model / name).exists():
+                shutil.copyfile(model / name, path / name)
+        if not ours:
+            info["eos_id"] = _end_of_text(model, settings)
+            if not settings:
+                _write_config(path, info["eos_id"])
+    return open_tokenizer(directory)
+
+
+def _write_config(directory: Path, eos_id: int) -> None:
+    """A tokenizer_config.json for a model that has none, so that what is exported has one."""
+    end = load_tokenizer_json(directory / JSON_FILE).id_to_token(eos_id)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end}
+    (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=1))
+
+
+def tokenizer_of(model: Path) -> set[str]:
+    """The fingerprints that the tokenizer of a model directory may have in a workspace."""
+    require_tokenizer_json(model)
+    return {sha256(model / name) for name in (JSON_FILE, MODEL_FILE) if (model / name).exists()}
+
+
+def require_tokenizer_json(model: Path) -> None:
+    if not (model / JSON_FILE).exists():
+        raise SlmError(
+            f"{model} has no {JSON_FILE}: load its tokenizer with transformers' AutoTokenizer and save it there with "
+            "save_pretrained"
+        )
+
+
+def _end_of_text(model: Path, settings: dict) -> int:
+    token = settings.get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    found = load_tokenizer_json(model / JSON_FILE).token_to_id(token) if token else None
+    if found is None and (model / "config.json").exists():
+        named = read_json(model / "config.json", ConfigForm).get("eos_token_id")
+        found = named[0] if isinstance(named, list) else named
+    if found is None:
+        raise SlmError(f"{model}: no end-of-text token: name one as eos_token in {CONFIG_FILE}")
+    return int(found)

@@ -1,0 +1,422 @@
+"""Projected networks and mixtures as a user has them: pretraining, resuming, choosing, routing, handing over."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import KILLED, call, copy_of, experts_of
+from mlx.utils import tree_flatten
+from training.test_trainer import assert_same, everything
+
+from mlx_slm.cli import run
+from mlx_slm.clustering.importance import histogram
+from mlx_slm.config.schema import MixtureConfig
+from mlx_slm.errors import Interrupted, SlmError
+from mlx_slm.evaluation.evaluate import evaluate_models
+from mlx_slm.experts.bundle import find_source
+from mlx_slm.experts.experts import Experts
+from mlx_slm.experts.geometry import geometry
+from mlx_slm.experts.handover import export_bundle
+from mlx_slm.export.model import load_exported
+from mlx_slm.models.transformer import Transformer
+from mlx_slm.pretraining import pretrain as pretraining
+from mlx_slm.pretraining.pretrain import pretrain
+from mlx_slm.report import Report
+from mlx_slm.specialization.selection import score_experts, select_expert
+from mlx_slm.specialization.specialize import specialize
+from mlx_slm.storage.artifacts import load_manifest
+from mlx_slm.storage.records import write_record
+from mlx_slm.storage.workspace import Workspace
+from mlx_slm.text.store import Store, first_windows
+from mlx_slm.training.checkpoint import checkpoint_steps
+from mlx_slm.training.runs import alone_in, find_run, open_expert
+from mlx_slm.training.scoring import Scorer, validation_windows
+
+
+@pytest.fixture
+def own(with_experts, tmp_path) -> Workspace:
+    """A copy to write into."""
+    return copy_of(with_experts, tmp_path / "w")
+
+
+@pytest.mark.parametrize(("method", "calls"), [("pn", 9), ("mix", 10)])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(method, calls, with_experts, expert_config, tmp_path):
+    workspace = Workspace(tmp_path / "w")
+    shutil.copytree(with_experts.root, workspace.root)
+    shutil.rmtree(workspace.run(method))
+    arguments = ["pretrain", "--method", method, "--workspace", str(workspace.root)]
+    command = [sys.executable, "-c", KILLED.format(calls=calls), *arguments]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert not find_run(workspace, method).finished
+    pretrain(workspace, expert_config, method, Report())
+    names = [method] if method == "pn" else [f"mix/expert-{i}" for i in range(4)]
+    for name in names:
+        assert_same(workspace.root / "runs" / name, everything(with_experts.root / "runs" / name))
+
+
+def test_a_mixture_goes_on_expert_by_expert(own, expert_config, report):
+    before = {i: everything(open_expert(find_run(own, "mix"), i).path) for i in (1, 3)}
+    shutil.rmtree(own.run("mix"))
+    some = pretrain(own, expert_config, "mix", report, experts=[1, 3])
+    assert not some.finished and set(some.record["experts"]) == {1, 3}
+    assert experts_of(own, "mix").trained == [1, 3]
+    with pytest.raises(SlmError, match=r"expert 0 of run mix is not trained: run `mlx-slm pretrain --method mix .*0`"):
+        experts_of(own, "mix").parameters(0)
+    written = (own.run("mix") / "expert-1" / "run.json").stat().st_mtime_ns
+    whole = pretrain(own, expert_config, "mix", report)
+    assert whole.finished and set(whole.record["experts"]) == {0, 1, 2, 3}
+    assert (own.run("mix") / "expert-1" / "run.json").stat().st_mtime_ns == written
+    for i, expected in before.items():
+        assert_same(own.run("mix") / f"expert-{i}", expected)
+    assert whole.record["step"] == 4 * 3, "the horizon of 12 steps is shared by four experts"
+    with pytest.raises(SlmError, match=r"--experts 4: the mixture has the experts 0 to 3"):
+        pretrain(own, expert_config, "mix", report, experts=[4])
+
+
+def test_a_mixture_of_many_opens_no_more_files(own, expert_config, report, monkeypatch):
+    """macOS lets a process have 256 files open; each job had the assignments open for itself."""
+    opened = []
+    monkeypatch.setattr(pretraining, "_work", lambda *_: opened.append(len(os.listdir("/dev/fd"))))
+    for k in (2, 64):
+        config = expert_config.model_copy(update={"mixture": MixtureConfig(k=k)})
+        pretrain(own, config, "mix", report, name=f"mix{k}")
+    assert len(opened) > 40 and max(opened) - opened[0] <= 2, opened
+
+
+def test_an_expert_of_a_mixture_can_start_from_the_generic_run(own, expert_config, report):
+    budget = expert_config.model_copy(update={"mixture": MixtureConfig(k=4, tokens=256)})
+    pretrain(own, budget, "mix", report, name="upcycled", init_from=own.model("slm"), experts=[2])
+    record = open_expert(find_run(own, "upcycled"), 2).record
+    assert record["step"] == 1 and record["inputs"]["init_from"]
+    start = dict(tree_flatten(load_exported(own.model("slm"))[0].parameters()))
+    moved = dict(tree_flatten(open_expert(find_run(own, "upcycled"), 2).weights()))
+    change = max(mx.abs(moved[name] - start[name]).max().item() for name in start)
+    assert 0 < change < 1.1 * expert_config.training.learning_rate / 4, "one Adam step of the warm-up away"
+
+
+def test_a_network_can_start_from_the_generic_run(own, expert_config, report):
+    longer = expert_config.model_copy(update={"training": expert_config.training.model_copy(update={"steps": 1})})
+    pretrain(own, longer, "pn", report, name="grown", init_from=own.model("slm"))
+    start = dict(tree_flatten(load_exported(own.model("slm"))[0].parameters()))
+    network, step = experts_of(own, "grown").network, expert_config.training.learning_rate / 4
+    for name, T in network["T"].items():
+        assert mx.abs(T[0] - start[name]).max().item() < 1.1 * step, "one Adam step of the warm-up away"
+        assert mx.abs(T[1:]).max().item() < 1.1 * step
+    for name, value in tree_flatten(network["shared"]):
+        assert mx.abs(value - start[name]).max().item() < 1.1 * step
+
+
+def test_the_clusters_of_a_step_stay_as_a_run_began_with_them(own, expert_config, report, monkeypatch):
+    from mlx_slm.training import projected_step
+
+    auto = expert_config.projection.model_copy(update={"clusters_per_step": None})
+    config = expert_config.model_copy(update={"projection": auto})
+    for groups, fresh, expected in ((4, False, 4), (2, False, 4), (2, True, 2)):
+        monkeypatch.setattr(projected_step, "_most_groups", lambda *_, g=groups: g)
+        record = pretrain(own, config, "pn", report, name="auto", fresh=fresh).record
+        assert record["inputs"]["projection"]["clusters_per_step"] == expected
+    with pytest.raises(SlmError, match=r"run slm was started with another configuration"):
+        pretrain(own, config, "pn", report, name="slm")
+    fewer = config.model_copy(update={"training": config.training.model_copy(update={"batch_rows": 3})})
+    with pytest.raises(SlmError, match=r"run auto was started with another configuration .*batch_rows 8 -> 3"):
+        monkeypatch.setattr(projected_step, "_most_groups", lambda *_: 3)
+        pretrain(own, fewer, "pn", report, name="auto")
+
+
+def test_frequent_and_histogram_are_those_of_the_tokens(with_experts, expert_config):
+    experts, store = experts_of(with_experts, "pn"), Store(with_experts.data("notes", "train"))
+    windows = first_windows(store, 4000, 0)
+    place = experts.clusters.assigned("notes", "train").clusters[:]
+    lengths = store.windows[:]["length"]
+    counts = np.zeros(4)
+    for window in windows:
+        counts[place[window]] += lengths[window]
+    found = select_expert(experts, "histogram", expert_config, "notes", store, windows, Report())
+    np.testing.assert_allclose(found["histogram"], counts / counts.sum())
+    assert np.allclose(counts, histogram(place[windows], lengths[windows], 4))
+    frequent = select_expert(experts, "frequent", expert_config, "notes", store, windows, Report())
+    assert frequent["expert"] == counts.argmax() and frequent["share"] == pytest.approx(counts.max() / counts.sum())
+
+
+@pytest.mark.parametrize("name", ["pn", "mix"])
+def test_pretrained_takes_the_lowest_loss_on_the_domain_set(name, with_experts, expert_config):
+    experts, store = experts_of(with_experts, name), Store(with_experts.data("notes", "train"))
+    windows = first_windows(store, 4000, 0)
+    finetuning = expert_config.finetuning.model_copy(update={"select_tokens": 1500})
+    few = expert_config.model_copy(update={"finetuning": finetuning})
+    found = select_expert(experts, "pretrained", few, "notes", store, windows, Report())
+    sample = first_windows(store, 1500, 0)
+    by_hand = {}
+    for i in range(4):
+        model = Transformer(experts.run.shape)
+        model.update(experts.parameters(i))
+        by_hand[i] = Scorer(model)(store, sample).nll
+    assert found["expert"] == min(by_hand, key=by_hand.get) and len(set(by_hand.values())) == 4
+    assert found["scores"] == pytest.approx(by_hand, rel=1e-6)
+    assert found["cost"]["tokens"] == 4 * store.windows[:]["length"][sample].sum()
+
+
+@pytest.mark.parametrize(("name", "select"), [("pn", "frequent"), ("pn", "histogram"), ("mix", "pretrained")])
+def test_a_specialised_expert_is_a_plain_model(name, select, own, expert_config, report):
+    tuned = specialize(own, expert_config, "notes", report, name, 4000, select=select)
+    base = specialize(own, expert_config, "notes", report, "slm", 4000)
+    assert tuned.name == f"notes-{name}-{select}-4k"
+    layouts = []
+    for one in (tuned, base):
+        arrays = mx.load(str(own.model(one.name) / "model.safetensors"))
+        layouts.append({name: (value.shape, value.dtype) for name, value in arrays.items()})
+        layouts[-1]["files"] = sorted(p.name for p in own.model(one.name).iterdir())
+        layouts[-1]["config"] = json.loads((own.model(one.name) / "config.json").read_text())
+    assert layouts[0] == layouts[1]
+    sizes = [(own.model(one.name) / "model.safetensors").stat().st_size for one in (tuned, base)]
+    assert sizes[0] == sizes[1]
+    selection = load_manifest(own.model(tuned.name), "model")["info"]["selection"]
+    assert selection == json.loads(json.dumps(tuned.record["selection"])) and selection["select"] == select
+    for made in ("runs/pn", "runs/mix", "clusters"):
+        shutil.rmtree(own.root / made)
+    store = Store(own.data("notes", "valid"))
+    windows = validation_windows(store, expert_config.finetuning.eval_tokens, 0)
+    score = Scorer(load_exported(own.model(tuned.name))[0])(store, windows)
+    assert score.nll == pytest.approx(tuned.record["valid_nll"], rel=1e-6), "nothing of the network is needed"
+
+
+def test_finetuned_tries_all_and_keeps_the_best_and_goes_on_after_a_kill(own, expert_config, report):
+    tuned = specialize(own, expert_config, "notes", report, "mix", 4000, select="finetuned")
+    selection = tuned.record["selection"]
+    assert set(selection["scores"]) == {0, 1, 2, 3}
+    assert tuned.record["valid_nll"] == min(selection["scores"].values()) == selection["scores"][selection["expert"]]
+    alone = specialize(own, expert_config, "notes", report, "mix", 4000, name="alone")
+    assert alone.record["selection"]["select"] == "frequent", "a mixture's default"
+    other = alone.record["selection"]["expert"]
+    assert alone.record["valid_nll"] == selection["scores"][other]
+    assert not list(tuned.path.glob("expert-*"))
+    assert selection["cost"]["tokens"] > 3 * tuned.record["tokens"]
+
+    command = ["specialize", "--domain", "notes", "--from", "mix", "--tokens", "4k", "--select", "finetuned"]
+    command += ["--name", "killed", "--workspace", str(own.root)]
+    killed = [sys.executable, "-c", KILLED.format(calls=50), *command]
+    assert subprocess.run(killed, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert len(list(own.run("killed").glob("expert-*"))) == 2
+    assert run(command) == 0
+    again = find_run(own, "killed").record["selection"]
+    assert again["scores"] == json.loads(json.dumps(selection["scores"])) and again["expert"] == selection["expert"]
+
+
+@pytest.mark.parametrize("name", ["pn", "mix"])
+def test_evaluation_routes_each_window_through_its_clusters_expert(name, own, expert_config, report):
+    experts, store = experts_of(own, name), Store(own.data("notes", "test"))
+    found = evaluate_models(own, expert_config, [name], ["notes"], "test", report)["results"][0]
+    place = experts.clusters.assigned("notes", "test").clusters[:]
+    assert len(np.unique(place)) > 1
+    total = 0.0
+    for cluster in np.unique(place):
+        model = Transformer(experts.run.shape)
+        model.update(experts.parameters(int(cluster)))
+        total += Scorer(model).window_nll(store, np.flatnonzero(place == cluster)).sum()
+    assert found["routing"] == "cluster" and found["tokens"] == store.num_tokens
+    assert found["nll"] == pytest.approx(total / store.num_tokens, rel=1e-6)
+    one = evaluate_models(own, expert_config, [name], ["notes"], "test", report, expert="2")["results"][0]
+    model.update(experts.parameters(2))
+    assert one["nll"] == pytest.approx(Scorer(model)(store, np.arange(store.num_windows)).nll, rel=1e-6)
+    frequent = evaluate_models(own, expert_config, [name], ["notes"], "test", report, expert="frequent")["results"][0]
+    shares = experts.histogram(expert_config, "notes", np.arange(Store(own.data("notes", "train")).num_windows), report)
+    assert (frequent["routing"], frequent["expert"]) == ("frequent", shares.argmax())
+    if name == "pn":
+        mixed = evaluate_models(own, expert_config, [name], ["notes"], "test", report, expert="histogram")["results"][0]
+        model.update(experts.parameters(shares))
+        assert mixed["nll"] == pytest.approx(Scorer(model)(store, np.arange(store.num_windows)).nll, rel=1e-6)
+
+
+def test_validation_in_training_is_the_routed_one(with_experts, expert_config):
+    record = find_run(with_experts, "pn").record
+    experts, store = experts_of(with_experts, "pn"), Store(with_experts.data("generic", "valid"))
+    windows = validation_windows(store, expert_config.training.eval_tokens, 0)
+    place = experts.clusters.assigned("generic", "valid").clusters[:][windows]
+    total = 0.0
+    for cluster in np.unique(place):
+        model = Transformer(experts.run.shape)
+        model.update(experts.parameters(int(cluster)))
+        total += Scorer(model).window_nll(store, windows[place == cluster]).sum()
+    assert record["valid_nll"] == pytest.approx(total / store.windows[:]["length"][windows].sum(), rel=1e-6)
+
+
+def test_milestones_are_kept_and_stand_for_the_run(own, expert_config, tmp_path, report):
+    milestones = {"milestones": [512, 2048], "checkpoint_every": 2}
+    training = expert_config.training.model_copy(update=milestones)
+    config = expert_config.model_copy(update={"training": training})
+    pretrain(own, config, "pn", report, name="kept")
+    whole = find_run(own, "kept")
+    assert checkpoint_steps(whole.path) == [2, 8, 10, 12], "512 and 2,048 tokens, and the last two"
+    early = find_run(own, "kept@512")
+    assert early.weights_step() == 2 and whole.weights_step() == 12
+    tuned = specialize(own, config, "notes", report, "kept@512", 4000)
+    assert tuned.record["inputs"]["from"]["step"] == 2
+    assert tuned.record["selection"]["select"] == "histogram", "a network's default"
+    with pytest.raises(
+        SlmError, match=r"keeps no checkpoint after 1k tokens \(step 4; it has the steps 2, 8, 10, 12\)"
+    ):
+        find_run(own, "kept@1k")
+    with pytest.raises(SlmError, match="a mixture has no milestones"):
+        find_run(own, "mix@512")
+    export_bundle(own, early, tmp_path / "bundle")
+    handed = find_source(own, str(tmp_path / "bundle"))
+    assert handed.record["tokens"] < 520 and handed.finished
+    for name, value in tree_flatten(Experts(own, handed).parameters(1)):
+        assert mx.array_equal(value, dict(tree_flatten(Experts(own, early).parameters(1)))[name])
+
+
+class Declines(Report):
+    def confirm(self, question):
+        return False
+
+
+def test_a_mixture_is_announced_as_a_whole_and_a_no_keeps_it(own, expert_config, monkeypatch):
+    before = everything(own.run("mix") / "expert-2")
+    monkeypatch.setattr("mlx_slm.pretraining.pretrain.likely_flops", lambda: 1.0)
+    with pytest.raises(Interrupted, match="nothing was lost"):
+        pretrain(own, expert_config, "mix", Declines(), fresh=True)
+    assert_same(own.run("mix") / "expert-2", before)
+    assert find_run(own, "mix").finished
+
+
+def test_an_expert_that_is_trained_anew_is_missing_until_it_is_done(own, expert_config, tmp_path, report):
+    arguments = ["pretrain", "--method", "mix", "--fresh", "--experts", "2", "--workspace", str(own.root)]
+    started = find_run(own, "mix").identity
+    interrupt = KILLED.format(calls=2).replace("SIGKILL", "SIGINT")
+    assert (
+        subprocess.run([sys.executable, "-c", interrupt, *arguments], capture_output=True, check=False).returncode
+        == 130
+    )
+    run_ = find_run(own, "mix")
+    assert not run_.finished and set(run_.record["experts"]) == {"0", "1", "3"} and run_.identity != started
+    with pytest.raises(SlmError, match="run mix is not finished"):
+        export_bundle(own, run_, tmp_path / "b")
+    pretrain(own, expert_config, "mix", report)
+    assert find_run(own, "mix").finished
+    other = expert_config.model_copy(update={"training": expert_config.training.model_copy(update={"seed": 3})})
+    with pytest.raises(SlmError, match="start the whole mixture anew with --fresh and without --experts"):
+        pretrain(own, other, "mix", report, fresh=True, experts=[1])
+
+
+def test_two_processes_do_not_train_one_mixture(own, expert_config, report):
+    with alone_in(own.run("mix")), pytest.raises(SlmError, match="run mix is being trained by another process"):
+        pretrain(own, expert_config, "mix", report, fresh=True)
+    assert find_run(own, "mix").finished
+
+
+def test_a_choice_from_more_experts_is_another_run(own, expert_config, report):
+    shutil.rmtree(own.run("mix"))
+    pretrain(own, expert_config, "mix", report, experts=[1])
+    first = specialize(own, expert_config, "notes", report, "mix", 4000, select="pretrained")
+    assert set(first.record["selection"]["scores"]) == {1}
+    pretrain(own, expert_config, "mix", report)
+    with pytest.raises(SlmError, match="another configuration"):
+        specialize(own, expert_config, "notes", report, "mix", 4000, select="pretrained")
+    shutil.rmtree(own.run("mix"))
+    (own.run("mix")).mkdir()
+    shutil.copyfile(own.run("pn") / "config.yaml", own.run("mix") / "config.yaml")
+    record = find_run(own, "notes-mix-pretrained-4k").record
+    inputs = find_run(own, "pn").record["inputs"]
+    changes = {"method": "mix", "status": "running", "inputs": inputs | {"method": "mix"}}
+    write_record(own.run("mix") / "run.json", record | changes)
+    with pytest.raises(SlmError, match="run mix has no trained expert yet"):
+        specialize(own, expert_config, "notes", report, "mix", 4000, select="finetuned", name="y")
+
+
+def test_a_domain_of_few_tokens_is_scored_whole(own, expert_config, report):
+    store = Store(own.data("notes", "train"))
+    finetuning = expert_config.finetuning.model_copy(update={"select_tokens": store.num_tokens + 1, "max_steps": 2})
+    few = expert_config.model_copy(update={"finetuning": finetuning})
+    tuned = specialize(own, few, "notes", report, "pn", select="pretrained")
+    assert tuned.record["selection"]["cost"]["tokens"] == 4 * store.num_tokens
+
+
+def test_one_expert_for_all_is_chosen_as_specialising_chooses_it(own, expert_config, report):
+    tuned = specialize(own, expert_config, "notes", report, "pn", 4000, select="frequent")
+    row = evaluate_models(own, expert_config, ["pn"], ["notes"], "test", report, "frequent", 4000)["results"][0]
+    assert row["expert"] == tuned.record["selection"]["expert"]
+
+
+def test_experts_geometry_against_plain_numpy(with_experts, capsys):
+    experts = experts_of(with_experts, "pn")
+    facts = geometry(experts)
+    E = np.array(experts.network["E"], np.float64)
+    own = [np.array(M, np.float64) for name, M in experts.network["M"].items() if ".0." in name]
+    c = np.concatenate([E @ M for M in own], axis=1)
+    c -= c.mean(axis=0)
+    expected = [[c[i] @ c[j] / np.sqrt((c[i] @ c[i]) * (c[j] @ c[j])) for j in range(4)] for i in range(4)]
+    np.testing.assert_allclose(facts["layers"][0]["cosines"], expected, atol=1e-6)
+    pairs = [(i, j) for i in range(4) for j in range(i)]
+    r = np.corrcoef([expected[i][j] for i, j in pairs], [facts["centroids"][i][j] for i, j in pairs])[0, 1]
+    assert facts["layers"][0]["correlation"] == pytest.approx(r, abs=1e-6)
+    assert sorted(facts["order"]) == [0, 1, 2, 3]
+    code, out, _ = call(capsys, with_experts, "info", "pn", "--json")
+    assert code == 0 and os.path.getsize(json.loads(out)["figure"]) > 10_000
+    code, _, err = call(capsys, with_experts, "info", "mix")
+    assert code == 1 and "run mix is a mixture" in err
+
+
+def test_clusters_that_were_made_anew_are_refused(own, expert_config, capsys):
+    changed = ("--set", "clusters.seed=7", "--set", "clusters.dims=8", "--set", "clusters.encoder=lsi")
+    assert call(capsys, own, "cluster", "--k", "4", "--fresh", *changed)[0] == 0
+    for command in (("specialize", "--domain", "notes", "--from", "pn"), ("evaluate", "mix", "--domain", "notes")):
+        code, _, err = call(capsys, own, *command)
+        assert code == 1 and "clusters/4 was made anew since run" in err and "--fresh" in err
+    shutil.rmtree(own.clusters(4))
+    code, _, err = call(capsys, own, "specialize", "--domain", "notes", "--from", "pn")
+    assert code == 1 and "run `mlx-slm cluster --k 4`" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("specialize", "--domain", "notes", "--select", "histogram"), "run slm has no experts to choose from"),
+        (("specialize", "--domain", "notes", "--from", "none", "--select", "frequent"), "has no experts"),
+        (("specialize", "--domain", "notes", "--from", "mix", "--select", "histogram"), "needs a projected network"),
+        (("specialize", "--domain", "notes", "--from", "pn@5M"), "keeps no checkpoint after 5M tokens"),
+        (("specialize", "--domain", "nothing", "--from", "pn"), "unknown set 'nothing'"),
+        (("evaluate", "slm", "--expert", "1"), "slm is a single model"),
+        (("evaluate", "pn", "--expert", "4"), "run pn has the experts 0 to 3, not 4"),
+        (("evaluate", "pn", "--expert", "²"), "give the number of an expert, frequent or histogram"),
+        (("evaluate", "pn", "--expert", "best"), "give the number of an expert, frequent or histogram"),
+        (("evaluate", "mix", "--expert", "histogram"), "experts of a mixture share nothing to combine"),
+        (("info", "slm"), "run slm has no experts to compare"),
+        (("pretrain", "--method", "pn", "--name", "x", "--set", "training.batch_rows=9"), "is not a multiple of"),
+        (("pretrain", "--method", "pn", "--set", "projection.layers=[]"), "name at least one layer, and each once"),
+        (("pretrain", "--method", "pn", "--set", "projection.layers=[1,1]"), "name at least one layer, and each once"),
+        (("pretrain", "--method", "pn", "--name", "x", "--set", "projection.k=9999"), "more than the"),
+        (("pretrain", "--method", "pn", "--name", "x", "--set", "training.micro_rows=2"), "of the 4 rows of a group"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message, with_experts, capsys):
+    code, _, err = call(capsys, with_experts, *arguments)
+    assert code == 1 and message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("pretrain", "--experts", "3"), "--experts is for --method mix"),
+        (("pretrain", "--k", "3"), "--k is for the methods is, pn and mix"),
+        (("pretrain", "--method", "mix", "--experts", "3-1"), "'3-1' is not a number or a range"),
+        (("export", "pn"), "Missing option '--bundle'"),
+    ],
+)
+def test_wrong_usage(arguments, message, with_experts, capsys):
+    code, _, err = call(capsys, with_experts, *arguments)
+    assert code == 2 and message in err
+
+
+def test_a_histogram_over_clusters_without_generic_text_is_refused(with_experts):
+    experts = experts_of(with_experts, "pn")
+    experts.generic = np.array([1.0, 0, 2, 3])
+    with pytest.raises(SlmError, match="mass on cluster 1, which has no generic text"):
+        experts.parameters(np.full(4, 0.25))
+    assert experts.trained == [0, 2, 3]
+    assert set(score_experts(experts, Store(with_experts.data("notes", "valid")), np.arange(5), Report())) == {0, 2, 3}
