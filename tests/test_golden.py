@@ -20,6 +20,7 @@ from mlx_slm.storage.records import fingerprint
 
 FILE = Path(__file__).with_name("golden.json")
 STEPS = 20
+QWEN3 = ("--set", "model.family=qwen3", "--set", "model.head_dims=16")
 COMMANDS = {
     "slm": ["pretrain"],
     "slm-gpt2": ["pretrain", "--name", "slm-gpt2", "--set", "model.family=gpt2", "--set", "model.num_kv_heads=null"],
@@ -32,6 +33,9 @@ COMMANDS = {
     "notes-pn": ["specialize", "--domain", "notes", "--name", "notes-pn", "--from", "pn"],
     "notes-mix": ["specialize", "--domain", "notes", "--name", "notes-mix", "--from", "mix"],
     "notes-lora": ["specialize", "--domain", "notes", "--name", "notes-lora", "--lora", "4"],
+    "slm-qwen3": ["pretrain", "--name", "slm-qwen3", *QWEN3],
+    "pn-qwen3": ["pretrain", "--method", "pn", "--name", "pn-qwen3", *QWEN3],
+    "lora-qwen3": ["specialize", "--domain", "notes", "--name", "lora-qwen3", "--from", "slm-qwen3", "--lora", "4"],
     "notes-d": ["specialize", "--domain", "notes", "--name", "notes-d", "--teacher", "llm"],
 }
 """By the run whose losses are taken."""

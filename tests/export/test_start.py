@@ -49,17 +49,27 @@ def transformers_model(family, texts, folder, **changes):
         )
         model = transformers.GPT2LMHeadModel(config)
     else:
+        configure, make = {
+            "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+            "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        }[family]
         sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-        config = transformers.LlamaConfig(**sizes | {"rope_theta": 5000.0, "rms_norm_eps": 1e-5} | end | changes)
-        model = transformers.LlamaForCausalLM(config)
+        config = configure(**sizes | {"rope_theta": 5000.0, "rms_norm_eps": 1e-5} | end | changes)
+        model = make(config)
     model.save_pretrained(folder / "model")
     return folder / "model", model.eval()
 
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("gpt2", {}), ("llama", {"tie_word_embeddings": False}), ("llama", {"tie_word_embeddings": True})],
+    [
+        ("gpt2", {}),
+        ("llama", {"tie_word_embeddings": False}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("qwen3", {"tie_word_embeddings": False, "head_dim": 16}),
+        ("qwen3", {"tie_word_embeddings": True, "head_dim": 8}),
+    ],
 )
 def test_the_model_that_transformers_wrote_is_what_training_starts_from(tmp_path, texts, family, changes):
     torch = pytest.importorskip("torch", reason="needs torch (extra: peers)")

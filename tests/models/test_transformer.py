@@ -6,15 +6,19 @@ from mlx.utils import tree_flatten
 from mlx_slm.config.schema import Config, ModelConfig
 from mlx_slm.export.model import export_model, load_exported
 from mlx_slm.files import Damaged
+from mlx_slm.models.families import FAMILIES
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer, initialise
+from mlx_slm.training.loss import next_token_loss
 
 CONFIGS = {
     "gpt2": ModelConfig(family="gpt2", num_layers=3, dims=48, num_heads=4),
     "llama": ModelConfig(
         family="llama", num_layers=3, dims=48, num_heads=4, num_kv_heads=2, hidden_dims=112, rope_theta=5e4
     ),
+    "qwen3": ModelConfig(family="qwen3", num_layers=2, dims=48, num_heads=4, num_kv_heads=2, head_dims=16),
 }
+ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 def make(family, vocab_size=400, context=64, checkpoint_layers=False):
@@ -54,12 +58,37 @@ def test_logits_equal_transformers(exported, family):
 
     model, path = exported
     other = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32).eval()
-    assert type(other).__name__ == {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[family]
+    assert type(other).__name__ == ARCHITECTURES[family]
     assert sum(p.numel() for p in other.parameters()) == model.shape.num_parameters
     tokens = tokens_for(model)
     with torch.no_grad():
         expected = other(torch.tensor(tokens)).logits.numpy()
     assert np.abs(np.array(model.logits(mx.array(tokens))) - expected).max() < 1e-4
+
+
+def test_loss_and_gradients_of_a_step_equal_transformers(exported, family):
+    torch = pytest.importorskip("torch", reason="parity needs torch (extra: peers)")
+    from transformers import AutoModelForCausalLM
+
+    model, path = exported
+    other = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32)
+    tokens = tokens_for(model)
+    expected = other(torch.tensor(tokens), labels=torch.tensor(tokens)).loss
+    expected.backward()
+    parameters, batch = model.parameters(), mx.array(tokens)
+    weights = mx.ones((len(tokens), tokens.shape[1] - 1))
+
+    def loss(parameters):
+        model.update(parameters)
+        return next_token_loss(model, batch, weights) / weights.size
+
+    found, gradients = mx.value_and_grad(loss)(parameters)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours = dict(tree_flatten(FAMILIES[family].to_hub(gradients)))
+    theirs = {name.removeprefix("transformer."): p.grad.numpy() for name, p in other.named_parameters()}
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        assert np.abs(np.array(ours[name]) - value).max() < 1e-4 * max(1.0, np.abs(value).max()), name
 
 
 def test_logits_equal_mlx_lm(exported):
@@ -110,7 +139,7 @@ def test_initialisation_is_gpts(family):
         else:
             deviations.setdefault(kind, []).append(float(mx.sqrt(mx.square(value).mean())))
     assert np.allclose(deviations["matrix"], 0.02, rtol=0.06)
-    assert np.allclose(deviations["residual"], 0.02 / 6**0.5, rtol=0.06)
+    assert np.allclose(deviations["residual"], 0.02 / (2 * shape.num_layers) ** 0.5, rtol=0.06)
     again, other = (dict(tree_flatten(initialise(shape, seed))) for seed in (0, 1))
     assert all(mx.array_equal(flat[name], again[name]) for name in flat)
     assert all(mx.array_equal(flat[name], other[name]) == (flat[name].ndim == 1) for name in flat)
@@ -150,3 +179,13 @@ def test_flops_by_hand_for_the_papers_models():
     llama = Shape.of(ModelConfig(family="llama", num_layers=2, dims=96, num_heads=4, num_kv_heads=2), 500, 64)
     layer = 2 * 96 * 96 + 2 * 96 * 48 + 3 * 96 * 256
     assert llama.flops_per_token == 6 * (2 * layer + 500 * 96) + 12 * 2 * 64 * 96
+    wide = Shape.of(CONFIGS["qwen3"], 500, 64)
+    layer = 48 * 16 * (4 + 2 + 2 + 4) + 3 * 48 * 128
+    assert wide.flops_per_token == 6 * (2 * layer + 500 * 48) + 12 * 2 * 64 * (4 * 16), "attention is over all heads"
+
+
+def test_a_size_of_heads_is_recorded_only_where_it_is_one_of_its_own():
+    """Records of before there was one stay what they are."""
+    plain, own = Shape.of(CONFIGS["llama"], 400, 64), Shape.of(CONFIGS["qwen3"], 400, 64)
+    assert "head_dims" not in plain.to_dict() and own.to_dict()["head_dims"] == 16
+    assert Shape(**plain.to_dict()) == plain and Shape(**own.to_dict()) == own

@@ -30,6 +30,7 @@ from mlx_slm.training.distillation import Distillation
 from mlx_slm.training.runs import find_run
 
 LARGE = ModelConfig(family="gpt2", num_layers=2, dims=48, num_heads=4)
+QWEN3 = ModelConfig(family="qwen3", num_layers=2, dims=32, num_heads=4, num_kv_heads=2, head_dims=16)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +40,13 @@ def large_config():
 
 @pytest.fixture(scope="module")
 def trained(prepared, large_config, tmp_path_factory) -> Workspace:
-    """A workspace with the runs `slm` and `llm`. Do not write into it."""
+    """A workspace with the runs `slm`, `llm` and `qwen3`. Do not write into it."""
     workspace = Workspace(tmp_path_factory.mktemp("teach") / "w")
     shutil.copytree(prepared.root, workspace.root)
     workspace.config_file.write_text(dump_config(large_config))
     for method in ("slm", "llm"):
         pretrain(workspace, large_config, method, Report())
+    pretrain(workspace, large_config.model_copy(update={"model": QWEN3}), "slm", Report(), name="qwen3")
     return workspace
 
 
@@ -54,7 +56,7 @@ def own(trained, tmp_path) -> Workspace:
     return copy_of(trained, tmp_path / "w")
 
 
-@pytest.mark.parametrize("source", ["slm", "llm"])
+@pytest.mark.parametrize("source", ["slm", "llm", "qwen3"])
 def test_lora_trains_adapters_alone_and_mlx_lm_reads_them(source, own, large_config, report, monkeypatch):
     from mlx_lm import load
 
