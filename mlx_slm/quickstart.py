@@ -10,19 +10,23 @@ from __future__ import annotations
 import shutil
 import time
 
-from mlx_slm.clustering.target import Target
+from mlx_slm.clustering.target import SamplingTarget
 from mlx_slm.config.schema import Config
 from mlx_slm.errors import SlmError
-from mlx_slm.evaluation.evaluate import evaluate_models
+from mlx_slm.evaluation.evaluate import evaluate
 from mlx_slm.experts.experts import FREQUENT, HISTOGRAM
 from mlx_slm.export.generate import stream
 from mlx_slm.export.model import export_model
 from mlx_slm.machine import runtime
+from mlx_slm.methods.importance import ImportanceSampling
+from mlx_slm.methods.plain import Small
+from mlx_slm.methods.projected import ProjectedNetwork
+from mlx_slm.methods.requests import Pretraining, Specialisation
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import initialise
-from mlx_slm.pretraining.pretrain import pretrain
-from mlx_slm.report import Report
-from mlx_slm.specialization.specialize import specialize
+from mlx_slm.project import Project
+from mlx_slm.stages.pretrain import pretrain
+from mlx_slm.stages.specialize import specialize
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.hub_tokenizer import open_tokenizer
 from mlx_slm.text.prepare import ensure_set
@@ -30,11 +34,13 @@ from mlx_slm.training.runs import Run
 
 PROMPT = "Return the number of bytes written to the file.\n\n"
 DOMAIN_TOKENS = 30_000
+SMALL, SAMPLED, NETWORK = Small.name, ImportanceSampling.name, ProjectedNetwork.name
 
 
-def run_quickstart(workspace: Workspace, config: Config, report: Report, fresh: bool = False) -> dict:
+def run_quickstart(project: Project, fresh: bool = False) -> dict:
     """Run every stage that is not done; returns `{"seconds", "device", "domain", "results", "model", "sample"}`."""
     started = time.perf_counter()
+    workspace, config, report = project.workspace, project.config, project.report
     generic = config.data.generic
     domain = next((name for name in config.data.sets if name != generic), None)
     if domain is None:
@@ -46,31 +52,32 @@ def run_quickstart(workspace: Workspace, config: Config, report: Report, fresh: 
     for name in (generic, domain):
         ensure_set(workspace, name, config, report)
     report.line("2. pretraining a small model on the generic set")
-    base = pretrain(workspace, config, "slm", report, fresh=fresh)
+    base = pretrain(project, Pretraining(SMALL, fresh=fresh))
     report.line(f"3. specialising it to {domain}")
-    tuned = specialize(workspace, config, domain, report, tokens=DOMAIN_TOKENS, fresh=fresh)
+    known = {"tokens": DOMAIN_TOKENS, "fresh": fresh}
+    tuned = specialize(project, Specialisation(domain, **known))
     report.line(f"4. SLM-is: pretraining on the generic set resampled to look like {domain}, then specialising")
-    sampled = pretrain(workspace, config, "is", report, fresh=fresh, target=Target(domain, DOMAIN_TOKENS))
-    tuned_sampled = specialize(workspace, config, domain, report, sampled.name, DOMAIN_TOKENS, fresh=fresh)
+    sampled = pretrain(project, Pretraining(SAMPLED, fresh=fresh, target=SamplingTarget(domain, DOMAIN_TOKENS)))
+    tuned_sampled = specialize(project, Specialisation(domain, sampled.name, **known))
     report.line(f"5. SLM-pn: pretraining {config.projection.k} experts at once, then specialising one")
-    network = pretrain(workspace, config, "pn", report, fresh=fresh)
-    tuned_expert = specialize(workspace, config, domain, report, "pn", DOMAIN_TOKENS, fresh=fresh, select=HISTOGRAM)
+    network = pretrain(project, Pretraining(NETWORK, fresh=fresh))
+    tuned_expert = specialize(project, Specialisation(domain, network.name, select=HISTOGRAM, **known))
     report.line(f"6. perplexity of {domain} text that no model has seen")
     untrained = export_untrained(workspace, config)
     stages = [
-        ("slm", "none", None, untrained, 0, 0.0),
-        ("slm", "pretrained", None, *_outcome(base)),
-        ("slm", "specialized", None, *_outcome(tuned)),
-        ("is", "pretrained", None, *_outcome(sampled)),
-        ("is", "specialized", None, *_outcome(tuned_sampled)),
-        ("pn", "pretrained", FREQUENT, *_outcome(network)),
-        ("pn", "pretrained", HISTOGRAM, *_outcome(network)),
-        ("pn", "specialized", HISTOGRAM, *_outcome(tuned_expert)),
+        (SMALL, "none", None, untrained, 0, 0.0),
+        (SMALL, "pretrained", None, *_outcome(base)),
+        (SMALL, "specialized", None, *_outcome(tuned)),
+        (SAMPLED, "pretrained", None, *_outcome(sampled)),
+        (SAMPLED, "specialized", None, *_outcome(tuned_sampled)),
+        (NETWORK, "pretrained", FREQUENT, *_outcome(network)),
+        (NETWORK, "pretrained", HISTOGRAM, *_outcome(network)),
+        (NETWORK, "specialized", HISTOGRAM, *_outcome(tuned_expert)),
     ]
     results = []
     for method, stage, select, name, tokens, seconds in stages:
         expert = select if name == network.name else None
-        found = evaluate_models(workspace, config, [name], [domain], "test", report, expert, DOMAIN_TOKENS)
+        found = evaluate(project, [name], [domain], expert=expert, tokens=DOMAIN_TOKENS)
         row = found["results"][0]
         facts = {"perplexity": row["perplexity"], "tokens": tokens, "seconds": seconds}
         results.append({"method": method, "stage": stage, **({"select": select} if select else {}), **facts})

@@ -29,8 +29,10 @@ from mlx_slm.config.schema import (
 from mlx_slm.errors import SlmError
 from mlx_slm.experts.experts import Experts
 from mlx_slm.machine import runtime
-from mlx_slm.pretraining.pretrain import pretrain
+from mlx_slm.methods.requests import Pretraining
+from mlx_slm.project import Project
 from mlx_slm.report import Report
+from mlx_slm.stages.pretrain import pretrain
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.docstrings import documents
 from mlx_slm.text.prepare import prepare
@@ -193,7 +195,7 @@ def with_experts(prepared, expert_config, tmp_path_factory) -> Workspace:
     shutil.copytree(prepared.root, workspace.root)
     workspace.config_file.write_text(dump_config(expert_config))
     for method in ("pn", "mix", "slm"):
-        pretrain(workspace, expert_config, method, Report())
+        pretrain(Project(workspace, expert_config), Pretraining(method))
     experts_of(workspace, "pn").assigned(expert_config, "notes", "train", Report())
     return workspace
 

@@ -16,12 +16,13 @@ from mlx_slm.config.files import dump_config, load_config
 from mlx_slm.config.schema import ModelConfig, Recipe
 from mlx_slm.errors import SlmError
 from mlx_slm.export.model import export_model
+from mlx_slm.finetuning.finetune import choose_recipe
+from mlx_slm.methods.requests import Pretraining, Specialisation
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import initialise
-from mlx_slm.pretraining.pretrain import pretrain
-from mlx_slm.report import Report
-from mlx_slm.specialization.finetune import choose_recipe
-from mlx_slm.specialization.specialize import specialize
+from mlx_slm.project import Project
+from mlx_slm.stages.pretrain import pretrain
+from mlx_slm.stages.specialize import specialize
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.training.runs import alone_in, find_run
 
@@ -32,8 +33,8 @@ def trained(prepared, config, tmp_path_factory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("trained") / "w")
     shutil.copytree(prepared.root, workspace.root)
     workspace.config_file.write_text(dump_config(config))
-    pretrain(workspace, config, "slm", Report())
-    specialize(workspace, config, "notes", Report(), tokens=4000)
+    pretrain(Project(workspace, config), Pretraining("slm"))
+    specialize(Project(workspace, config), Specialisation("notes", tokens=4000))
     return workspace
 
 
@@ -92,20 +93,20 @@ def test_the_best_checkpoint_is_the_model(trained, prepared):
 
 def test_a_finished_run_is_not_trained_again_and_another_configuration_is_refused(own, config, report):
     before = (own.run("slm") / "run.json").stat().st_mtime_ns
-    pretrain(own, config, "slm", report)
+    pretrain(Project(own, config, report), Pretraining("slm"))
     assert "run slm is finished (12 steps); --fresh trains it anew" in report.lines
     assert (own.run("slm") / "run.json").stat().st_mtime_ns == before
     faster = config.model_copy(update={"training": config.training.model_copy(update={"learning_rate": 1e-2})})
     with pytest.raises(SlmError, match=r"another configuration \(training\.learning_rate 0\.003 -> 0\.01\).* --fresh"):
-        pretrain(own, faster, "slm", report)
-    assert pretrain(own, faster, "slm", report, fresh=True).record["step"] == 12
+        pretrain(Project(own, faster, report), Pretraining("slm"))
+    assert pretrain(Project(own, faster, report), Pretraining("slm", fresh=True)).record["step"] == 12
 
 
 def test_a_finished_run_whose_model_is_missing_is_exported_again(own, config, report):
     model = own.model("notes-slm-4k")
     before = (model / "model.safetensors").read_bytes()
     shutil.rmtree(model)
-    specialize(own, config, "notes", report, tokens=4000)
+    specialize(Project(own, config, report), Specialisation("notes", tokens=4000))
     assert (model / "model.safetensors").read_bytes() == before
 
 
@@ -113,14 +114,14 @@ def test_two_processes_do_not_train_one_run(own, config):
     longer = config.model_copy(update={"training": config.training.model_copy(update={"steps": 13})})
     own.run("twice").mkdir()
     with alone_in(own.run("twice")), pytest.raises(SlmError, match="run twice is being trained by another process"):
-        pretrain(own, longer, "slm", Report(), name="twice")
-    assert pretrain(own, longer, "slm", Report(), name="twice").finished
+        pretrain(Project(own, longer), Pretraining("slm", name="twice"))
+    assert pretrain(Project(own, longer), Pretraining("slm", name="twice")).finished
 
 
 def test_tokens_choose_the_recipe_and_the_record_has_the_last_loss(trained, own, config):
     changes = {"learning_rate": None, "max_steps": 3, "recipes": RECIPES}
     recipe = config.model_copy(update={"finetuning": config.finetuning.model_copy(update=changes)})
-    made = specialize(own, recipe, "notes", Report(), tokens=3000)
+    made = specialize(Project(own, recipe), Specialisation("notes", tokens=3000))
     assert made.record["inputs"]["recipe"] == {"tokens": 3000, "rate": 0.5, "steps": 7, "learning_rate": 0.0015}
     lines = map(json.loads, (trained.run("slm") / "metrics.jsonl").read_text().splitlines())
     assert find_run(trained, "slm").record["valid_nll"] == [r["valid_nll"] for r in lines if "valid_nll" in r][-1]
@@ -131,13 +132,13 @@ RECIPES = [Recipe(tokens=3000, rate=0.5, steps=7), Recipe(tokens=8000, rate=1.0,
 
 def test_a_specialisation_knows_what_it_was_made_from(own, config, report):
     seeded = config.model_copy(update={"training": config.training.model_copy(update={"seed": 1})})
-    pretrain(own, seeded, "slm", report, fresh=True)
+    pretrain(Project(own, seeded, report), Pretraining("slm", fresh=True))
     with pytest.raises(SlmError, match=r"notes-slm-4k was started with another configuration \(from\.is"):
-        specialize(own, seeded, "notes", report, tokens=4000)
+        specialize(Project(own, seeded, report), Specialisation("notes", tokens=4000))
     other = config.model_copy(update={"data": config.data.model_copy(update={"seed": 5})})
-    specialize(own, config, "notes", report, tokens=4000, fresh=True)
+    specialize(Project(own, config, report), Specialisation("notes", tokens=4000, fresh=True))
     with pytest.raises(SlmError, match="another configuration .*windows"):
-        specialize(own, other, "notes", report, tokens=4000)
+        specialize(Project(own, other, report), Specialisation("notes", tokens=4000))
 
 
 def test_windows_longer_than_the_context_are_refused(own, texts, tmp_path, capsys):
@@ -156,8 +157,8 @@ def test_damaged_weights_of_a_finished_run_are_made_again(own, config, report):
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     shutil.rmtree(own.model("slm"))
     with pytest.raises(SlmError, match=r"run slm: .*is damaged.* run the command that made it again"):
-        specialize(own, config, "notes", report, from_run="slm", tokens=2000)
-    pretrain(own, config, "slm", report)
+        specialize(Project(own, config, report), Specialisation("notes", source="slm", tokens=2000))
+    pretrain(Project(own, config, report), Pretraining("slm"))
     assert any("step-12 cannot be used" in warning for warning in report.warnings)
     assert before.read_bytes() == kept
 
@@ -193,11 +194,11 @@ def test_a_gpt2_answers_no_further_than_its_positions(tmp_path, tokenizer, capsy
 
 def test_reports_and_checkpoints_may_change_within_a_run(own, config, report):
     other = config.training.model_copy(update={"report_every": 3, "checkpoint_every": 4})
-    assert pretrain(own, config.model_copy(update={"training": other}), "slm", report).finished
+    assert pretrain(Project(own, config.model_copy(update={"training": other}), report), Pretraining("slm")).finished
 
 
 def test_nopt_trains_from_scratch_on_the_same_subset(own, config):
-    made = specialize(own, config, "notes", Report(), from_run="none", tokens=4000)
+    made = specialize(Project(own, config), Specialisation("notes", source="none", tokens=4000))
     assert made.name == "notes-nopt-4k" and made.record["method"] == "nopt" and own.model("notes-nopt-4k").is_dir()
     assert made.record["inputs"]["data"] == find_run(own, "notes-slm-4k").record["inputs"]["data"]
     assert made.record["valid_nll"] > find_run(own, "notes-slm-4k").record["valid_nll"]

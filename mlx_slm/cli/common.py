@@ -43,6 +43,12 @@ class Session:
 
         return RichReport(to_stderr=self.as_json, quiet=self.quiet, assume_yes=self.yes)
 
+    @functools.cached_property
+    def project(self):
+        from mlx_slm.project import Project
+
+        return Project(self.workspace, self.config, self.report)
+
     def start_computing(self) -> None:
         """Say once what slows this machine down."""
         from mlx_slm.machine import runtime
@@ -136,6 +142,38 @@ class Numbers(click.ParamType):
 
 
 NUMBERS = Numbers()
+
+
+def pretraining_methods() -> list:
+    """Those that `pretrain` takes. They are slow to import: asked for when a command runs or shows its help."""
+    from mlx_slm.methods import METHODS
+
+    return [method for method in METHODS if method.pretrains]
+
+
+class MethodType(click.ParamType):
+    """The name of a method that can be pretrained."""
+
+    name = "method"
+
+    @property
+    def choice(self) -> click.Choice:
+        return click.Choice([method.name for method in pretraining_methods()])
+
+    def convert(self, value, param, ctx):
+        return self.choice.convert(value, param, ctx)
+
+    def get_metavar(self, param, ctx=None):
+        return self.choice.get_metavar(param, ctx)
+
+
+class MethodOption(click.Option):
+    def get_help_record(self, ctx):
+        self.help = ", ".join(method.summary for method in pretraining_methods()).capitalize() + "."
+        return super().get_help_record(ctx)
+
+
+METHOD = MethodType()
 SEED = click.IntRange(0, 2**32 - 1)
 
 

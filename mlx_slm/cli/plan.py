@@ -50,7 +50,7 @@ def plan(
         inference_parameters,
         inference_speed,
     )
-    result = make_plan(session.workspace, config, budgets, session.report, domain)
+    result = make_plan(session.project, budgets, domain)
 
     def text() -> None:
         rows = [
@@ -126,7 +126,7 @@ def study(session: Session, configuration, jobs) -> None:
     session.start_computing()
     overrides = [part for override in session.overrides for part in ("--set", override)]
     command = ["study", configuration, "--workspace", str(session.workspace.root), "--yes", *overrides]
-    cells = Study(session.workspace, session.config, name, session.report)
+    cells = Study(session.project, name)
     rows = run_study(cells, jobs, command)
     tables = markdown(rows, name, cells.histograms())
     write_text(results / f"{name}.md", tables)

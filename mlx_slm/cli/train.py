@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from mlx_slm.cli.common import HOURS, NUMBERS, PLACE, SIZE, Session, common
+from mlx_slm.cli.common import HOURS, METHOD, NUMBERS, PLACE, SIZE, MethodOption, Session, common
 
 
 @click.command()
@@ -27,7 +28,7 @@ def quickstart(session: Session, fresh) -> None:
     session.config_name = session.config_name or "quickstart"
     session.workspace = Workspace(session.workspace_path or "quickstart")
     session.start_computing()
-    result = run_quickstart(session.workspace, session.config, session.report, fresh)
+    result = run_quickstart(session.project, fresh)
 
     def text() -> None:
         rows = [
@@ -50,16 +51,13 @@ def quickstart(session: Session, fresh) -> None:
     session.show(result, text)
 
 
-SECTION_OF_K = {"is": "clusters", "pn": "projection", "mix": "mixture"}
-
-
 @click.command()
 @click.option(
     "--method",
-    type=click.Choice(["slm", "llm", "is", "pn", "mix"]),
+    cls=MethodOption,
+    type=METHOD,
     default="slm",
     show_default=True,
-    help="Small model, large model, small model with importance sampling, projected network, hard mixture.",
 )
 @click.option("--domain", help="With --method is: the set that the generic set is resampled to look like.")
 @click.option("--domain-tokens", type=SIZE, help="Use so many tokens of the domain, such as 1M. [default: all]")
@@ -91,31 +89,40 @@ def pretrain(
     Prepares the generic set first where that was not done. The methods is, pn and mix cluster it: is draws the clusters
     as often as the domain has them, pn trains an expert per cluster from shared tensors, mix a model per cluster.
     """
-    from mlx_slm.clustering.target import Target
+    from mlx_slm.clustering.target import SamplingTarget
     from mlx_slm.export.model import require_model
-    from mlx_slm.pretraining.pretrain import pretrain as work
+    from mlx_slm.methods import METHODS, find_method
+    from mlx_slm.methods.base import Rows
+    from mlx_slm.methods.requests import Pretraining
+    from mlx_slm.stages.pretrain import pretrain as work
 
+    def those(which: Callable) -> str:
+        *others, last = [each.name for each in METHODS if which(each)]
+        return f"the methods {', '.join(others)} and {last}" if others else f"--method {last}"
+
+    of = find_method(method)
+    sampled = of.rows is Rows.DOMAIN
     if tokens and hours:
         raise click.UsageError("give --tokens or --hours, not both")
-    if method == "is" and bool(domain) == bool(weights):
-        raise click.UsageError("--method is needs what to sample for: give --domain NAME or --weights FILE")
-    if method != "is" and (domain or weights):
-        raise click.UsageError("--domain and --weights are for --method is")
-    if method not in SECTION_OF_K and k:
-        raise click.UsageError("--k is for the methods is, pn and mix")
-    if method != "mix" and experts:
-        raise click.UsageError("--experts is for --method mix")
+    if sampled and bool(domain) == bool(weights):
+        raise click.UsageError(f"--method {method} needs what to sample for: give --domain NAME or --weights FILE")
+    if not sampled and (domain or weights):
+        raise click.UsageError(f"--domain and --weights are for {those(lambda each: each.rows is Rows.DOMAIN)}")
+    if not of.section and k:
+        raise click.UsageError(f"--k is for {those(lambda each: each.section)}")
+    if not of.takes_experts and experts:
+        raise click.UsageError(f"--experts is for {those(lambda each: each.takes_experts)}")
     if domain_tokens and not domain:
         raise click.UsageError("--domain-tokens needs --domain")
-    changes = {"training.tokens": tokens, "training.hours": hours, f"{SECTION_OF_K.get(method)}.k": k}
-    if method == "mix" and tokens:
-        changes["mixture.tokens"] = "null"
+    changes = {"training.tokens": tokens, "training.hours": hours, f"{of.section}.k": k}
+    if of.takes_experts and tokens:
+        changes[f"{of.section}.tokens"] = "null"
     session.overrides = (*session.overrides, *(f"{key}={value}" for key, value in changes.items() if value))
-    config = session.config
+    project = session.project
     session.start_computing()
-    target = Target(domain, domain_tokens, Path(weights) if weights else None) if method == "is" else None
+    target = SamplingTarget(domain, domain_tokens, Path(weights) if weights else None) if sampled else None
     start = require_model(session.workspace, init_from) if init_from else None
-    run = work(session.workspace, config, method, session.report, name, fresh, target, start, experts)
+    run = work(project, Pretraining(method, name, fresh, target, start, experts))
     _show_run(session, run)
 
 
@@ -160,18 +167,16 @@ def specialize(session: Session, domain, sources, from_run, select, lora, fuse, 
     A SOURCE is the domain's text, as for prepare, where the set is not prepared yet.
     """
     from mlx_slm.experts.bundle import bundle_at, install_bundle
-    from mlx_slm.specialization.specialize import specialize as work
+    from mlx_slm.methods.requests import Specialisation
+    from mlx_slm.stages.specialize import specialize as work
 
     if fuse and not lora:
         raise click.UsageError("--fuse is for --lora")
     if from_run and (bundle := bundle_at(session.workspace, from_run)):
         install_bundle(session.workspace, bundle, session.report)
-    config = session.config
+    project = session.project
     session.start_computing()
-    ways = {"lora": lora, "teacher": teacher, "fuse": fuse}
-    run = work(
-        session.workspace, config, domain, session.report, from_run, tokens, name, fresh, select, list(sources), **ways
-    )
+    run = work(project, Specialisation(domain, from_run, tokens, name, fresh, select, sources, lora, fuse, teacher))
     _show_run(session, run)
 
 
@@ -195,7 +200,7 @@ def _show_run(session: Session, run) -> None:
     path, adapter = session.workspace.model(run.name), session.workspace.adapter(run.name)
     model = str(path) if path.exists() and not has_experts(run) else None
     result = {"run": run.name, "method": record["method"], "model": model}
-    if record["method"] == "lora":
+    if "lora" in record["inputs"]:
         result["adapter"] = str(adapter)
     result |= {key: record[key] for key in ("step", "tokens", "seconds")}
     if not has_experts(run):

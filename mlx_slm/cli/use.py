@@ -37,13 +37,12 @@ def evaluate(session: Session, models, domains, split, expert, domain_tokens) ->
 
     Without a name, every model of the workspace is evaluated. Results are added to results/evaluations.jsonl.
     """
-    from mlx_slm.evaluation.evaluate import evaluate_models
+    from mlx_slm.evaluation.evaluate import evaluate as work
 
     if domain_tokens and expert not in ("frequent", "histogram"):
         raise click.UsageError("--domain-tokens is for --expert frequent and --expert histogram")
     session.start_computing()
-    workspace, config, report = session.workspace, session.config, session.report
-    result = evaluate_models(workspace, config, list(models), list(domains), split, report, expert, domain_tokens)
+    result = work(session.project, models, domains, split, expert, domain_tokens)
 
     def text() -> None:
         rows = [

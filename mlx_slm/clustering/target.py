@@ -21,7 +21,7 @@ from mlx_slm.text.store import Store, first_windows
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class SamplingTarget:
     """What importance sampling aims at: the first `tokens` tokens of a domain (None: all), or weights from a file."""
 
     domain: str | None = None
@@ -35,7 +35,7 @@ class Target:
         return f"{self.domain}-{format_size(self.tokens) if self.tokens else 'all'}"
 
 
-def check_target(workspace: Workspace, config: Config, target: Target) -> None:
+def check_target(workspace: Workspace, config: Config, target: SamplingTarget) -> None:
     """Raise SlmError, before any long work, for a domain that cannot be had or weights that make no sense."""
     if target.weights:
         read_weights(target.weights, config.clusters.k)
@@ -47,24 +47,20 @@ def check_target(workspace: Workspace, config: Config, target: Target) -> None:
     sources_of(target.domain, [], workspace, config)
 
 
-def clusters_for(workspace: Workspace, config: Config, target: Target, report: Report) -> Clusters:
+def clusters_for(workspace: Workspace, config: Config, target: SamplingTarget, report: Report) -> Clusters:
     """Prepare the domain where that was not done, cluster the generic set, and assign the domain."""
     sets = [target.domain] if target.domain else []
     for domain in sets:
         ensure_set(workspace, domain, config, report, limit=text_needed(target.tokens or STREAMED_TOKENS))
         store = Store(workspace.data(domain, "train"))
         first_windows(store, target.tokens, config.data.seed)
-        if store.context_length != config.data.context_length:
-            raise SlmError(
-                f"data/{domain} has windows of {store.context_length} tokens, the configuration asks for "
-                f"{config.data.context_length}: run `mlx-slm prepare {domain} --fresh`"
-            )
+        store.require_context(config.data.context_length)
     used = as_made(workspace, config, config.clusters.k, report)
     return ensure_clusters(workspace, used, [config.clusters.k], sets, report, splits=("train",))[0]
 
 
 def importance_of(
-    workspace: Workspace, config: Config, target: Target, clusters: Clusters, streams: list[Stream], rows: int
+    workspace: Workspace, config: Config, target: SamplingTarget, clusters: Clusters, streams: list[Stream], rows: int
 ) -> Importance:
     """The distribution that `rows` training rows are drawn from; the domain counts with its first `tokens` tokens."""
     settings, generic = config.clusters, clusters.assigned(config.data.generic, "train")
@@ -87,7 +83,7 @@ def importance_of(
     )
 
 
-def inputs_of(config: Config, target: Target, clusters: Clusters, aim: Importance) -> dict:
+def inputs_of(config: Config, target: SamplingTarget, clusters: Clusters, aim: Importance) -> dict:
     """What tells one run by importance sampling from another, for its record."""
     knobs = ("k", "smoothing", "generic_fraction", "max_passes")
     return {

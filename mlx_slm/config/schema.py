@@ -301,9 +301,8 @@ class DistillationConfig(Section):
 class Grid(Section):
     """Every combination of these lists is a cell of a study: one fine-tuned model."""
 
-    methods: list[Literal["slm", "nopt", "is", "pn", "mix", "d", "llm", "lora"]] = Field(
-        ["slm", "is", "pn"], min_length=1
-    )
+    methods: list[str] = Field(min_length=1)
+    """Such as slm, is, pn: `mlx-slm study --help` lists them."""
     budgets: list[PositiveSize] = Field([1_000_000], min_length=1)
     """Pretraining tokens: milestones of one run, not many runs. Mixtures are trained for the largest alone."""
     domains: list[str] = Field(min_length=1)

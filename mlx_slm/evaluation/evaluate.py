@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
 
-from mlx_slm.config.schema import Config
 from mlx_slm.errors import SlmError
 from mlx_slm.experts.bundle import bundle_at, find_source, install_bundle
 from mlx_slm.experts.experts import FREQUENT, HISTOGRAM, Experts, has_experts
 from mlx_slm.export.model import check_model, find_model, load_any
 from mlx_slm.models.transformer import Transformer
+from mlx_slm.project import Project
 from mlx_slm.report import Report, perplexity
 from mlx_slm.storage.records import append_json
 from mlx_slm.storage.workspace import EVALUATIONS, Workspace
@@ -25,13 +26,11 @@ def macro_perplexity(scores: list[Score]) -> float:
     return perplexity(math.fsum(score.nll for score in scores) / len(scores))
 
 
-def evaluate_models(
-    workspace: Workspace,
-    config: Config,
-    models: list[str],
-    domains: list[str],
-    split: str,
-    report: Report,
+def evaluate(
+    project: Project,
+    models: Sequence[str] = (),
+    domains: Sequence[str] = (),
+    split: str = "test",
     expert: str | None = None,
     tokens: int | None = None,
 ) -> dict:
@@ -39,8 +38,9 @@ def evaluate_models(
 
     A run with experts reads each window through the expert of its cluster, or all through `expert`: its number,
     `frequent` or `histogram`, by the first `tokens` tokens of the set's train split (None: all), as `specialize` does.
-    Returns `{"results": [...], "macro": [...]}` (DESIGN, "The commands").
+    Returns `{"results": [...], "macro": [...]}`.
     """
+    workspace, config, report = project.workspace, project.config, project.report
     models = models or list(dict.fromkeys([*workspace.models(), *workspace.adapters()]))
     sets = domains or [name for name in workspace.sets() if name != config.data.generic]
     if not models:
@@ -57,7 +57,7 @@ def evaluate_models(
     workspace.results.mkdir(parents=True, exist_ok=True)
     results, macro = [], []
     for name in models:
-        evaluated, scores = Evaluated(workspace, config, name, report, experts[name]), []
+        evaluated, scores = Evaluated(project, name, experts[name]), []
         for set_name in stores:
             score, how = evaluated.score(set_name, split, expert, tokens)
             scores.append(score)
@@ -71,12 +71,12 @@ def evaluate_models(
 class Evaluated:
     """A model, or the experts of a run, ready to score sets."""
 
-    def __init__(self, workspace: Workspace, config: Config, name: str, report: Report, experts: Experts | None):
-        self.workspace, self.config, self.name, self.report, self.experts = workspace, config, name, report, experts
+    def __init__(self, project: Project, name: str, experts: Experts | None):
+        self.project, self.name, self.experts = project, name, experts
         if experts:
             self.model, self.tokenizer = Transformer(experts.run.shape), experts.run.record["inputs"]["tokenizer"]
         else:
-            self.model, self.tokenizer = load_any(workspace, name)
+            self.model, self.tokenizer = load_any(project.workspace, name)
         self.scorer = Scorer(self.model)
 
     def score(
@@ -88,20 +88,20 @@ class Evaluated:
         limit: int | None = None,
     ) -> tuple[Score, dict]:
         """(score on a split, how its windows were routed). `limit`: score on about so many tokens of it (None: all)."""
-        store = Store(self.workspace.require_set(set_name, split))
-        _require_readable(self.name, self.model, self.tokenizer, set_name, store)
+        store = Store(self.project.workspace.require_set(set_name, split))
+        store.require_fit(self.name, self.model.shape.context_length, self.tokenizer, shorter=True)
         windows = np.arange(store.num_windows)
         if limit and limit < store.num_tokens:
-            windows = first_windows(store, limit, self.config.data.seed)
+            windows = first_windows(store, limit, self.project.config.data.seed)
         experts, how = self.experts, {}
         if experts and expert is None:
-            place = experts.assigned(self.config, set_name, split, self.report).clusters[:][windows]
-            nll = routed_nll(self.model, self.scorer, experts.parameters, store, windows, place, self.report)
+            place = experts.assigned(self.project.config, set_name, split, self.project.report).clusters[:][windows]
+            nll = routed_nll(self.model, self.scorer, experts.parameters, store, windows, place, self.project.report)
             return score_of(store, windows, nll), {"routing": "cluster"}
         if experts:
-            which, how = _one_expert(experts, self.config, set_name, expert, domain_tokens, self.report)
+            which, how = _one_expert(self.project, experts, set_name, expert, domain_tokens)
             self.model.update(experts.parameters(which))
-        return self.scorer(store, windows, report=self.report), how
+        return self.scorer(store, windows, report=self.project.report), how
 
 
 def find_experts(workspace: Workspace, name: str, report: Report) -> Experts | None:
@@ -120,7 +120,7 @@ def find_experts(workspace: Workspace, name: str, report: Report) -> Experts | N
 
 
 def _one_expert(
-    experts: Experts, config: Config, set_name: str, expert: str, tokens: int | None, report: Report
+    project: Project, experts: Experts, set_name: str, expert: str, tokens: int | None
 ) -> tuple[int | np.ndarray, dict]:
     """(the expert that scores all of a set, how it is named in the results)."""
     if expert.isascii() and expert.isdecimal():
@@ -128,17 +128,8 @@ def _one_expert(
     if expert not in (FREQUENT, HISTOGRAM):
         raise SlmError(f"--expert {expert}: give the number of an expert, {FREQUENT} or {HISTOGRAM}")
     train = Store(experts.workspace.require_set(set_name, "train"))
-    shares = experts.histogram(config, set_name, first_windows(train, tokens, config.data.seed), report)
+    windows = first_windows(train, tokens, project.config.data.seed)
+    shares = experts.histogram(project.config, set_name, windows, project.report)
     if expert == HISTOGRAM:
         return shares, {"routing": HISTOGRAM}
     return int(shares.argmax()), {"routing": FREQUENT, "expert": int(shares.argmax())}
-
-
-def _require_readable(name: str, model: Transformer, tokenizer: str, set_name: str, store: Store) -> None:
-    if store.manifest["inputs"]["tokenizer"] != tokenizer:
-        raise SlmError(f"{name} and data/{set_name} were made with different tokenizers: prepare or train one anew")
-    if store.context_length > model.shape.context_length:
-        raise SlmError(
-            f"{name} has a context of {model.shape.context_length} tokens, data/{set_name} windows of "
-            f"{store.context_length}: prepare the set with the model's data.context_length"
-        )

@@ -214,7 +214,7 @@ def _config_of(directory: Path) -> Config:
 def _require_shapes(directory: Path, run: Run, names: set[str]) -> None:
     """Raise Damaged where a bundle's weights are missing or not of the shapes that its record says."""
     inputs = run.record["inputs"]
-    if run.record["method"] == "pn":
+    if run.is_network:
         projected = ProjectedShape.of(ProjectionConfig(**inputs["projection"]), run.shape)
         models = {run.path: network_shapes(projected)} if projected.k == inputs["k"] else {}
     else:

@@ -21,7 +21,6 @@ from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.store import Store
 from mlx_slm.training.runs import Run, open_expert
 
-METHODS = ("pn", "mix")
 FREQUENT, PRETRAINED, FINETUNED, HISTOGRAM = SELECTS = ("frequent", "pretrained", "finetuned", "histogram")
 """How a domain's expert is chosen (section 4.3, Table 5)."""
 
@@ -30,7 +29,7 @@ class Experts:
     """The experts of `run`, whose clusters lie in `workspace`."""
 
     def __init__(self, workspace: Workspace, run: Run):
-        self.run, self.is_network = run, run.record["method"] == "pn"
+        self.run, self.is_network = run, run.is_network
         inputs = run.record["inputs"]
         self.k, self.generic = inputs["k"], np.array(inputs["generic"], np.float64)
         self.clusters = self._require_clusters(workspace, inputs["clusters"])
@@ -114,4 +113,4 @@ class Experts:
 
 def has_experts(run: Run) -> bool:
     """Whether a run is a projected network or a mixture itself, not a model that was specialised from one."""
-    return run.record["method"] in METHODS and "from" not in run.record["inputs"]
+    return run.is_network or run.is_mixture

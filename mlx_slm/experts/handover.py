@@ -88,7 +88,7 @@ def _write_weights(run: Run, path: Path) -> None:
 
 
 def _card(run: Run, info: dict) -> str:
-    kind = "projected network" if info["method"] == "pn" else "hard mixture"
+    kind = "projected network" if run.is_network else "hard mixture"
     encoder = "\n".join(f"- {key}: {value}" for key, value in info["encoder"].items())
     inputs, shape = run.record["inputs"], run.shape
     mass = sum(inputs["generic"])

@@ -265,6 +265,11 @@ def matmul_gflops() -> float:
     return 2 * size**3 * together / best / 1e9
 
 
+def likely_flops() -> float:
+    """FLOP/s that training reaches about, from the measured matrix product: MFU is 0.2 to 0.6 (docs/decisions.md)."""
+    return 0.3e9 * matmul_gflops()
+
+
 def same_blas() -> dict[str, str]:
     """Environment for a process that is to compute with the BLAS of this one, without a trial of its own."""
     return {blases.VARIABLE: blas.path if blas else blases.NONE} if sys.platform == "linux" else {}

@@ -1,0 +1,32 @@
+"""The methods: one file each. `METHODS` lists them in the order of the tables."""
+
+from __future__ import annotations
+
+from mlx_slm.errors import SlmError, nearest
+from mlx_slm.methods.base import Method
+from mlx_slm.methods.distilled import Distilled
+from mlx_slm.methods.importance import ImportanceSampling
+from mlx_slm.methods.lora import LowRank
+from mlx_slm.methods.mixture import Mixture
+from mlx_slm.methods.plain import Large, Small
+from mlx_slm.methods.projected import ProjectedNetwork
+from mlx_slm.methods.scratch import Scratch
+
+METHODS: list[Method] = [
+    Small(),
+    Scratch(),
+    ImportanceSampling(),
+    ProjectedNetwork(),
+    Mixture(),
+    Distilled(),
+    Large(),
+    LowRank(),
+]
+
+
+def find_method(name: str) -> Method:
+    """The method of this name; raises SlmError with those that there are."""
+    found = {method.name: method for method in METHODS}
+    if name not in found:
+        raise SlmError(f"no method {name!r}{nearest(name, list(found))}; methods: {', '.join(found)}")
+    return found[name]

@@ -10,25 +10,27 @@ import mlx.core as mx
 
 from mlx_slm.config.schema import Config
 from mlx_slm.errors import SlmError, nearest
+from mlx_slm.finetuning.finetune import choose_recipe
 from mlx_slm.machine import runtime
-from mlx_slm.methods.costs import METHODS, PAPER_PERPLEXITY, SIZES, Cost, Rates, costs_of_budgets, recommend
-from mlx_slm.models.lora import Lora
-from mlx_slm.models.projected import ProjectedShape
+from mlx_slm.methods import METHODS, Method
+from mlx_slm.methods.base import Models
+from mlx_slm.methods.costs import OF_LARGE, READING, SIZES, Cost, Rates, Spending
+from mlx_slm.methods.lora import LowRank, adapters_of
+from mlx_slm.methods.plain import Large, Small
+from mlx_slm.methods.projected import ProjectedNetwork
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer, initialise
-from mlx_slm.pretraining.pretrain import calibrated_speed
+from mlx_slm.planning.recommend import recommend
+from mlx_slm.project import Project
 from mlx_slm.report import Report
-from mlx_slm.specialization.finetune import choose_recipe
+from mlx_slm.stages.setup import calibrated_speed
 from mlx_slm.storage.records import read_json_lines
 from mlx_slm.storage.workspace import EVALUATIONS, Workspace
-from mlx_slm.training.projected_step import network_bytes, resolved
 from mlx_slm.training.runs import find_run
-from mlx_slm.training.step import training_bytes
 
 SAMPLING_SHARE = 130 / 650
 """What a domain's SLM-is gets of the hours of a generic pretraining, where it is not said: as in Table 3."""
 CALIBRATION_SECONDS = 20
-LORA_RANK = 64
 
 
 @dataclass(frozen=True)
@@ -48,55 +50,50 @@ class Budgets:
     """Tokens per second that the model must write on this machine."""
 
 
-def make_plan(
-    workspace: Workspace, config: Config, budgets: Budgets, report: Report, domain: str | None = None
-) -> dict:
-    """The recommendation and a row per method: `{"recommended", "reason", "methods": [...]}` (DESIGN, "The commands").
+def make_plan(project: Project, budgets: Budgets, domain: str | None = None) -> dict:
+    """The recommendation and a row per method: `{"recommended", "reason", "methods": [...]}`.
 
     `domain`: the set whose recorded perplexities are shown. Raises SlmError if no method fits.
     """
+    workspace, report = project.workspace, project.report
     if domain and domain not in workspace.sets():
         raise SlmError(f"--domain {domain}: no such set is prepared{nearest(domain, workspace.sets())}")
-    vocab, context = config.tokenizer.vocab_size, config.data.context_length
-    small, large = (Shape.of(section, vocab, context) for section in (config.model, config.large))
-    network = ProjectedShape.of(config.projection, small)
-    config = config.model_copy(update={"projection": resolved(config.projection, config.training, network)})
-    rates, sources = _rates(workspace, config, small, large, network, report)
-    sampling = budgets.sampling_hours or SAMPLING_SHARE * budgets.generic_hours
-    limit = _most_tokens(config, budgets.domain_tokens)
-    costs = costs_of_budgets(
+    models = Models.of(project.config)
+    config = models.config
+    rates, sources = _rates(workspace, models, report)
+    spending = Spending(
         rates,
         budgets.generic_hours,
-        sampling,
+        budgets.sampling_hours or SAMPLING_SHARE * budgets.generic_hours,
         budgets.domain_tokens,
-        limit,
+        _most_tokens(config, budgets.domain_tokens),
         config.finetuning.patience,
         config.finetuning.again,
     )
-    tokens = _pretraining_tokens(rates, budgets.generic_hours, sampling)
-    memory = _memory(config, small, large, network)
-    allowed = _largest_allowed(budgets, small, large, report)
-    shapes = {name: large if name in ("llm", "lora") else small for name in METHODS}
-    against = {name: _against(shapes[name], costs[name], memory[name], allowed, budgets) for name in METHODS}
+    costs = {method.name: method.cost(spending) for method in METHODS}
+    memory = {method.name: method.memory(models) for method in METHODS}
+    allowed = _largest_allowed(budgets, models.small, models.large, report)
+    shapes = {method.name: method.shape(models) for method in METHODS}
+    against = {name: _against(shapes[name], costs[name], memory[name], allowed, budgets) for name in costs}
     against = {name: reason for name, reason in against.items() if reason}
-    method, reason = recommend(costs, budgets.domains, against)
+    chosen, reason = recommend(costs, budgets.domains, against)
     rows = [
         {
-            "method": name,
-            "pretraining_tokens": tokens.get(name),
-            "generic_hours": costs[name].generic,
-            "specialization_hours": costs[name].specialization,
-            "total_hours": costs[name].total(budgets.domains),
-            "inference_parameters": shapes[name].num_parameters,
-            "memory_gb": memory[name] / 2**30,
-            "fits": name not in against,
-            "against": against.get(name),
-            **_perplexity(workspace, name, domain, budgets),
+            "method": method.name,
+            "pretraining_tokens": method.pretraining_tokens(spending),
+            "generic_hours": costs[method.name].generic,
+            "specialization_hours": costs[method.name].specialization,
+            "total_hours": costs[method.name].total(budgets.domains),
+            "inference_parameters": shapes[method.name].num_parameters,
+            "memory_gb": memory[method.name] / 2**30,
+            "fits": method.name not in against,
+            "against": against.get(method.name),
+            **_perplexity(workspace, method, domain, budgets),
         }
-        for name in METHODS
+        for method in METHODS
     ]
     return {
-        "recommended": method,
+        "recommended": chosen,
         "reason": reason,
         "domains": budgets.domains,
         "device": runtime.device_name(),
@@ -119,69 +116,39 @@ def _against(shape: Shape, cost: Cost, memory: float, allowed: float, budgets: B
     return None
 
 
-def _pretraining_tokens(rates: Rates, generic_hours: float, sampling_hours: float) -> dict[str, int]:
-    """Tokens that each method is pretrained on in its hours; SLM-d divides its own between student and teacher."""
-    of_method = {"slm": rates.slm, "mix": rates.slm, "pn": rates.pn, "llm": rates.llm, "lora": rates.llm}
-    found = {name: int(generic_hours / rate) for name, rate in of_method.items()}
-    return found | {"is": int(sampling_hours / rates.slm)}
-
-
 def _most_tokens(config: Config, domain_tokens: int) -> float:
     """Tokens that one fine-tuning processes at the most: the steps of its recipe."""
     steps = config.finetuning.max_steps or choose_recipe(config.finetuning, domain_tokens, False).steps
     return steps * config.finetuning.batch_rows * config.data.context_length
 
 
-def _memory(config: Config, small: Shape, large: Shape, network: ProjectedShape) -> dict[str, float]:
-    """Bytes that training takes at the least, one row (SLM-pn: one group) at a time."""
-    training, groups = config.training, config.projection.clusters_per_step
-    again = training.checkpoint_layers is not False
-    one, two = (training_bytes(shape, 1, again) for shape in (small, large))
-    rows = max(1, training.batch_rows // groups)
-    spared = Lora(large, min(LORA_RANK, large.dims), 1.0).bytes_spared
-    return {
-        **dict.fromkeys(("slm", "nopt", "is", "mix"), one),
-        "pn": network_bytes(network, groups, rows, 1, again),
-        "d": max(two, one + 4 * large.num_parameters),
-        "llm": two,
-        "lora": two - spared,
-    }
-
-
-def _rates(
-    workspace: Workspace, config: Config, small: Shape, large: Shape, network: ProjectedShape, report: Report
-) -> tuple[Rates, dict[str, str]]:
+def _rates(workspace: Workspace, models: Models, report: Report) -> tuple[Rates, dict[str, str]]:
     """(rates, where each comes from): recorded runs of the same shape on this device, a calibration, or FLOPs."""
-    group = config.training.batch_rows * config.data.context_length / config.projection.clusters_per_step
-    flops = {
-        "slm": small.flops_per_token,
-        "pn": network.flops_per_token(group),
-        "llm": large.flops_per_token,
-        "lora": Lora(large, min(LORA_RANK, large.dims), 1.0).flops_per_token,
-        "llm_forward": large.forward_flops_per_token,
-    }
-    recorded = _recorded_speeds(workspace, {"slm": small, "pn": small, "llm": large}, config)
+    small, large = Small.name, Large.name
+    flops = rated_flops(models)
+    recorded = _recorded_speeds(workspace, models)
     sources = {name: f"run {run}" for name, (run, _) in recorded.items()}
-    if "slm" not in recorded:
+    if small not in recorded:
         report.line(f"measuring this machine's speed on the small model (about {CALIBRATION_SECONDS} s)")
-        speed = calibrated_speed(small, config.training, CALIBRATION_SECONDS)
-        recorded["slm"] = ("", speed)
-        sources["slm"] = f"measured now, {speed:,.0f} tokens/s"
-    found = Rates.from_flops(recorded["slm"][1], flops)
-    hours = {name: getattr(found, name) for name in flops}
-    if "llm" in recorded:
-        scale = 1 / (3600 * recorded["llm"][1]) / hours["llm"]
-        hours |= {name: scale * hours[name] for name in ("llm", "lora", "llm_forward")}
-    if "pn" in recorded:
-        hours["pn"] = 1 / (3600 * recorded["pn"][1])
-    for name in hours:
-        sources.setdefault(name, f"by FLOPs from {'llm' if name in ('lora', 'llm_forward') else 'slm'}")
-    return Rates(**hours), sources
+        speed = calibrated_speed(models.small, models.config.training, CALIBRATION_SECONDS)
+        recorded[small] = ("", speed)
+        sources[small] = f"measured now, {speed:,.0f} tokens/s"
+    for name in flops:
+        sources.setdefault(name, f"by FLOPs from {large if name in OF_LARGE and name != large else small}")
+    return Rates.from_speeds({name: speed for name, (_, speed) in recorded.items()}, flops), sources
 
 
-def _recorded_speeds(workspace: Workspace, shapes: dict[str, Shape], config: Config) -> dict[str, tuple[str, float]]:
+def rated_flops(models: Models) -> dict[str, float]:
+    """Training FLOPs of a token, by the names of `Rates`."""
+    found = {method.name: method.flops_per_token(models) for method in (Small(), ProjectedNetwork(), Large())}
+    found[LowRank.name] = adapters_of(models.large).flops_per_token
+    return found | {READING: models.large.forward_flops_per_token}
+
+
+def _recorded_speeds(workspace: Workspace, models: Models) -> dict[str, tuple[str, float]]:
     """(run, tokens per second) of the newest finished pretraining of each method with this shape on this device."""
-    projection = config.projection.model_dump(mode="json")
+    shapes = {method.name: method.shape(models) for method in (Small(), ProjectedNetwork(), Large())}
+    projection = models.config.projection.model_dump(mode="json")
     found: dict[str, tuple[float, str, float]] = {}
     for name in workspace.runs():
         run = find_run(workspace, name)
@@ -235,16 +202,16 @@ def decoding_speed(shape: Shape, tokens: int = 8) -> float:
     return tokens / seconds
 
 
-def _perplexity(workspace: Workspace, method: str, domain: str | None, budgets: Budgets) -> dict:
+def _perplexity(workspace: Workspace, method: Method, domain: str | None, budgets: Budgets) -> dict:
     """`{"perplexity", "source", "perplexity_tokens"}`: the best recorded on the domain's test set after specialising on
-    so many of its tokens, else the paper's average of nine domains at the nearest of its sizes."""
-    recorded = _recorded_perplexities(workspace, method, domain, budgets.domain_tokens) if domain else []
+    that many of its tokens, else the paper's average of nine domains at the nearest of its sizes."""
+    recorded = _recorded_perplexities(workspace, method.name, domain, budgets.domain_tokens) if domain else []
     if recorded:
         return {"perplexity": min(recorded), "source": "run", "perplexity_tokens": budgets.domain_tokens}
-    if method not in PAPER_PERPLEXITY:
+    if method.paper_perplexity is None:
         return {"perplexity": None, "source": None, "perplexity_tokens": None}
     near, size = min(enumerate(SIZES), key=lambda one: abs(math.log(budgets.domain_tokens / one[1])))
-    return {"perplexity": PAPER_PERPLEXITY[method][near], "source": "paper", "perplexity_tokens": size}
+    return {"perplexity": method.paper_perplexity[near], "source": "paper", "perplexity_tokens": size}
 
 
 def _recorded_perplexities(workspace: Workspace, method: str, domain: str, tokens: int) -> list[float]:

@@ -116,7 +116,7 @@ class EmbeddingsInfo(Form):
 
 class BundleInfo(Form):
     k: Clusters
-    method: Literal["pn", "mix"]
+    method: Word
     encoder: EncoderFacts
 
 
@@ -156,7 +156,7 @@ class TrainingForm(Form):
 class Inputs(Form):
     """What a run was made from."""
 
-    method: Literal["slm", "llm", "is", "pn", "mix", "nopt", "d", "lora"]
+    method: Word
     shape: ShapeForm
     tokenizer: StrictStr
     training: TrainingForm | None = None
@@ -171,7 +171,7 @@ class Inputs(Form):
 class RunForm(Form):
     """run.json"""
 
-    method: Literal["slm", "llm", "is", "pn", "mix", "nopt", "d", "lora"]
+    method: Word
     inputs: Inputs
     status: Literal["running", "finished"]
     select: Literal["last", "best"]
@@ -185,13 +185,14 @@ class RunForm(Form):
     @model_validator(mode="after")
     def experts_are_known(self) -> RunForm:
         inputs = self.inputs
-        if self.method in ("pn", "mix") and "from" not in (inputs.model_extra or {}):
+        has_experts = any((inputs.k, inputs.clusters, inputs.generic, inputs.projection, inputs.mixture))
+        if has_experts and "from" not in (inputs.model_extra or {}):
             if inputs.k is None or inputs.clusters is None or inputs.generic is None or len(inputs.generic) != inputs.k:
-                raise ValueError(f"a run of method {self.method} says its k, its clusters and the tokens of each")
+                raise ValueError("a run with experts says its k, its clusters and the tokens of each")
             if not sum(inputs.generic):
                 raise ValueError("no cluster has any text")
-        if self.method == "pn" and "from" not in (inputs.model_extra or {}) and inputs.projection is None:
-            raise ValueError("a projected network says its projection")
+            if (inputs.projection is None) == (inputs.mixture is None):
+                raise ValueError("a run with experts says its projection or its mixture")
         if self.status == "finished" and (self.step is None or self.tokens is None or self.seconds is None):
             raise ValueError("a finished run says its step, tokens and seconds")
         return self

@@ -8,19 +8,19 @@ from functools import cached_property
 
 from mlx_slm.clustering.clusters import Clusters, as_made, ensure_clusters
 from mlx_slm.clustering.show import summary
-from mlx_slm.clustering.target import Target
+from mlx_slm.clustering.target import SamplingTarget
 from mlx_slm.config.schema import Config
 from mlx_slm.errors import OtherSettings, SlmError
 from mlx_slm.evaluation.evaluate import Evaluated, find_experts
 from mlx_slm.experts.experts import HISTOGRAM
 from mlx_slm.fields import format_size
 from mlx_slm.machine import runtime
-from mlx_slm.methods.jobs import check_method
-from mlx_slm.models.projected import ProjectedShape
-from mlx_slm.models.shape import Shape
-from mlx_slm.pretraining.pretrain import POOL, pretrain
-from mlx_slm.report import Report, perplexity
-from mlx_slm.specialization.specialize import FROM_NONE, name_of_teacher, specialize
+from mlx_slm.methods import find_method
+from mlx_slm.methods.requests import SCRATCH, Pretraining, Specialisation
+from mlx_slm.project import Project
+from mlx_slm.report import perplexity
+from mlx_slm.stages.pretrain import pretrain
+from mlx_slm.stages.specialize import name_of_teacher, specialize
 from mlx_slm.storage.records import fingerprint, read_json_lines
 from mlx_slm.storage.workspace import EVALUATIONS, Workspace, plain_name
 from mlx_slm.study.grid import Cell, budgets_of, cells
@@ -35,11 +35,11 @@ from mlx_slm.training.scoring import validation_windows
 class Study:
     """The grid of a configuration in a workspace; the names of its runs contain `<name>-`."""
 
-    def __init__(self, workspace: Workspace, config: Config, name: str, report: Report):
-        self.workspace, self.config, self.name, self.report = workspace, config, name, report
-        self.cells = cells(config)
+    def __init__(self, project: Project, name: str):
+        self.workspace, self.config, self.report, self.name = project.workspace, project.config, project.report, name
+        self.cells = cells(project.config)
         self.budgets = budgets_of(self.cells)
-        self.file = workspace.results / f"{name}.jsonl"
+        self.file = project.workspace.results / f"{name}.jsonl"
         self._scores: dict[tuple, dict] = {}
 
     def prepare(self) -> None:
@@ -48,7 +48,7 @@ class Study:
         for cell in self.cells:
             sizes[cell.domain] = max(cell.domain_tokens, sizes.get(cell.domain, 0))
         self._check(sizes)
-        most = max((max(of) * (POOL if method == "is" else 1) for method, of in self.budgets.items()), default=0)
+        most = max((max(of) * find_method(method).pool for method, of in self.budgets.items()), default=0)
         ensure_set(self.workspace, config.data.generic, config, report, limit=text_needed(most))
         for domain, size in sizes.items():
             ensure_set(self.workspace, domain, config, report, limit=text_needed(size))
@@ -59,17 +59,14 @@ class Study:
             ensure_clusters(self.workspace, made, [k], list(sizes), report, splits=("train", "valid"))
 
     def _check(self, domains: Iterable[str]) -> None:
-        config, small = self.config, Shape.of(self.config.model, self.config.tokenizer.vocab_size, 1)
+        config = self.config
         plain_name(self.name)
         if self.file.name == EVALUATIONS:
             raise SlmError(f"a study cannot be called {self.name}: `evaluate` keeps its results there; rename its file")
         if config.data.generic in domains:
             raise SlmError(f"study.grids: {config.data.generic} is the generic set, not a domain")
-        if "lora" in {cell.method for cell in self.cells} and config.study.lora_rank > config.large.dims:
-            raise SlmError(f"study.lora_rank {config.study.lora_rank} is more than large.dims {config.large.dims}")
-        for cell in {cell.k: cell for cell in self.cells if cell.method == "pn"}.values():
-            check_method(self._config(cell, "pn"), "pn", None, None)
-            ProjectedShape.of(self._config(cell, "pn").projection, small)
+        for cell in {(cell.method, cell.k): cell for cell in self.cells}.values():
+            find_method(cell.method).check_study(self._config(cell, next(iter(cell.pretrained), None)))
         if config.training.schedule != "constant" and any(len(budgets) > 1 for budgets in self.budgets.values()):
             self.report.warn(
                 f"training.schedule is {config.training.schedule}, so of a method's budgets only the largest is that "
@@ -84,12 +81,12 @@ class Study:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """What tells each cell's row from one that was made otherwise: settings, horizons and the text."""
+        """What each cell's row depends on: settings, horizons and the text; a row of others is made again."""
         found = {}
         for cell in self.cells:
             horizons = {method: self.budgets[method][-1] for method in cell.pretrained}
-            rank = self.config.study.lora_rank if cell.method == "lora" else None
-            found[cell.name] = fingerprint([self._of_all, horizons, rank, self._texts[cell.domain]])
+            own = find_method(cell.method).of_study(self.config)
+            found[cell.name] = fingerprint([self._of_all, horizons, own, self._texts[cell.domain]])
         return found
 
     @cached_property
@@ -124,19 +121,14 @@ class Study:
         bases = [(self._pretrained(cell, method), budget) for method, budget in cell.pretrained.items()]
         starts = [run.name if run.is_mixture else f"{run.name}@{budget}" for run, budget in bases]
         name = f"{self.name}-{cell.name}"
-        if cell.method == "llm":
+        method = find_method(cell.method)
+        if method.teaches:
             name = name_of_teacher(find_run(self.workspace, starts[0]), cell.domain, cell.domain_tokens)
+        more = {"tokens": cell.domain_tokens, "name": name, "select": cell.select}
+        more |= method.specialisation(self.config, starts)
         tuned = specialize(
-            self.workspace,
-            self._config(cell),
-            cell.domain,
-            self.report,
-            starts[0] if starts else FROM_NONE,
-            cell.domain_tokens,
-            name,
-            select=cell.select,
-            lora=self.config.study.lora_rank if cell.method == "lora" else None,
-            teacher=starts[1] if cell.method == "d" else None,
+            Project(self.workspace, self._config(cell), self.report),
+            Specialisation(cell.domain, starts[0] if starts else SCRATCH, **more),
         )
         generic = before = None
         if starts:
@@ -154,7 +146,7 @@ class Study:
             "specialization": _specialization_cost(self.workspace, tuned),
             "curve": _curve(tuned),
             "selection": tuned.record.get("selection"),
-            "importance": _importance(bases[0][0]) if cell.method == "is" else None,
+            "importance": _importance(bases[0][0]) if bases else None,
         }
 
     def _config(self, cell: Cell, method: str | None = None) -> Config:
@@ -166,14 +158,11 @@ class Study:
         if method:
             budgets = self.budgets[method]
             horizon = dict.fromkeys(("steps", "passes", "hours")) | {"tokens": budgets[-1]}
-            horizon["milestones"] = [] if method == "mix" else budgets
+            horizon["milestones"] = budgets if find_method(method).milestones else []
         changes["training"] = config.training.model_copy(update=seed | horizon)
-        if cell.method == "pn":
-            changes["projection"] = config.projection.model_copy(update={"k": cell.k})
-        if cell.method == "mix":
-            changes["mixture"] = config.mixture.model_copy(update={"k": cell.k, "tokens": None})
-        if cell.method == "is":
-            changes["clusters"] = config.clusters.model_copy(update={"k": cell.k})
+        if section := find_method(cell.method).section:
+            k = {"k": cell.k} | ({"tokens": None} if section == "mixture" else {})
+            changes[section] = getattr(config, section).model_copy(update=k)
         return config.model_copy(update=changes)
 
     def _pretrained(self, cell: Cell, method: str) -> Run:
@@ -181,13 +170,13 @@ class Study:
         name, target = f"{self.name}-{method}", None
         if cell.k:
             name += f"-k{cell.k}"
-        if method == "is":
+        if find_method(method).is_per_domain:
             name += f"-{cell.domain}-{format_size(cell.domain_tokens)}"
-            target = Target(cell.domain, cell.domain_tokens)
+            target = SamplingTarget(cell.domain, cell.domain_tokens)
         config, name = self._config(cell, method), f"{name}-s{cell.seed}"
         with alone_in(self.workspace.run(name)):
             pass  # Busy now, rather than after a network was initialised
-        run = pretrain(self.workspace, config, method, self.report, name, target=target)
+        run = pretrain(Project(self.workspace, config, self.report), Pretraining(method, name, target=target))
         budget = cell.pretrained[method]
         if not run.is_mixture and run.step_at(budget) not in checkpoint_steps(run.path):
             raise SlmError(
@@ -208,9 +197,8 @@ class Study:
         """A model's score on a set, worked out once. `limit`: default `study.test_tokens`."""
         key = (model, name, split, expert, domain_tokens if expert == HISTOGRAM else None)
         if key not in self._scores:
-            evaluated = Evaluated(
-                self.workspace, self.config, model, self.report, find_experts(self.workspace, model, self.report)
-            )
+            project = Project(self.workspace, self.config, self.report)
+            evaluated = Evaluated(project, model, find_experts(self.workspace, model, self.report))
             score, _ = evaluated.score(name, split, expert, domain_tokens, limit or self.config.study.test_tokens)
             kept = ("nll", "stderr", "perplexity", "bits_per_byte", "tokens")
             self._scores[key] = {field: asdict(score)[field] for field in kept}
@@ -261,8 +249,10 @@ def _curve(tuned: Run) -> list[list[float]]:
     ]
 
 
-def _importance(run: Run) -> dict:
-    """What was drawn from the generic set, and how often it was repeated."""
+def _importance(run: Run) -> dict | None:
+    """What importance sampling drew from the generic set, and how often that was repeated."""
+    if "importance" not in run.record["inputs"]:
+        return None
     facts = run.importance()
     kept = ("clusters_used", "passes_max", "passes_mean", "effective_fraction", "exp_entropy", "kl_generic")
     return {key: facts[key] for key in kept}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from mlx_slm.fields import format_size
 from mlx_slm.figures import new_figure, save_figure
+from mlx_slm.methods import Method, find_method
 from mlx_slm.study.tables import DOMAINS_SHOWN, by_method, cost_of, grouped, label, macro, size_of_all
 
-COLORS = {"slm": "C0", "is": "C1", "pn": "C2", "mix": "C3", "d": "C4", "llm": "C5", "lora": "C6", "nopt": "#888888"}
 DASHES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 
 
@@ -21,9 +21,9 @@ def draw(rows: list[dict], name: str, results: Path) -> list[Path]:
         _by_domains(rows, name, results),
         _finetuning_curves(rows, name, results),
     ]
-    for method in ("is", "pn", "mix"):
-        if len({row["k"] for row in rows if row["method"] == method}) > 1:
-            made.append(_by_clusters(rows, name, results, method))
+    for method, of_method in grouped(rows, lambda row: row["method"]).items():
+        if len({row["k"] for row in of_method}) > 1:
+            made.append(_by_clusters(of_method, name, results, find_method(method)))
     return made
 
 
@@ -31,9 +31,15 @@ def styles(rows: list[dict]) -> dict[str, dict]:
     """The look of each label: a colour a method, dashes and markers for its choices."""
     found: dict[str, dict] = {}
     for method, of_method in grouped(rows, lambda row: row["method"]).items():
+        color = find_method(method).color
         for number, name in enumerate(dict.fromkeys(map(label, of_method))):
             look = number % len(DASHES)
-            found[name] = {"color": COLORS[method], "linestyle": DASHES[look], "marker": MARKERS[look], "label": name}
+            found[name] = {
+                "color": color,
+                "linestyle": DASHES[look],
+                "marker": MARKERS[look],
+                "label": name,
+            }
     return found
 
 
@@ -93,12 +99,12 @@ def _against(rows: list[dict], name: str, results: Path, what: str, x_label: str
         for method, of_method in grouped(at, label).items():
             points = grouped(of_method, lambda row: row["budget"] or 0)
             found = [macro(points[budget], "specialized") for budget in sorted(points)]
-            if of_method[0]["method"] == "nopt":
+            if not of_method[0]["budget"]:
                 axis.axhline(found[0][0], **looks[method] | {"marker": None})
                 continue
             xs = [x_of(points[budget]) for budget in sorted(points)]
             axis.errorbar(xs, [f[0] for f in found], [f[1] for f in found], capsize=2, **looks[method])
-            if what == "cost" and of_method[0]["method"] == "mix":  # Figure 8: the domain's expert trained alone
+            if what == "cost" and find_method(of_method[0]["method"]).takes_experts:  # Figure 8: its expert alone
                 alone = [_flops_of_its_expert(points[budget]) for budget in sorted(points)]
                 look = looks[method] | {"label": f"{method}, its expert alone", "markerfacecolor": "none"}
                 axis.plot(alone, [f[0] for f in found], **look)
@@ -124,7 +130,7 @@ def _plain_numbers(axis) -> None:
 def _by_domains(rows: list[dict], name: str, results: Path) -> Path:
     """Figure 6: one size of the domain set, with the cost of so many domains."""
     looks, size = styles(rows), size_of_all(rows)
-    at = _on_all_domains([row for row in rows if row["domain_tokens"] == size and row["method"] != "nopt"])
+    at = _on_all_domains([row for row in rows if row["domain_tokens"] == size and row["budget"]])
     titles = [f"{count} domain{'s' if count > 1 else ''}" for count in DOMAINS_SHOWN]
     figure, axes = _panels(titles, f"perplexity, fine-tuned on {format_size(size)} tokens")
     for count, axis in zip(DOMAINS_SHOWN, axes, strict=True):
@@ -155,13 +161,12 @@ def _finetuning_curves(rows: list[dict], name: str, results: Path) -> Path:
     return _finish(figure, axes, f"{name}: fine-tuning, until early stopping", results / f"{name}-finetuning.png")
 
 
-def _by_clusters(rows: list[dict], name: str, results: Path, method: str) -> Path:
+def _by_clusters(of_method: list[dict], name: str, results: Path, method: Method) -> Path:
     """Figures 7 and 10: the number of clusters, on the domains that every number was tried on."""
-    of_method = [row for row in rows if row["method"] == method]
     tried = {row["k"] for row in of_method}
     full = grouped(of_method, lambda row: (row["domain"], row["domain_tokens"], row["select"], row["budget"]))
     shown = {key: found for key, found in full.items() if {row["k"] for row in found} == tried}
-    figure, axes = _panels([f"SLM-{method}"], "perplexity, fine-tuned")
+    figure, axes = _panels([method.label], "perplexity, fine-tuned")
     for (domain, size, select, budget), found in shown.items():
         points = grouped(found, lambda row: row["k"])
         scores = [macro(points[k], "specialized") for k in sorted(points)]
@@ -172,4 +177,4 @@ def _by_clusters(rows: list[dict], name: str, results: Path, method: str) -> Pat
     axes[0].set(xscale="log", xlabel="clusters")
     axes[0].set_xticks(sorted(tried), map(str, sorted(tried)))
     axes[0].minorticks_off()
-    return _finish(figure, axes, f"{name}: the number of clusters", results / f"{name}-clusters-{method}.png")
+    return _finish(figure, axes, f"{name}: the number of clusters", results / f"{name}-clusters-{method.name}.png")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 from mlx_slm.config.schema import Config, Grid
 from mlx_slm.errors import SlmError
-from mlx_slm.experts.experts import HISTOGRAM
 from mlx_slm.fields import format_size
-
-CLUSTERED = ("is", "pn", "mix")
+from mlx_slm.methods import find_method
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,7 @@ class Cell:
     @property
     def pretrained(self) -> dict[str, int]:
         """The budget of each pretraining that it needs, by method; its own start comes first."""
-        if self.method == "nopt":
-            return {}
-        if self.method == "d":
-            return {"slm": self.budget, "llm": self.teacher_budget}
-        return {"llm" if self.method == "lora" else self.method: self.budget}
+        return find_method(self.method).pretrained(self.budget, self.teacher_budget)
 
 
 def cells(config: Config) -> list[Cell]:
@@ -52,28 +46,26 @@ def cells(config: Config) -> list[Cell]:
     if not config.study.grids:
         raise SlmError("study.grids is empty: a study is a list of grids, as in configs/study-mini.yaml")
     found = list(dict.fromkeys(cell for grid in config.study.grids for cell in _cells_of(grid, config)))
-    most = max((cell.budget for cell in found if cell.method == "mix"), default=None)
-    found = [cell for cell in found if cell.method != "mix" or cell.budget == most]
+    most: dict[str, int] = {}
+    for cell in found:
+        most[cell.method] = max(cell.budget or 0, most.get(cell.method, 0))
+    found = [cell for cell in found if find_method(cell.method).milestones or cell.budget == most[cell.method]]
     if not found:
         raise SlmError("study.grids: no cell is left (`histogram` is not for mixtures)")
     return found
 
 
 def _cells_of(grid: Grid, config: Config) -> Iterable[Cell]:
-    own = {"is": config.clusters.k, "pn": config.projection.k, "mix": config.mixture.k}
-    for method in grid.methods:
-        budgets: list = sorted(grid.budgets)
-        if method == "nopt":
-            budgets = [None]
-        clusters = (grid.clusters or [own[method]]) if method in CLUSTERED else [None]
-        selects: list = grid.selects if method in ("pn", "mix") else [None]
-        if method == "mix":
-            selects = [select for select in selects if select != HISTOGRAM]
+    for method in map(find_method, grid.methods):
+        starts = method.pretrained(0, 0)
+        budgets: list = sorted(grid.budgets) if starts else [None]
+        clusters = (grid.clusters or [getattr(config, method.section).k]) if method.section else [None]
+        selects: list = [select for select in grid.selects if select in method.selects] if method.selects else [None]
         for k, seed, budget, select, domain, size in product(
             clusters, grid.seeds, budgets, selects, grid.domains, grid.domain_tokens
         ):
-            cell = Cell(method, budget, domain, size, seed, k, select)
-            yield replace(cell, teacher_budget=grid.teacher_budget or budget) if method == "d" else cell
+            teacher = (grid.teacher_budget or budget) if len(starts) > 1 else None
+            yield Cell(method.name, budget, domain, size, seed, k, select, teacher)
 
 
 def budgets_of(cells: list[Cell]) -> dict[str, list[int]]:

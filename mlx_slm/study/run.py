@@ -14,8 +14,9 @@ from typing import TextIO
 
 from mlx_slm.errors import Busy, Interrupted, SlmError
 from mlx_slm.machine import runtime
-from mlx_slm.models.shape import Shape
-from mlx_slm.pretraining.pretrain import likely_flops
+from mlx_slm.machine.runtime import likely_flops
+from mlx_slm.methods import find_method
+from mlx_slm.methods.base import Models
 from mlx_slm.report import Agreed, duration
 from mlx_slm.storage.records import append_json, read_json_lines
 from mlx_slm.study.cell import Study
@@ -97,16 +98,14 @@ def _claimed(locks: TextIO, number: int) -> Iterator[bool]:
 def _announce(study: Study, todo: list[Cell]) -> None:
     """Say what it takes about; ask, once, where the pretrainings alone are over ten minutes."""
     config, report = study.config, study.report
-    context, vocab = config.data.context_length, config.tokenizer.vocab_size
-    small, large = (Shape.of(section, vocab, context) for section in (config.model, config.large))
-    shape = {"llm": large, "lora": large}
+    models = Models.of(config)
     runs = {
-        (method, cell.seed, cell.k, *((cell.domain, cell.domain_tokens) if method == "is" else ()))
+        (method, cell.seed, cell.k, *((cell.domain, cell.domain_tokens) if find_method(method).is_per_domain else ()))
         for cell in todo
         for method in cell.pretrained
     }
-    flops = sum(study.budgets[method][-1] * shape.get(method, small).flops_per_token for method, *_ in runs)
-    disk = sum(CHECKPOINTS * shape.get(cell.method, small).num_parameters for cell in todo)
+    flops = sum(study.budgets[name][-1] * find_method(name).shape(models).flops_per_token for name, *_ in runs)
+    disk = sum(CHECKPOINTS * find_method(cell.method).shape(models).num_parameters for cell in todo)
     report.line(
         f"{len(todo)} of {len(study.cells)} cells to do: {len(runs)} pretrainings, where they are not done, of about "
         f"{duration(flops / likely_flops())} on this machine, and {len(todo)} fine-tunings; {disk / 1e9:.1f} GB of "

@@ -8,21 +8,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from mlx_slm.fields import format_size
+from mlx_slm.methods import find_method
 from mlx_slm.methods.costs import Cost
 from mlx_slm.report import perplexity
 
-NAMES = {
-    "slm": "SLM",
-    "nopt": "SLM-nopt",
-    "is": "SLM-is",
-    "mix": "SLM-mix",
-    "pn": "SLM-pn",
-    "d": "SLM-d",
-    "llm": "LLM",
-    "lora": "LLM-lora",
-}
-PER_DOMAIN = ("is", "nopt")
-"""Methods that have no generic pretraining: all they cost is paid per domain."""
 DOMAINS_SHOWN = (1, 7, 50)
 """Numbers of domains of Figure 6."""
 
@@ -31,7 +20,7 @@ def label(row: dict) -> str:
     """How a method is called in tables and figures."""
     more = [f"k = {row['k']}" if row["k"] else None, row["select"]]
     more += [f"teacher {format_size(row['teacher_budget'])}" if row["teacher_budget"] else None]
-    return ", ".join([NAMES[row["method"]], *filter(None, more)])
+    return ", ".join([find_method(row["method"]).label, *filter(None, more)])
 
 
 def macro(rows: Iterable[dict], stage: str) -> tuple[float, float, int] | None:
@@ -66,7 +55,7 @@ def cost_of(rows: list[dict], unit: str = "hours") -> Cost:
     key, per = ("flops", 1) if unit == "flops" else ("seconds", 3600)
     pretraining = statistics.fmean((row["pretraining"] or {key: 0})[key] for row in rows) / per
     finetuning = statistics.fmean(row["specialization"][key] for row in rows) / per
-    if rows[0]["method"] in PER_DOMAIN:
+    if find_method(rows[0]["method"]).is_per_domain:
         return Cost(0.0, pretraining + finetuning)
     return Cost(pretraining, finetuning)
 

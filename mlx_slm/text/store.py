@@ -53,12 +53,40 @@ class Store:
         window = self.windows[int(index)]
         return self.tokens[int(window["offset"]) : int(window["offset"]) + int(window["length"])]
 
+    @property
+    def name(self) -> str:
+        """Of the set."""
+        return self.directory.parent.name
+
+    def require_context(self, context_length: int) -> None:
+        """Raise SlmError if a configuration asks for windows of another length."""
+        if self.context_length != context_length:
+            raise SlmError(
+                f"data/{self.name} has windows of {self.context_length} tokens, the configuration asks for "
+                f"{context_length}: set data.context_length={self.context_length}, or run `mlx-slm prepare {self.name} "
+                "--fresh`"
+            )
+
+    def require_fit(self, reader: str, context_length: int, tokenizer: str, shorter: bool = False) -> None:
+        """Raise SlmError if a model cannot read these windows: it has another tokenizer, by its fingerprint, or another
+        context. `shorter`: windows may be shorter than the context."""
+        if self.manifest["inputs"]["tokenizer"] != tokenizer:
+            raise SlmError(
+                f"{reader} and data/{self.name} were made with different tokenizers: prepare or train one anew"
+            )
+        if self.context_length > context_length or (not shorter and self.context_length < context_length):
+            raise SlmError(
+                f"{reader} has a context of {context_length} tokens, data/{self.name} windows of "
+                f"{self.context_length}: run `mlx-slm prepare {self.name} --fresh --set "
+                f"data.context_length={context_length}`"
+            )
+
     def require_tokenizer(self, tokenizer) -> None:
         """Raise SlmError if these tokens were made by another tokenizer."""
         if self.manifest["inputs"]["tokenizer"] != tokenizer.fingerprint:
             raise SlmError(
                 f"{self.directory} was made by another tokenizer than {tokenizer.directory}: "
-                f"run `mlx-slm prepare {self.directory.parent.name} --fresh`"
+                f"run `mlx-slm prepare {self.name} --fresh`"
             )
 
 
@@ -71,7 +99,7 @@ def first_windows(store: Store, tokens: int | None, seed: int) -> np.ndarray:
         return np.arange(store.num_windows)
     if tokens > store.num_tokens:
         raise SlmError(
-            f"{tokens:,} tokens of {store.directory.parent.name} were asked for and its train split holds "
+            f"{tokens:,} tokens of {store.name} were asked for and its train split holds "
             f"{store.num_tokens:,}: ask for at most that, or prepare more text"
         )
     windows = store.windows[:]

@@ -78,6 +78,11 @@ class Run:
         )
         self.save()
 
+    @property
+    def already_finished(self) -> str:
+        """To say where there is nothing left to do."""
+        return f"run {self.name} is finished ({self.record['step']:,} steps); --fresh trains it anew"
+
     def save(self) -> None:
         """Write the record."""
         write_record(self.path / RECORD, self.record)
@@ -106,7 +111,12 @@ class Run:
     @property
     def is_mixture(self) -> bool:
         """Whether this is a hard mixture: a run of several models, each of which is a run."""
-        return self.record["method"] == "mix" and not {"expert", "from"} & set(self.record["inputs"])
+        return "mixture" in self.record["inputs"] and not {"expert", "from"} & set(self.record["inputs"])
+
+    @property
+    def is_network(self) -> bool:
+        """Whether this is a projected network, and not a model that was specialised from one."""
+        return "projection" in self.record["inputs"] and "from" not in self.record["inputs"]
 
     def step_at(self, tokens: int) -> int:
         """The step after which this pretraining has seen `tokens` tokens; KeyError for a run that is none."""
@@ -153,29 +163,39 @@ def alone_in(path: Path) -> contextlib.AbstractContextManager[None]:
     return alone(path.with_name(f".{path.name}.lock"), busy)
 
 
-def open_run(
-    workspace: Workspace,
-    path: Path,
-    method: str,
-    inputs: dict,
-    config: Config,
-    fresh: bool,
-    select: str = "last",
-    announce: Callable[[], None] = lambda: None,
-    remedy: str = "start anew with --fresh",
-) -> Run:
-    """Open the run of these inputs, new or not; raises SlmError where the name belongs to another configuration, which
-    says what to do with `remedy`.
+REMEDY = "start anew with --fresh"
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """A run that is to be there."""
+
+    path: Path
+    method: str
+    inputs: dict
+    """What it is made from: with others under this name, it is another run."""
+    config: Config
+    fresh: bool = False
+    """Throw an earlier run of this name away."""
+    select: str = "last"
+    """Which checkpoint stands for it: the last or the best."""
+    remedy: str = REMEDY
+    """What to do where the name belongs to another configuration."""
+
+
+def open_run(workspace: Workspace, asked: RunRequest, announce: Callable[[], None] = lambda: None) -> Run:
+    """Open a run, new or not; raises SlmError where the name belongs to another configuration.
 
     `announce` is called before anything is begun or, with `fresh`, removed; it may raise. Call this in `alone_in`.
     """
+    path, inputs, fresh = asked.path, asked.inputs, asked.fresh
     record = read_run(path) if (path / RECORD).exists() and not fresh else None
     if record and record["inputs"] != inputs:
         changed = sorted(k for k in {*inputs, *record["inputs"]} if record["inputs"].get(k) != inputs.get(k))
         what = ", ".join(_difference(k, record["inputs"].get(k), inputs.get(k)) for k in changed)
         raise OtherSettings(
             f"run {path.name} was started with another configuration ({what})",
-            f"put it back, give another --name, or {remedy}",
+            f"put it back, give another --name, or {asked.remedy}",
         )
     if not record and not fresh and checkpoint.checkpoint_steps(path):
         raise SlmError(f"run {path.name} has checkpoints but no run.json that says of what: start anew with --fresh")
@@ -189,8 +209,9 @@ def open_run(
             for made in (workspace.model(path.name), workspace.adapter(path.name)):
                 shutil.rmtree(made, ignore_errors=True)
     path.mkdir(parents=True, exist_ok=True)
-    write_text(path / CONFIG, dump_config(config))
-    record = {"method": method, "inputs": inputs, "status": "running", "select": select, "started": time.time()}
+    write_text(path / CONFIG, dump_config(asked.config))
+    record = {"method": asked.method, "inputs": inputs, "status": "running", "select": asked.select}
+    record["started"] = time.time()
     run = Run(path, record | {"config": sha256(path / CONFIG)})
     run.save()
     return run
@@ -256,13 +277,13 @@ def _at(run: Run, tokens: str) -> Run:
     return Run(run.path, run.record, step)
 
 
-def default_run(workspace: Workspace) -> str:
-    """The name of the only run of method slm; raises SlmError if there is none or a choice."""
+def default_run(workspace: Workspace, method: str) -> str:
+    """The name of the only pretrained run of a method; raises SlmError if there is none or a choice."""
     records = {name: find_run(workspace, name).record for name in workspace.runs()}
-    slm = [name for name, r in records.items() if r["method"] == "slm" and "from" not in r["inputs"]]
-    if len(slm) > 1 and "slm" not in slm:
-        raise SlmError(f"several pretrained runs of method slm: {', '.join(slm)}; name one with --from")
-    return slm[0] if len(slm) == 1 else "slm"
+    found = [name for name, r in records.items() if r["method"] == method and "from" not in r["inputs"]]
+    if len(found) > 1 and method not in found:
+        raise SlmError(f"several pretrained runs of method {method}: {', '.join(found)}; name one with --from")
+    return found[0] if len(found) == 1 else method
 
 
 def _difference(key: str, old, new) -> str:

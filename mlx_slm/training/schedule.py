@@ -1,9 +1,9 @@
 """How a training goes on from step to step: its rate, when it is evaluated, and when it ends.
 
-A fine-tuning (a plan with `patience`) tries twice. At a constant rate it finds out how many steps the text is worth:
-until the validation loss has not improved for `patience` evaluations. Then it begins again from the start, and the rate
-falls linearly to zero within `again` times as many steps. Where the horizon comes first, there is no second try: the
-rate falls to zero by the horizon. The best evaluation of all counts, that of the start too.
+A fine-tuning (a schedule with `patience`) tries twice. At a constant rate it finds out how many steps the text is
+worth: until the validation loss has not improved for `patience` evaluations. Then it begins again from the start, and
+the rate falls linearly to zero within `again` times as many steps. Where the horizon comes first, there is no second
+try: the rate falls to zero by the horizon. The best evaluation of all counts, that of the start too.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """How to train: everything but model, rows and start."""
 
     steps: int
@@ -63,7 +63,8 @@ class Plan:
     report_every: int
     checkpoint_every: int
     checkpoint_seconds: float = 600.0
-    schedule: str = "constant"
+    after_warmup: str = "constant"
+    """Or `cosine`, to a tenth of the rate at the horizon."""
     patience: int | None = None
     """Evaluations without a gain that end the first try; None: there is one, up to the horizon."""
     again: float = 0.0
@@ -75,7 +76,7 @@ class Plan:
         """The learning rate of a step (from 0)."""
         begun, end = state.fall or (0, 0)
         warm = step - begun if state.second else step
-        rate = learning_rate(warm, self.learning_rate, self.warmup_steps, self.schedule, self.steps)
+        rate = learning_rate(warm, self.learning_rate, self.warmup_steps, self.after_warmup, self.steps)
         return rate * (end - step) / (end - begun) if state.fall else rate
 
     @property

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,55 +24,56 @@ from mlx_slm.report import Report, duration, perplexity
 from mlx_slm.text.rows import Sampler
 from mlx_slm.training import checkpoint
 from mlx_slm.training.projected_step import ProjectedStep
-from mlx_slm.training.schedule import Plan, State
+from mlx_slm.training.schedule import Schedule, State
 from mlx_slm.training.step import TrainingStep
 
 BAD_STEPS = 3
 
 
+@dataclass(frozen=True)
+class Training:
+    """What is trained and how: everything but where it begins and where it is kept."""
+
+    start: Callable[[dict, dict | None], TrainingStep | ProjectedStep]
+    """(parameters, moments) -> the step that moves them; moments None: new ones."""
+    sampler: Sampler
+    schedule: Schedule
+    evaluate: Callable[[dict], float]
+    """parameters -> the validation loss in nats per token."""
+    flops_per_token: float
+    """Of a step, per position."""
+
+
 class Trainer:
-    """Trains on the rows of `sampler`, in the directory `run`, from `parameters` or from its last checkpoint.
+    """Trains in the directory `run`, from `parameters` or from its last checkpoint."""
 
-    `start(parameters, moments)` gives the step that moves them (moments None: new ones). `evaluate(parameters)` gives
-    the validation loss in nats per token. `flops_per_token` are those of a step, per position.
-    """
-
-    def __init__(
-        self,
-        start: Callable[[dict, dict | None], TrainingStep | ProjectedStep],
-        parameters: dict,
-        sampler: Sampler,
-        plan: Plan,
-        run: Path,
-        evaluate: Callable[[dict], float],
-        report: Report,
-        flops_per_token: float,
-    ):
-        self.sampler, self.plan, self.run_directory, self.flops_per_token = sampler, plan, run, flops_per_token
-        self.evaluate, self.report = evaluate, report
-        if plan.warmup_steps > plan.steps:
+    def __init__(self, training: Training, parameters: dict, run: Path, report: Report):
+        self.sampler, self.schedule, self.evaluate = training.sampler, training.schedule, training.evaluate
+        self.flops_per_token = training.flops_per_token
+        self.run_directory, self.report, schedule = run, report, training.schedule
+        if schedule.warmup_steps > schedule.steps:
             report.warn(
-                f"the warm-up of {plan.warmup_steps:,} steps is longer than the training of {plan.steps:,}, which ends "
-                f"at a rate of {plan.rate(plan.steps - 1, State()):.1e}: lower warmup_steps"
+                f"the warm-up of {schedule.warmup_steps:,} steps is longer than the training of {schedule.steps:,}, "
+                f"which ends at a rate of {schedule.rate(schedule.steps - 1, State()):.1e}: lower warmup_steps"
             )
         self.state, moments = State(), None
-        self._start = None if plan.patience is None else parameters  # what a pretraining starts from is freed
+        self._start = None if schedule.patience is None else parameters  # what a pretraining starts from is freed
         found = checkpoint.load_newest(run, report)
         if found:
             parameters, moments, state = found
             self.state = State.from_json(state)
-            report.line(f"resuming {run.name} at step {self.state.step:,} of {plan.end(self.state):,}")
+            report.line(f"resuming {run.name} at step {self.state.step:,} of {schedule.end(self.state):,}")
             self._check_arithmetic()
             self._check_best()
         self.state.arithmetic = runtime.arithmetic()
         self.metrics = checkpoint.Metrics(run, self.state.step, report)
-        self.step = start(parameters, moments)
+        self.step = training.start(parameters, moments)
         self._pending: tuple | None = None
         self._saved_step, self._saved_at = self.state.step if found else -1, time.perf_counter()
 
     def run(self) -> State:
         """Train as planned; raises Interrupted after saving on SIGINT or SIGTERM."""
-        plan, state = self.plan, self.state
+        schedule, state = self.schedule, self.state
         runtime.configure_device()
         peak = runtime.matmul_gflops() * 1e9
         with (
@@ -79,7 +81,7 @@ class Trainer:
             ThreadPoolExecutor(1) as loader,
             self.step.sharing_cores(),
         ):
-            if plan.patience is not None and state.best_step is None:
+            if schedule.patience is not None and state.best_step is None:
                 self._evaluate()
                 if not math.isfinite(state.last_nll):
                     raise SlmError(
@@ -89,11 +91,11 @@ class Trainer:
                 self._save()
             rows = loader.submit(self.sampler.rows, state.step)
             started, first = time.perf_counter(), True
-            while state.step < plan.end(state):
+            while state.step < schedule.end(state):
                 tokens, weights, clusters = rows.result()
                 rows = loader.submit(self.sampler.rows, state.step + 1)
                 total = int(weights.sum())
-                in_flight = self.step(tokens, weights, plan.rate(state.step, state), clusters)
+                in_flight = self.step(tokens, weights, schedule.rate(state.step, state), clusters)
                 if first:
                     mx.eval(in_flight)
                     compiled, started = time.perf_counter() - started, time.perf_counter()
@@ -104,9 +106,9 @@ class Trainer:
                 self._pending = (state.step, total, *in_flight)
                 state.step += 1
                 state.tokens += total
-                reporting, evaluating = plan.is_due(plan.report_every, state), plan.evaluates(state)
-                saving = plan.is_due(plan.checkpoint_every, state) or state.step in plan.milestones
-                saving = saving or time.perf_counter() - self._saved_at >= plan.checkpoint_seconds
+                reporting, evaluating = schedule.is_due(schedule.report_every, state), schedule.evaluates(state)
+                saving = schedule.is_due(schedule.checkpoint_every, state) or state.step in schedule.milestones
+                saving = saving or time.perf_counter() - self._saved_at >= schedule.checkpoint_seconds
                 if reporting or evaluating or saving or stopping.is_set():
                     self._collect()
                 now = time.perf_counter()
@@ -119,7 +121,7 @@ class Trainer:
                 falls = evaluating and self._begin_fall()
                 if saving or better or falls or stopping.is_set():
                     self._save()
-                if stopping.is_set() and state.step < plan.end(state):
+                if stopping.is_set() and state.step < schedule.end(state):
                     raise Interrupted(f"stopped at step {state.step:,}; the same command again goes on from there")
                 if reporting or evaluating or saving:
                     started = time.perf_counter()
@@ -129,7 +131,7 @@ class Trainer:
     @property
     def flops(self) -> float:
         """FLOPs of all steps so far."""
-        return self.state.step * self.plan.batch_rows * self.sampler.row_length * self.flops_per_token
+        return self.state.step * self.schedule.batch_rows * self.sampler.row_length * self.flops_per_token
 
     def _check_arithmetic(self) -> None:
         before, now = self.state.arithmetic, runtime.arithmetic()
@@ -148,7 +150,7 @@ class Trainer:
     def _begin_fall(self) -> bool:
         """Let the rate fall from here on, or begin again with one that falls, if it is time; returns whether it is."""
         state = self.state
-        if not self.plan.begin_fall(state):
+        if not self.schedule.begin_fall(state):
             return False
         if state.second:
             self.step.restart(self._start)
@@ -168,7 +170,7 @@ class Trainer:
             self.state.skipped += 1
             self.report.warn(f"step {step:,} skipped: its loss is {loss.item():g}, its gradient norm {norm.item():g}")
             if count >= BAD_STEPS:
-                rows = self.plan.batch_rows
+                rows = self.schedule.batch_rows
                 if self.state.skipped == step + 1:
                     raise SlmError(
                         f"no step was finite, of {step + 1}: the weights that it starts from are damaged; make them "
@@ -187,14 +189,14 @@ class Trainer:
         window["norm"] = norm.item()
 
     def _report(self, peak: float) -> None:
-        state, plan, window = self.state, self.plan, self.state.window
+        state, schedule, window = self.state, self.schedule, self.state.window
         if not window["tokens"]:
             return
-        positions = plan.batch_rows * self.sampler.row_length * window["steps"]
+        positions = schedule.batch_rows * self.sampler.row_length * window["steps"]
         speed = positions / window["seconds"]
         achieved = speed * self.flops_per_token
-        loss, rate = window["loss"] / window["tokens"], plan.rate(state.step - 1, state)
-        left = (plan.end(state) - state.step) * window["seconds"] / window["steps"]
+        loss, rate = window["loss"] / window["tokens"], schedule.rate(state.step - 1, state)
+        left = (schedule.end(state) - state.step) * window["seconds"] / window["steps"]
         memory = mx.get_peak_memory() / 2**30
         self.metrics.write(
             {
@@ -212,7 +214,7 @@ class Trainer:
             }
         )
         self.report.line(
-            f"step {state.step:>6,}/{plan.end(state):,}  loss {loss:.4f}  lr {rate:.2e}  {speed:,.0f} tok/s  "
+            f"step {state.step:>6,}/{schedule.end(state):,}  loss {loss:.4f}  lr {rate:.2e}  {speed:,.0f} tok/s  "
             f"{achieved / 1e12:.3f} TFLOP/s  MFU {achieved / peak:.0%}  {memory:.2f} GB  ETA {duration(left)}"
         )
         state.window = State().window
@@ -230,14 +232,14 @@ class Trainer:
         self.metrics.write({"step": state.step, "tokens": state.tokens, "valid_nll": nll})
         mark = "best so far" if better else f"{state.stale} since the best"
         self.report.line(
-            f"step {state.step:>6,}/{self.plan.end(state):,}  validation perplexity {perplexity(nll):.2f} ({mark})"
+            f"step {state.step:>6,}/{self.schedule.end(state):,}  validation perplexity {perplexity(nll):.2f} ({mark})"
         )
         return better
 
     def _save(self) -> None:
         if self._saved_step == self.state.step:
             return
-        keep = {self.state.best_step, *self.plan.milestones}
+        keep = {self.state.best_step, *self.schedule.milestones}
         checkpoint.save_checkpoint(
             self.run_directory, self.state.step, self.step.parameters, self.step.moments, self.state.to_json(), keep
         )

@@ -18,18 +18,21 @@ from mlx_slm.cli import run
 from mlx_slm.clustering.importance import histogram
 from mlx_slm.config.schema import MixtureConfig
 from mlx_slm.errors import Interrupted, SlmError
-from mlx_slm.evaluation.evaluate import evaluate_models
+from mlx_slm.evaluation.evaluate import evaluate
 from mlx_slm.experts.bundle import find_source
 from mlx_slm.experts.experts import Experts
 from mlx_slm.experts.geometry import geometry
 from mlx_slm.experts.handover import export_bundle
 from mlx_slm.export.model import load_exported
+from mlx_slm.finetuning.domain import domain_set
+from mlx_slm.finetuning.selection import score_experts, select_expert
+from mlx_slm.methods import mixture
+from mlx_slm.methods.requests import Pretraining, Specialisation
 from mlx_slm.models.transformer import Transformer
-from mlx_slm.pretraining import pretrain as pretraining
-from mlx_slm.pretraining.pretrain import pretrain
+from mlx_slm.project import Project
 from mlx_slm.report import Report
-from mlx_slm.specialization.selection import score_experts, select_expert
-from mlx_slm.specialization.specialize import specialize
+from mlx_slm.stages.pretrain import pretrain
+from mlx_slm.stages.specialize import specialize
 from mlx_slm.storage.artifacts import load_manifest
 from mlx_slm.storage.records import write_record
 from mlx_slm.storage.workspace import Workspace
@@ -54,7 +57,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(method, calls, with
     command = [sys.executable, "-c", KILLED.format(calls=calls), *arguments]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
     assert not find_run(workspace, method).finished
-    pretrain(workspace, expert_config, method, Report())
+    pretrain(Project(workspace, expert_config), Pretraining(method))
     names = [method] if method == "pn" else [f"mix/expert-{i}" for i in range(4)]
     for name in names:
         assert_same(workspace.root / "runs" / name, everything(with_experts.root / "runs" / name))
@@ -63,35 +66,35 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(method, calls, with
 def test_a_mixture_goes_on_expert_by_expert(own, expert_config, report):
     before = {i: everything(open_expert(find_run(own, "mix"), i).path) for i in (1, 3)}
     shutil.rmtree(own.run("mix"))
-    some = pretrain(own, expert_config, "mix", report, experts=[1, 3])
+    some = pretrain(Project(own, expert_config, report), Pretraining("mix", experts=[1, 3]))
     assert not some.finished and set(some.record["experts"]) == {1, 3}
     assert experts_of(own, "mix").trained == [1, 3]
     with pytest.raises(SlmError, match=r"expert 0 of run mix is not trained: run `mlx-slm pretrain --method mix .*0`"):
         experts_of(own, "mix").parameters(0)
     written = (own.run("mix") / "expert-1" / "run.json").stat().st_mtime_ns
-    whole = pretrain(own, expert_config, "mix", report)
+    whole = pretrain(Project(own, expert_config, report), Pretraining("mix"))
     assert whole.finished and set(whole.record["experts"]) == {0, 1, 2, 3}
     assert (own.run("mix") / "expert-1" / "run.json").stat().st_mtime_ns == written
     for i, expected in before.items():
         assert_same(own.run("mix") / f"expert-{i}", expected)
     assert whole.record["step"] == 4 * 3, "the horizon of 12 steps is shared by four experts"
     with pytest.raises(SlmError, match=r"--experts 4: the mixture has the experts 0 to 3"):
-        pretrain(own, expert_config, "mix", report, experts=[4])
+        pretrain(Project(own, expert_config, report), Pretraining("mix", experts=[4]))
 
 
 def test_a_mixture_of_many_opens_no_more_files(own, expert_config, report, monkeypatch):
     """macOS lets a process have 256 files open; each job had the assignments open for itself."""
     opened = []
-    monkeypatch.setattr(pretraining, "_work", lambda *_: opened.append(len(os.listdir("/dev/fd"))))
+    monkeypatch.setattr(mixture, "work", lambda *_: opened.append(len(os.listdir("/dev/fd"))))
     for k in (2, 64):
         config = expert_config.model_copy(update={"mixture": MixtureConfig(k=k)})
-        pretrain(own, config, "mix", report, name=f"mix{k}")
+        pretrain(Project(own, config, report), Pretraining("mix", name=f"mix{k}"))
     assert len(opened) > 40 and max(opened) - opened[0] <= 2, opened
 
 
 def test_an_expert_of_a_mixture_can_start_from_the_generic_run(own, expert_config, report):
     budget = expert_config.model_copy(update={"mixture": MixtureConfig(k=4, tokens=256)})
-    pretrain(own, budget, "mix", report, name="upcycled", init_from=own.model("slm"), experts=[2])
+    pretrain(Project(own, budget, report), Pretraining("mix", name="upcycled", init_from=own.model("slm"), experts=[2]))
     record = open_expert(find_run(own, "upcycled"), 2).record
     assert record["step"] == 1 and record["inputs"]["init_from"]
     start = dict(tree_flatten(load_exported(own.model("slm"))[0].parameters()))
@@ -102,7 +105,7 @@ def test_an_expert_of_a_mixture_can_start_from_the_generic_run(own, expert_confi
 
 def test_a_network_can_start_from_the_generic_run(own, expert_config, report):
     longer = expert_config.model_copy(update={"training": expert_config.training.model_copy(update={"steps": 1})})
-    pretrain(own, longer, "pn", report, name="grown", init_from=own.model("slm"))
+    pretrain(Project(own, longer, report), Pretraining("pn", name="grown", init_from=own.model("slm")))
     start = dict(tree_flatten(load_exported(own.model("slm"))[0].parameters()))
     network, step = experts_of(own, "grown").network, expert_config.training.learning_rate / 4
     for name, T in network["T"].items():
@@ -119,38 +122,38 @@ def test_the_clusters_of_a_step_stay_as_a_run_began_with_them(own, expert_config
     config = expert_config.model_copy(update={"projection": auto})
     for groups, fresh, expected in ((4, False, 4), (2, False, 4), (2, True, 2)):
         monkeypatch.setattr(projected_step, "_most_groups", lambda *_, g=groups: g)
-        record = pretrain(own, config, "pn", report, name="auto", fresh=fresh).record
+        record = pretrain(Project(own, config, report), Pretraining("pn", name="auto", fresh=fresh)).record
         assert record["inputs"]["projection"]["clusters_per_step"] == expected
     with pytest.raises(SlmError, match=r"run slm was started with another configuration"):
-        pretrain(own, config, "pn", report, name="slm")
+        pretrain(Project(own, config, report), Pretraining("pn", name="slm"))
     fewer = config.model_copy(update={"training": config.training.model_copy(update={"batch_rows": 3})})
     with pytest.raises(SlmError, match=r"run auto was started with another configuration .*batch_rows 8 -> 3"):
         monkeypatch.setattr(projected_step, "_most_groups", lambda *_: 3)
-        pretrain(own, fewer, "pn", report, name="auto")
+        pretrain(Project(own, fewer, report), Pretraining("pn", name="auto"))
 
 
 def test_frequent_and_histogram_are_those_of_the_tokens(with_experts, expert_config):
     experts, store = experts_of(with_experts, "pn"), Store(with_experts.data("notes", "train"))
-    windows = first_windows(store, 4000, 0)
+    project = Project(with_experts, expert_config)
+    windows, domain = first_windows(store, 4000, 0), domain_set(project, "notes", 4000, [])
     place = experts.clusters.assigned("notes", "train").clusters[:]
     lengths = store.windows[:]["length"]
     counts = np.zeros(4)
     for window in windows:
         counts[place[window]] += lengths[window]
-    found = select_expert(experts, "histogram", expert_config, "notes", store, windows, Report())
+    found = select_expert(project, experts, "histogram", domain)
     np.testing.assert_allclose(found["histogram"], counts / counts.sum())
     assert np.allclose(counts, histogram(place[windows], lengths[windows], 4))
-    frequent = select_expert(experts, "frequent", expert_config, "notes", store, windows, Report())
+    frequent = select_expert(project, experts, "frequent", domain)
     assert frequent["expert"] == counts.argmax() and frequent["share"] == pytest.approx(counts.max() / counts.sum())
 
 
 @pytest.mark.parametrize("name", ["pn", "mix"])
 def test_pretrained_takes_the_lowest_loss_on_the_domain_set(name, with_experts, expert_config):
     experts, store = experts_of(with_experts, name), Store(with_experts.data("notes", "train"))
-    windows = first_windows(store, 4000, 0)
     finetuning = expert_config.finetuning.model_copy(update={"select_tokens": 1500})
-    few = expert_config.model_copy(update={"finetuning": finetuning})
-    found = select_expert(experts, "pretrained", few, "notes", store, windows, Report())
+    project = Project(with_experts, expert_config).having(finetuning=finetuning)
+    found = select_expert(project, experts, "pretrained", domain_set(project, "notes", 4000, []))
     sample = first_windows(store, 1500, 0)
     by_hand = {}
     for i in range(4):
@@ -164,8 +167,10 @@ def test_pretrained_takes_the_lowest_loss_on_the_domain_set(name, with_experts, 
 
 @pytest.mark.parametrize(("name", "select"), [("pn", "frequent"), ("pn", "histogram"), ("mix", "pretrained")])
 def test_a_specialised_expert_is_a_plain_model(name, select, own, expert_config, report):
-    tuned = specialize(own, expert_config, "notes", report, name, 4000, select=select)
-    base = specialize(own, expert_config, "notes", report, "slm", 4000)
+    tuned = specialize(
+        Project(own, expert_config, report), Specialisation("notes", source=name, tokens=4000, select=select)
+    )
+    base = specialize(Project(own, expert_config, report), Specialisation("notes", source="slm", tokens=4000))
     assert tuned.name == f"notes-{name}-{select}-4k"
     layouts = []
     for one in (tuned, base):
@@ -187,11 +192,15 @@ def test_a_specialised_expert_is_a_plain_model(name, select, own, expert_config,
 
 
 def test_finetuned_tries_all_and_keeps_the_best_and_goes_on_after_a_kill(own, expert_config, report):
-    tuned = specialize(own, expert_config, "notes", report, "mix", 4000, select="finetuned")
+    tuned = specialize(
+        Project(own, expert_config, report), Specialisation("notes", source="mix", tokens=4000, select="finetuned")
+    )
     selection = tuned.record["selection"]
     assert set(selection["scores"]) == {0, 1, 2, 3}
     assert tuned.record["valid_nll"] == min(selection["scores"].values()) == selection["scores"][selection["expert"]]
-    alone = specialize(own, expert_config, "notes", report, "mix", 4000, name="alone")
+    alone = specialize(
+        Project(own, expert_config, report), Specialisation("notes", source="mix", tokens=4000, name="alone")
+    )
     assert alone.record["selection"]["select"] == "frequent", "a mixture's default"
     other = alone.record["selection"]["expert"]
     assert alone.record["valid_nll"] == selection["scores"][other]
@@ -211,7 +220,7 @@ def test_finetuned_tries_all_and_keeps_the_best_and_goes_on_after_a_kill(own, ex
 @pytest.mark.parametrize("name", ["pn", "mix"])
 def test_evaluation_routes_each_window_through_its_clusters_expert(name, own, expert_config, report):
     experts, store = experts_of(own, name), Store(own.data("notes", "test"))
-    found = evaluate_models(own, expert_config, [name], ["notes"], "test", report)["results"][0]
+    found = evaluate(Project(own, expert_config, report), [name], domains=["notes"], split="test")["results"][0]
     place = experts.clusters.assigned("notes", "test").clusters[:]
     assert len(np.unique(place)) > 1
     total = 0.0
@@ -221,14 +230,20 @@ def test_evaluation_routes_each_window_through_its_clusters_expert(name, own, ex
         total += Scorer(model).window_nll(store, np.flatnonzero(place == cluster)).sum()
     assert found["routing"] == "cluster" and found["tokens"] == store.num_tokens
     assert found["nll"] == pytest.approx(total / store.num_tokens, rel=1e-6)
-    one = evaluate_models(own, expert_config, [name], ["notes"], "test", report, expert="2")["results"][0]
+    one = evaluate(Project(own, expert_config, report), [name], domains=["notes"], split="test", expert="2")["results"][
+        0
+    ]
     model.update(experts.parameters(2))
     assert one["nll"] == pytest.approx(Scorer(model)(store, np.arange(store.num_windows)).nll, rel=1e-6)
-    frequent = evaluate_models(own, expert_config, [name], ["notes"], "test", report, expert="frequent")["results"][0]
+    frequent = evaluate(
+        Project(own, expert_config, report), [name], domains=["notes"], split="test", expert="frequent"
+    )["results"][0]
     shares = experts.histogram(expert_config, "notes", np.arange(Store(own.data("notes", "train")).num_windows), report)
     assert (frequent["routing"], frequent["expert"]) == ("frequent", shares.argmax())
     if name == "pn":
-        mixed = evaluate_models(own, expert_config, [name], ["notes"], "test", report, expert="histogram")["results"][0]
+        mixed = evaluate(
+            Project(own, expert_config, report), [name], domains=["notes"], split="test", expert="histogram"
+        )["results"][0]
         model.update(experts.parameters(shares))
         assert mixed["nll"] == pytest.approx(Scorer(model)(store, np.arange(store.num_windows)).nll, rel=1e-6)
 
@@ -250,12 +265,12 @@ def test_milestones_are_kept_and_stand_for_the_run(own, expert_config, tmp_path,
     milestones = {"milestones": [512, 2048], "checkpoint_every": 2}
     training = expert_config.training.model_copy(update=milestones)
     config = expert_config.model_copy(update={"training": training})
-    pretrain(own, config, "pn", report, name="kept")
+    pretrain(Project(own, config, report), Pretraining("pn", name="kept"))
     whole = find_run(own, "kept")
     assert checkpoint_steps(whole.path) == [2, 8, 10, 12], "512 and 2,048 tokens, and the last two"
     early = find_run(own, "kept@512")
     assert early.weights_step() == 2 and whole.weights_step() == 12
-    tuned = specialize(own, config, "notes", report, "kept@512", 4000)
+    tuned = specialize(Project(own, config, report), Specialisation("notes", source="kept@512", tokens=4000))
     assert tuned.record["inputs"]["from"]["step"] == 2
     assert tuned.record["selection"]["select"] == "histogram", "a network's default"
     with pytest.raises(
@@ -278,9 +293,9 @@ class Declines(Report):
 
 def test_a_mixture_is_announced_as_a_whole_and_a_no_keeps_it(own, expert_config, monkeypatch):
     before = everything(own.run("mix") / "expert-2")
-    monkeypatch.setattr("mlx_slm.pretraining.pretrain.likely_flops", lambda: 1.0)
+    monkeypatch.setattr("mlx_slm.methods.work.likely_flops", lambda: 1.0)
     with pytest.raises(Interrupted, match="nothing was lost"):
-        pretrain(own, expert_config, "mix", Declines(), fresh=True)
+        pretrain(Project(own, expert_config, Declines()), Pretraining("mix", fresh=True))
     assert_same(own.run("mix") / "expert-2", before)
     assert find_run(own, "mix").finished
 
@@ -297,49 +312,61 @@ def test_an_expert_that_is_trained_anew_is_missing_until_it_is_done(own, expert_
     assert not run_.finished and set(run_.record["experts"]) == {"0", "1", "3"} and run_.identity != started
     with pytest.raises(SlmError, match="run mix is not finished"):
         export_bundle(own, run_, tmp_path / "b")
-    pretrain(own, expert_config, "mix", report)
+    pretrain(Project(own, expert_config, report), Pretraining("mix"))
     assert find_run(own, "mix").finished
     other = expert_config.model_copy(update={"training": expert_config.training.model_copy(update={"seed": 3})})
     with pytest.raises(SlmError, match="start the whole mixture anew with --fresh and without --experts"):
-        pretrain(own, other, "mix", report, fresh=True, experts=[1])
+        pretrain(Project(own, other, report), Pretraining("mix", fresh=True, experts=[1]))
 
 
 def test_two_processes_do_not_train_one_mixture(own, expert_config, report):
     with alone_in(own.run("mix")), pytest.raises(SlmError, match="run mix is being trained by another process"):
-        pretrain(own, expert_config, "mix", report, fresh=True)
+        pretrain(Project(own, expert_config, report), Pretraining("mix", fresh=True))
     assert find_run(own, "mix").finished
 
 
 def test_a_choice_from_more_experts_is_another_run(own, expert_config, report):
     shutil.rmtree(own.run("mix"))
-    pretrain(own, expert_config, "mix", report, experts=[1])
-    first = specialize(own, expert_config, "notes", report, "mix", 4000, select="pretrained")
+    pretrain(Project(own, expert_config, report), Pretraining("mix", experts=[1]))
+    first = specialize(
+        Project(own, expert_config, report), Specialisation("notes", source="mix", tokens=4000, select="pretrained")
+    )
     assert set(first.record["selection"]["scores"]) == {1}
-    pretrain(own, expert_config, "mix", report)
+    pretrain(Project(own, expert_config, report), Pretraining("mix"))
     with pytest.raises(SlmError, match="another configuration"):
-        specialize(own, expert_config, "notes", report, "mix", 4000, select="pretrained")
+        specialize(
+            Project(own, expert_config, report), Specialisation("notes", source="mix", tokens=4000, select="pretrained")
+        )
     shutil.rmtree(own.run("mix"))
     (own.run("mix")).mkdir()
     shutil.copyfile(own.run("pn") / "config.yaml", own.run("mix") / "config.yaml")
     record = find_run(own, "notes-mix-pretrained-4k").record
-    inputs = find_run(own, "pn").record["inputs"]
-    changes = {"method": "mix", "status": "running", "inputs": inputs | {"method": "mix"}}
+    inputs = find_run(own, "pn").record["inputs"] | {"method": "mix", "mixture": {"k": 4}}
+    del inputs["projection"]
+    changes = {"method": "mix", "status": "running", "inputs": inputs}
     write_record(own.run("mix") / "run.json", record | changes)
     with pytest.raises(SlmError, match="run mix has no trained expert yet"):
-        specialize(own, expert_config, "notes", report, "mix", 4000, select="finetuned", name="y")
+        specialize(
+            Project(own, expert_config, report),
+            Specialisation("notes", source="mix", tokens=4000, select="finetuned", name="y"),
+        )
 
 
 def test_a_domain_of_few_tokens_is_scored_whole(own, expert_config, report):
     store = Store(own.data("notes", "train"))
     finetuning = expert_config.finetuning.model_copy(update={"select_tokens": store.num_tokens + 1, "max_steps": 2})
     few = expert_config.model_copy(update={"finetuning": finetuning})
-    tuned = specialize(own, few, "notes", report, "pn", select="pretrained")
+    tuned = specialize(Project(own, few, report), Specialisation("notes", source="pn", select="pretrained"))
     assert tuned.record["selection"]["cost"]["tokens"] == 4 * store.num_tokens
 
 
 def test_one_expert_for_all_is_chosen_as_specialising_chooses_it(own, expert_config, report):
-    tuned = specialize(own, expert_config, "notes", report, "pn", 4000, select="frequent")
-    row = evaluate_models(own, expert_config, ["pn"], ["notes"], "test", report, "frequent", 4000)["results"][0]
+    tuned = specialize(
+        Project(own, expert_config, report), Specialisation("notes", source="pn", tokens=4000, select="frequent")
+    )
+    row = evaluate(
+        Project(own, expert_config, report), ["pn"], domains=["notes"], split="test", expert="frequent", tokens=4000
+    )["results"][0]
     assert row["expert"] == tuned.record["selection"]["expert"]
 
 

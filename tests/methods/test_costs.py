@@ -5,20 +5,20 @@ import pytest
 from mlx_slm.config.files import load_config, shipped_configs
 from mlx_slm.config.schema import Config
 from mlx_slm.errors import SlmError
-from mlx_slm.methods.costs import (
-    PAPER_COSTS,
-    PAPER_PASSES,
-    PAPER_RATES,
-    SIZES,
-    Cost,
-    Rates,
-    costs_of_budgets,
-    finetuning_tokens,
-    recommend,
-)
+from mlx_slm.methods import METHODS
+from mlx_slm.methods.costs import PAPER_COSTS, PAPER_PASSES, PAPER_RATES, SIZES, Cost, Rates, Spending
 from mlx_slm.models.projected import ProjectedShape
 from mlx_slm.models.shape import Shape
+from mlx_slm.planning.recommend import recommend
 from mlx_slm.study.grid import budgets_of, cells
+
+
+def costs_of_budgets(*spent) -> dict[str, Cost]:
+    return {method.name: method.cost(Spending(*spent)) for method in METHODS}
+
+
+def finetuning_tokens(kind: str, domain_tokens: int, **more) -> float:
+    return Spending(PAPER_RATES, 0, 0, domain_tokens, **more).tokens(kind)
 
 
 def test_equation_1():
@@ -90,7 +90,7 @@ def test_the_three_corners_of_figure_1():
 
 def test_rates_from_one_measured_speed():
     flops = {"slm": 6e8, "pn": 9e8, "llm": 36e8, "lora": 24e8, "llm_forward": 12e8}
-    rates = Rates.from_flops(1000.0, flops)
+    rates = Rates.from_speeds({"slm": 1000.0}, flops)
     assert rates.slm * 3600 == pytest.approx(1 / 1000)
     assert rates.llm / rates.slm == pytest.approx(6) and rates.llm_forward / rates.llm == pytest.approx(1 / 3)
 

@@ -11,15 +11,16 @@ from mlx_slm.cli import run
 from mlx_slm.config.files import dump_config
 from mlx_slm.config.schema import ModelConfig, ProjectionConfig
 from mlx_slm.errors import SlmError
-from mlx_slm.evaluation.evaluate import evaluate_models
+from mlx_slm.evaluation.evaluate import evaluate
 from mlx_slm.machine import runtime
-from mlx_slm.methods.costs import METHODS
+from mlx_slm.methods import METHODS
+from mlx_slm.methods.requests import Pretraining, Specialisation
 from mlx_slm.models.shape import Shape
 from mlx_slm.planning import plan as module
 from mlx_slm.planning.plan import Budgets, decoding_speed, make_plan
-from mlx_slm.pretraining.pretrain import pretrain
-from mlx_slm.report import Report
-from mlx_slm.specialization.specialize import specialize
+from mlx_slm.project import Project
+from mlx_slm.stages.pretrain import pretrain
+from mlx_slm.stages.specialize import specialize
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.training.runs import find_run
 
@@ -50,7 +51,7 @@ def test_before_anything_was_trained(plan_config, measured, tmp_path, capsys):
     assert run(arguments) == 0
     found = json.loads(capsys.readouterr().out)
     rows = rows_of(found)
-    assert list(rows) == list(METHODS) and found["recommended"] == "is" and found["reason"]
+    assert list(rows) == [method.name for method in METHODS] and found["recommended"] == "is" and found["reason"]
     keys = {"method", "generic_hours", "specialization_hours", "total_hours", "inference_parameters", "memory_gb"}
     assert all(set(row) >= keys | {"fits", "perplexity", "source"} for row in rows.values())
     small, large = (Shape.of(section, 400, 32) for section in (plan_config.model, plan_config.large))
@@ -74,7 +75,7 @@ def test_budgets_decide(plan_config, measured, tmp_path, monkeypatch):
     workspace = Workspace(tmp_path / "w")
 
     def recommended(**budgets):
-        found = make_plan(workspace, plan_config, Budgets(10, domain_tokens=100_000, **budgets), Report())
+        found = make_plan(Project(workspace, plan_config), Budgets(10, domain_tokens=100_000, **budgets))
         row = rows_of(found)[found["recommended"]]
         assert row["fits"] and row["against"] is None, "what is recommended can be done"
         return found["recommended"]
@@ -88,7 +89,7 @@ def test_budgets_decide(plan_config, measured, tmp_path, monkeypatch):
     with pytest.raises(SlmError, match=r"no method fits: it takes .* hours a domain, 1e-09 are given"):
         recommended(specialization_hours=1e-9)
     with pytest.raises(SlmError, match="no such set is prepared"):
-        make_plan(workspace, plan_config, Budgets(10), Report(), domain="pubmedd")
+        make_plan(Project(workspace, plan_config), Budgets(10), domain="pubmedd")
 
 
 def test_rates_come_from_recorded_runs_of_the_same_shape(plan_config, prepared, tmp_path, monkeypatch):
@@ -96,37 +97,39 @@ def test_rates_come_from_recorded_runs_of_the_same_shape(plan_config, prepared, 
     shutil.copytree(prepared.root, workspace.root)
     other, plan_config = plan_config, plan_config.model_copy(update={"projection": TWO})
     for method in ("slm", "pn"):
-        one = pretrain(workspace, plan_config, method, Report())
+        one = pretrain(Project(workspace, plan_config), Pretraining(method))
         one.record["seconds"] = 100.0 if method == "slm" else 150.0
         one.save()
     monkeypatch.setattr(module, "calibrated_speed", lambda *_: pytest.fail("measured although there are runs"))
-    found = make_plan(workspace, plan_config, Budgets(1), Report())
+    found = make_plan(Project(workspace, plan_config), Budgets(1))
     positions = find_run(workspace, "slm").record["step"] * 8 * 32
     assert found["rates"]["slm"] == pytest.approx(1e9 * 100 / positions / 3600)
     assert found["rates"]["pn"] == pytest.approx(1.5 * found["rates"]["slm"])
     assert found["rates_from"]["slm"] == "run slm" and found["rates_from"]["llm"] == "by FLOPs from slm"
-    assert make_plan(workspace, other, Budgets(1), Report())["rates_from"]["pn"] == "by FLOPs from slm", "another h"
+    assert make_plan(Project(workspace, other), Budgets(1))["rates_from"]["pn"] == "by FLOPs from slm", "another h"
 
 
 def test_perplexities_are_those_of_the_domain_and_its_size(plan_config, prepared, measured, tmp_path):
     workspace = Workspace(tmp_path / "w")
     shutil.copytree(prepared.root, workspace.root)
-    pretrain(workspace, plan_config, "slm", Report())
+    pretrain(Project(workspace, plan_config), Pretraining("slm"))
     for tokens, more in ((4000, {}), (2000, {}), (4000, {"lora": 2})):
-        tuned = specialize(workspace, plan_config, "notes", Report(), "slm", tokens, **more)
-        row = evaluate_models(workspace, plan_config, [tuned.name], ["notes"], "test", Report())["results"][0]
-        found = rows_of(make_plan(workspace, plan_config, Budgets(1, domain_tokens=tokens), Report(), "notes"))
+        tuned = specialize(
+            Project(workspace, plan_config), Specialisation("notes", source="slm", tokens=tokens, **more)
+        )
+        row = evaluate(Project(workspace, plan_config), [tuned.name], domains=["notes"], split="test")["results"][0]
+        found = rows_of(make_plan(Project(workspace, plan_config), Budgets(1, domain_tokens=tokens), domain="notes"))
         method = "lora" if more else "slm"
         assert (found[method]["perplexity"], found[method]["source"]) == (row["perplexity"], "run")
-    found = rows_of(make_plan(workspace, plan_config, Budgets(1, domain_tokens=3000), Report(), "notes"))
+    found = rows_of(make_plan(Project(workspace, plan_config), Budgets(1, domain_tokens=3000), domain="notes"))
     assert found["slm"]["source"] == "paper" and found["is"]["source"] is None
     sizes = {2_000_000: (18.2, 1_000_000), 4_000_000: (14.8, 8_000_000), 10**9: (12.0, 64_000_000)}
     for tokens, expected in sizes.items():
-        row = rows_of(make_plan(workspace, plan_config, Budgets(1, domain_tokens=tokens), Report()))["slm"]
+        row = rows_of(make_plan(Project(workspace, plan_config), Budgets(1, domain_tokens=tokens)))["slm"]
         assert (row["perplexity"], row["perplexity_tokens"]) == expected, "the nearest of the paper's sizes"
     with open(workspace.results / "evaluations.jsonl", "a") as file:
         file.write('{"model": "cut o')
-    assert make_plan(workspace, plan_config, Budgets(1, domain_tokens=4000), Report(), "notes")
+    assert make_plan(Project(workspace, plan_config), Budgets(1, domain_tokens=4000), domain="notes")
 
 
 def test_the_speed_of_writing_decides_which_models_may_be_run(plan_config, measured, tmp_path, monkeypatch):
@@ -136,10 +139,10 @@ def test_the_speed_of_writing_decides_which_models_may_be_run(plan_config, measu
     large = Shape.of(plan_config.large, 400, 32)
     monkeypatch.setattr(module, "decoding_speed", lambda shape: 10.0 if shape == large else 100.0)
     for speed, method in ((5, "llm"), (50, "is")):
-        found = make_plan(Workspace(tmp_path / "w"), plan_config, Budgets(10, inference_speed=speed), Report())
+        found = make_plan(Project(Workspace(tmp_path / "w"), plan_config), Budgets(10, inference_speed=speed))
         assert found["recommended"] == method
     with pytest.raises(SlmError, match="--inference-speed 500: the small model writes 100 tokens/s"):
-        make_plan(Workspace(tmp_path / "w"), plan_config, Budgets(10, inference_speed=500), Report())
+        make_plan(Project(Workspace(tmp_path / "w"), plan_config), Budgets(10, inference_speed=500))
 
 
 @pytest.mark.parametrize(

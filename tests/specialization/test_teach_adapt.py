@@ -17,13 +17,14 @@ from mlx_slm.cli import run
 from mlx_slm.config.files import dump_config
 from mlx_slm.config.schema import DistillationConfig, ModelConfig
 from mlx_slm.errors import SlmError
-from mlx_slm.evaluation.evaluate import evaluate_models
+from mlx_slm.evaluation.evaluate import evaluate
 from mlx_slm.export.model import load_any, load_exported, weights_of
+from mlx_slm.finetuning import finetune
+from mlx_slm.methods.requests import Pretraining, Specialisation
 from mlx_slm.models.transformer import Transformer
-from mlx_slm.pretraining.pretrain import pretrain
-from mlx_slm.report import Report
-from mlx_slm.specialization import finetune
-from mlx_slm.specialization.specialize import specialize
+from mlx_slm.project import Project
+from mlx_slm.stages.pretrain import pretrain
+from mlx_slm.stages.specialize import specialize
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.training.checkpoint import checkpoint_steps, load_weights
 from mlx_slm.training.distillation import Distillation
@@ -45,8 +46,8 @@ def trained(prepared, large_config, tmp_path_factory) -> Workspace:
     shutil.copytree(prepared.root, workspace.root)
     workspace.config_file.write_text(dump_config(large_config))
     for method in ("slm", "llm"):
-        pretrain(workspace, large_config, method, Report())
-    pretrain(workspace, large_config.model_copy(update={"model": QWEN3}), "slm", Report(), name="qwen3")
+        pretrain(Project(workspace, large_config), Pretraining(method))
+    pretrain(Project(workspace, large_config.model_copy(update={"model": QWEN3})), Pretraining("slm", name="qwen3"))
     return workspace
 
 
@@ -64,7 +65,7 @@ def test_lora_trains_adapters_alone_and_mlx_lm_reads_them(source, own, large_con
     monkeypatch.setattr(finetune, "validation_loss", lambda *_: lambda _: next(falling))
     base = find_run(own, source)
     before = dict(tree_flatten(base.weights()))
-    tuned = specialize(own, large_config, "notes", report, source, 4000, lora=4)
+    tuned = specialize(Project(own, large_config, report), Specialisation("notes", source=source, tokens=4000, lora=4))
     assert tuned.name == "notes-lora-4k" and not own.model(tuned.name).exists()
     after = load_weights(base.path, base.weights_step())
     for name, value in tree_flatten(after):
@@ -82,23 +83,29 @@ def test_lora_trains_adapters_alone_and_mlx_lm_reads_them(source, own, large_con
     theirs, _ = load(str(own.model(source)), adapter_path=str(own.adapter(tuned.name)))
     np.testing.assert_allclose(np.array(theirs(tokens)), np.array(model.logits(tokens)), atol=1e-5)
 
-    rows = evaluate_models(own, large_config, [source, tuned.name], ["notes"], "valid", report)["results"]
+    rows = evaluate(Project(own, large_config, report), [source, tuned.name], domains=["notes"], split="valid")[
+        "results"
+    ]
     assert rows[1]["nll"] < rows[0]["nll"], "it learned"
-    specialize(own, large_config, "notes", report, source, 4000, lora=4, fuse=True)
+    specialize(
+        Project(own, large_config, report), Specialisation("notes", source=source, tokens=4000, lora=4, fuse=True)
+    )
     fused, _ = load_exported(own.model(tuned.name))
     np.testing.assert_allclose(np.array(fused.logits(tokens)), np.array(model.logits(tokens)), atol=1e-5)
 
 
 def test_an_adapter_knows_its_base(own, large_config, report):
-    tuned = specialize(own, large_config, "notes", report, "slm", 4000, lora=2)
-    pretrain(own, large_config, "slm", report, fresh=True)
+    tuned = specialize(Project(own, large_config, report), Specialisation("notes", source="slm", tokens=4000, lora=2))
+    pretrain(Project(own, large_config, report), Pretraining("slm", fresh=True))
     with pytest.raises(SlmError, match="run slm was trained anew since notes-lora-4k adapted it"):
         weights_of(own, tuned)
 
 
 def test_a_student_learns_from_a_teacher_that_is_kept(own, large_config, report):
-    plain = specialize(own, large_config, "notes", report, "slm", 4000)
-    student = specialize(own, large_config, "notes", report, "slm", 4000, teacher="llm")
+    plain = specialize(Project(own, large_config, report), Specialisation("notes", source="slm", tokens=4000))
+    student = specialize(
+        Project(own, large_config, report), Specialisation("notes", source="slm", tokens=4000, teacher="llm")
+    )
     assert student.name == "notes-d-4k" and student.record["inputs"]["teacher"]["run"] == "notes-llm-4k"
     assert student.record["valid_nll"] != plain.record["valid_nll"]
     small, large = (find_run(own, name).shape for name in ("slm", "llm"))
@@ -106,17 +113,19 @@ def test_a_student_learns_from_a_teacher_that_is_kept(own, large_config, report)
     assert per_step == 4 * 32 * (small.flops_per_token + large.forward_flops_per_token), "4 rows of 32 tokens"
     before = (own.run("notes-llm-4k") / "run.json").stat().st_mtime_ns
     other = large_config.model_copy(update={"distillation": DistillationConfig(a=0.2, tau=2.0)})
-    again = specialize(own, other, "notes", report, "slm", 4000, teacher="llm", name="softer")
+    again = specialize(
+        Project(own, other, report), Specialisation("notes", source="slm", tokens=4000, teacher="llm", name="softer")
+    )
     assert (own.run("notes-llm-4k") / "run.json").stat().st_mtime_ns == before, "the teacher is reused"
     assert again.record["valid_nll"] != student.record["valid_nll"]
     with pytest.raises(SlmError, match=r"another configuration \(distillation\.a 0\.5 -> 0\.2"):
-        specialize(own, other, "notes", report, "slm", 4000, teacher="llm")
+        specialize(Project(own, other, report), Specialisation("notes", source="slm", tokens=4000, teacher="llm"))
 
 
 def test_with_a_of_one_it_is_fine_tuning_bit_for_bit(own, large_config, report):
     alone = large_config.model_copy(update={"distillation": DistillationConfig(a=1.0, tau=2.0)})
-    student = specialize(own, alone, "notes", report, "slm", 4000, teacher="llm")
-    plain = specialize(own, alone, "notes", report, "slm", 4000)
+    student = specialize(Project(own, alone, report), Specialisation("notes", source="slm", tokens=4000, teacher="llm"))
+    plain = specialize(Project(own, alone, report), Specialisation("notes", source="slm", tokens=4000))
     (ours, records), (theirs, other_records) = everything(student.path), everything(plain.path)
     assert records == other_records and ours.pop("state") == theirs.pop("state")
     for name, value in ours.items():
@@ -167,5 +176,5 @@ def test_a_teacher_with_another_tokenizer_is_refused(own, large_config, report, 
     run.record["inputs"]["tokenizer"] = "another"
     run.save()
     code, _, err = call(capsys, own, "specialize", "--domain", "notes", "--tokens", "4k", "--teacher", "llm")
-    assert code == 1 and "run llm was trained with another tokenizer" in err
+    assert code == 1 and "run llm and data/notes were made with different tokenizers" in err
     assert call(capsys, own, "specialize", "--domain", "notes", "--fuse")[0] == 2

@@ -20,7 +20,7 @@ from mlx_slm.errors import SlmError
 from mlx_slm.machine import runtime
 from mlx_slm.methods.costs import Cost
 from mlx_slm.models.shape import Shape
-from mlx_slm.report import Report
+from mlx_slm.project import Project
 from mlx_slm.storage.records import append_json
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.study.cell import Study
@@ -59,7 +59,7 @@ def done(prepared, study_config, tmp_path_factory) -> Study:
     """A finished study `grid`. Do not write into its workspace."""
     workspace = Workspace(tmp_path_factory.mktemp("study") / "w")
     shutil.copytree(prepared.root, workspace.root)
-    study = Study(workspace, study_config, "grid", Report())
+    study = Study(Project(workspace, study_config), "grid")
     run_study(study)
     return study
 
@@ -142,7 +142,7 @@ def test_a_study_that_was_killed_goes_on_and_gives_the_same_tables(done, prepare
         "--workspace",
         str(workspace.root),
     ]
-    study = Study(workspace, study_config, "grid", Report())
+    study = Study(Project(workspace, study_config), "grid")
     for rows in (3, 9):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             while process.poll() is None and (not study.file.exists() or study.file.read_bytes().count(b"\n") < rows):
@@ -165,7 +165,7 @@ on_gpu = pytest.mark.skipif(runtime.on_gpu(), reason="several jobs are refused o
 def test_a_gpu_has_one_job(copy, study_config, report, monkeypatch):
     monkeypatch.setenv("MLX_SLM_AS_GPU", "1")
     with pytest.raises(SlmError, match=r"--jobs 2: there is one GPU.*leave --jobs out"):
-        run_study(Study(copy, study_config, "grid", report), 2, ["study", "grid"])
+        run_study(Study(Project(copy, study_config, report), "grid"), 2, ["study", "grid"])
 
 
 @on_gpu
@@ -187,7 +187,7 @@ def test_processes_share_the_cells(prepared, study_config, done, tmp_path, capsy
 
 @on_gpu
 def test_a_job_that_ends_is_told_of_and_the_others_go_on(done, copy, study_config, report):
-    study = Study(copy, study_config, "grid", report)
+    study = Study(Project(copy, study_config, report), "grid")
     study.prepare()
     lines = study.file.read_text().splitlines(keepends=True)
     study.file.write_text("".join(lines[:-2]))
@@ -205,7 +205,7 @@ def test_what_changes_a_cell_does_it_again(copy, study_config, monkeypatch):
             return {"cell": cell.name, "settings": self.settings[cell.name], "specialized": {"perplexity": 1.0}}
 
         monkeypatch.setattr(Study, "work", work)
-        run_study(Study(copy, changed(study_config, **study), "grid", Report()))
+        run_study(Study(Project(copy, changed(study_config, **study)), "grid"))
         return found
 
     before = (copy.results / "grid.jsonl").read_text()
@@ -225,7 +225,7 @@ def test_names_that_belong_to_other_settings(copy, study_config):
     with pytest.raises(
         SlmError, match=r"run grid-slm-s0 .*learning_rate .* -> 0\.5.*give the study's file another name"
     ):
-        run_study(Study(copy, other, "grid", Report()))
+        run_study(Study(Project(copy, other), "grid"))
     assert find_run(copy, "grid-slm-s0").finished
 
 
@@ -240,13 +240,13 @@ def test_names_that_belong_to_other_settings(copy, study_config):
 )
 def test_bad_grids(change, message, copy, study_config):
     with pytest.raises(SlmError, match=message):
-        run_study(Study(copy, changed(study_config, **change), "grid", Report()))
+        run_study(Study(Project(copy, changed(study_config, **change)), "grid"))
 
 
 def test_a_study_does_not_write_into_the_evaluations(copy, study_config):
     with pytest.raises(SlmError, match="a study cannot be called evaluations"):
-        run_study(Study(copy, study_config, "evaluations", Report()))
-    study = Study(copy, study_config, "grid", Report())
+        run_study(Study(Project(copy, study_config), "evaluations"))
+    study = Study(Project(copy, study_config), "grid")
     append_json(study.file, {"set": "notes", "perplexity": 3.0})
     assert len(run_study(study)) == len(study.cells), "a line of something else is left out"
 
@@ -300,20 +300,20 @@ def test_tables_by_hand(done):
 def test_a_budget_that_its_run_has_no_checkpoint_of(copy, study_config):
     between = ALL.model_copy(update={"methods": ["slm"], "budgets": [768, 2048]})
     with pytest.raises(SlmError, match=r"run grid-slm-s0 was finished without a checkpoint at 768 tokens: take"):
-        run_study(Study(copy, changed(study_config, grids=[between]), "grid", Report()))
+        run_study(Study(Project(copy, changed(study_config, grids=[between])), "grid"))
 
 
 def test_more_clusters_a_step_than_rows(copy, study_config):
     many = study_config.projection.model_copy(update={"clusters_per_step": 16})
     with pytest.raises(SlmError, match=r"projection\.clusters_per_step 16 is more than the 8 rows of a step"):
-        run_study(Study(copy, study_config.model_copy(update={"projection": many}), "wide", Report()))
+        run_study(Study(Project(copy, study_config.model_copy(update={"projection": many})), "wide"))
 
 
 def test_nothing_is_trained_before_all_can_be(copy, study_config):
     odd = study_config.training.model_copy(update={"batch_rows": 9})
     config = changed(study_config.model_copy(update={"training": odd}), grids=[ALL])
     with pytest.raises(SlmError, match=r"training\.batch_rows 9 is not a multiple of projection\.clusters_per_step 2"):
-        run_study(Study(copy, config, "another", Report()))
+        run_study(Study(Project(copy, config), "another"))
     assert not list((copy.root / "runs").glob("another-*"))
 
 

@@ -7,7 +7,6 @@ import pytest
 from mlx_slm.config.schema import ModelConfig
 from mlx_slm.errors import SlmError
 from mlx_slm.machine import runtime
-from mlx_slm.models import layers
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer, initialise
 from mlx_slm.training.optimizer import AdamW

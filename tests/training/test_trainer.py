@@ -29,10 +29,10 @@ from mlx_slm.text.store import Store
 from mlx_slm.training import checkpoint, trainer
 from mlx_slm.training.checkpoint import checkpoint_steps, load_checkpoint
 from mlx_slm.training.optimizer import AdamW
-from mlx_slm.training.schedule import Plan
+from mlx_slm.training.schedule import Schedule
 from mlx_slm.training.scoring import validation_loss
 from mlx_slm.training.step import TrainingStep
-from mlx_slm.training.trainer import Trainer
+from mlx_slm.training.trainer import Trainer, Training
 
 STEPS = 26
 EXACT = ("step", "tokens", "loss", "learning_rate", "grad_norm", "skipped", "valid_nll")
@@ -45,19 +45,17 @@ def make_trainer(store_directory, run, report=None, **changes) -> Trainer:
     sampler = Sampler([Stream.of(store, np.arange(75))], np.ones(1), 8, seed=5)
     assert 2 * sampler.num_rows < STEPS * 8
     plan = dict(steps=STEPS, learning_rate=1e-2, warmup_steps=3, batch_rows=8, eval_every=7, report_every=4)
-    plan |= dict(checkpoint_every=5, schedule="cosine")
+    plan |= dict(checkpoint_every=5, after_warmup="cosine")
     model = Transformer(shape)
     run.mkdir(parents=True, exist_ok=True)
-    return Trainer(
+    task = Training(
         partial(TrainingStep, model, AdamW(), changes.pop("micro_rows", 4)),
-        initialise(shape, 0),
         sampler,
-        Plan(**(plan | changes)),
-        run,
+        Schedule(**(plan | changes)),
         validation_loss(model, store, np.arange(40)),
-        report or Report(),
         shape.flops_per_token,
     )
+    return Trainer(task, initialise(shape, 0), run, report or Report())
 
 
 def everything(run) -> tuple[dict, list]:
@@ -295,7 +293,7 @@ def test_where_the_horizon_comes_first_the_rate_falls_up_to_it(prepared, tmp_pat
     trainer.evaluate = lambda _: 9.0 - trainer.state.step
     state = trainer.run()
     assert (state.step, state.fall, state.second) == (steps, begins and (begins, steps), False)
-    assert state.best_step == steps and (begins is None or trainer.plan.rate(steps, state) == 0)
+    assert state.best_step == steps and (begins is None or trainer.schedule.rate(steps, state) == 0)
 
 
 def test_a_warm_up_that_never_ends_is_said(prepared, tmp_path, report):

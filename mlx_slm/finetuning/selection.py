@@ -6,23 +6,23 @@ import time
 
 import numpy as np
 
-from mlx_slm.config.schema import Config
 from mlx_slm.experts.experts import FREQUENT, HISTOGRAM, Experts
+from mlx_slm.finetuning.domain import DomainSet
 from mlx_slm.models.transformer import Transformer
+from mlx_slm.project import Project
 from mlx_slm.report import Report
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.scoring import Scorer, score_of
 
 
-def select_expert(
-    experts: Experts, select: str, config: Config, domain: str, store: Store, windows: np.ndarray, report: Report
-) -> dict:
-    """The choice by `select` (all but `finetuned`) for the windows of a domain set in its train split, as a record:
+def select_expert(project: Project, experts: Experts, select: str, domain: DomainSet) -> dict:
+    """The choice by `select` (all but `finetuned`) for a domain set, as a record:
 
     `{"select", "expert": int | None, "histogram": [k] | None, "share", "scores": {expert: nats per token} | None,
     "cost": {"tokens", "seconds"}}`, where the cost is that of the scoring. Raises SlmError if there is no such expert.
     """
-    shares = experts.histogram(config, domain, windows, report)
+    config, store, windows = project.config, domain.store, domain.windows
+    shares = experts.histogram(config, domain.name, windows, project.report)
     begun = time.perf_counter()
     found = {"select": select, "expert": None, "histogram": None, "scores": None}
     tokens = 0
@@ -33,7 +33,7 @@ def select_expert(
     else:
         size = min(config.finetuning.select_tokens, store.num_tokens)
         sample = windows[np.isin(windows, first_windows(store, size, config.data.seed))]
-        scores = score_experts(experts, store, sample, report)
+        scores = score_experts(experts, store, sample, project.report)
         found |= {"scores": scores, "expert": int(min(scores, key=scores.get))}
         tokens = int(store.lengths(sample).sum()) * len(scores)
     found["share"] = None if found["expert"] is None else float(shares[found["expert"]])

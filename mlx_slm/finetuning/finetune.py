@@ -21,11 +21,11 @@ from mlx_slm.text.rows import Sampler
 from mlx_slm.text.store import Store
 from mlx_slm.training.loss import next_token_loss
 from mlx_slm.training.optimizer import AdamW
-from mlx_slm.training.runs import Run, expert_path, open_run
-from mlx_slm.training.schedule import Plan
+from mlx_slm.training.runs import Run, RunRequest, expert_path, open_run
+from mlx_slm.training.schedule import Schedule
 from mlx_slm.training.scoring import validation_loss
 from mlx_slm.training.step import TrainingStep, as_it_is, rows_that_fit
-from mlx_slm.training.trainer import Trainer
+from mlx_slm.training.trainer import Trainer, Training
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Finetuning:
     config: Config
     shape: Shape
     sampler: Sampler
-    plan: Plan
+    schedule: Schedule
     valid: Store
     valid_windows: np.ndarray
     report: Report
@@ -50,22 +50,20 @@ class Finetuning:
     def work(self, run: Run, parameters: dict) -> None:
         """Fine-tune in the directory of `run`, and record the outcome."""
         tuning, training = self.config.finetuning, self.config.training
-        fit, again = rows_that_fit(
+        fit, recompute = rows_that_fit(
             self.shape, tuning.batch_rows, tuning.micro_rows, training.checkpoint_layers, self.extra_bytes
         )
-        model, optimizer = Transformer(self.shape, again), AdamW.of(training)
+        model, optimizer = Transformer(self.shape, recompute), AdamW.of(training)
         start = partial(TrainingStep, model, optimizer, fit, loss=self.loss, plain=self.plain)
         score = validation_loss(model, self.valid, self.valid_windows)
-        trainer = Trainer(
+        task = Training(
             lambda p, m: start(parameters=p, moments=m),
-            parameters,
             self.sampler,
-            self.plan,
-            run.path,
+            self.schedule,
             lambda p: score(self.plain(p)),
-            self.report,
             self.flops_per_token,
         )
+        trainer = Trainer(task, parameters, run.path, self.report)
         state = trainer.run()
         run.finish(state, trainer.flops)
         best = perplexity(state.best_nll)
@@ -87,7 +85,7 @@ def finetune_all(workspace: Workspace, run: Run, experts: Experts, job: Finetuni
         job.report.line(f"fine-tuning expert {number} of 0 to {experts.k - 1}")
         inputs = run.record["inputs"] | {"expert": number}
         path = expert_path(run.path, number)
-        tuned[number] = open_run(workspace, path, run.record["method"], inputs, job.config, False, select="best")
+        tuned[number] = open_run(workspace, RunRequest(path, run.record["method"], inputs, job.config, select="best"))
         if not tuned[number].finished:
             job.work(tuned[number], experts.parameters(number))
         scores = {done: one.record["valid_nll"] for done, one in tuned.items()}
@@ -106,13 +104,13 @@ def finetune_all(workspace: Workspace, run: Run, experts: Experts, job: Finetuni
     job.report.line(f"the best is expert {best}: validation perplexity {perplexity(scores[best]):.2f}")
 
 
-def plan_of(config: Config, recipe: Recipe, rate: float, per_pass: float, per_evaluation: float) -> Plan:
-    """The plan of a fine-tuning with `per_pass` steps in a pass over the domain set. An evaluation reads as many tokens
-    as `per_evaluation` steps: at the most a quarter of the first try's FLOPs is theirs."""
+def schedule_of(config: Config, recipe: Recipe, rate: float, per_pass: float, per_evaluation: float) -> Schedule:
+    """The schedule of a fine-tuning with `per_pass` steps in a pass over the domain set. An evaluation reads as many
+    tokens as `per_evaluation` steps: at the most a quarter of the first try's FLOPs is theirs."""
     finetuning = config.finetuning
     cadence = max(1, round(max(per_pass / finetuning.evaluations_per_pass, per_evaluation)))
     patience = max(finetuning.patience * per_pass, finetuning.warmup_steps)
-    return Plan(
+    return Schedule(
         steps=finetuning.max_steps or recipe.steps,
         learning_rate=rate,
         warmup_steps=finetuning.warmup_steps,

@@ -1,0 +1,109 @@
+"""LoRA (appendix F): adapters of a large model's query and value projections, the model itself frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+from mlx_slm.config.schema import Config
+from mlx_slm.errors import SlmError
+from mlx_slm.experts.experts import has_experts
+from mlx_slm.export.model import lora_of, weights_of
+from mlx_slm.finetuning.domain import DomainSet
+from mlx_slm.finetuning.finetune import Finetuning
+from mlx_slm.methods.base import Method, Models, Rows, Trains
+from mlx_slm.methods.costs import Cost, Rates, Spending
+from mlx_slm.methods.plain import Large
+from mlx_slm.methods.requests import Specialisation
+from mlx_slm.methods.starts import Start
+from mlx_slm.models.lora import Lora
+from mlx_slm.models.shape import Shape
+from mlx_slm.project import Project
+from mlx_slm.training.runs import Run
+from mlx_slm.training.step import training_bytes
+
+PAPER_RANK = 64
+
+
+@dataclass(frozen=True)
+class WithAdapters(Start):
+    rank: int
+    scale: float
+    multiple: float
+
+    @property
+    def what(self) -> str:
+        return f"{super().what} with LoRA of rank {self.rank}"
+
+    @property
+    def rate(self) -> float:
+        return self.multiple
+
+    def inputs(self, config: Config) -> dict:
+        return {"lora": {"rank": self.rank, "scale": self.scale}}
+
+    def train(self, project: Project, run: Run, job: Finetuning, domain: DomainSet) -> None:
+        lora = lora_of(run)
+        plain = partial(lora.applied, weights_of(project.workspace, self.source))
+        changes = {"plain": plain, "flops_per_token": lora.flops_per_token, "extra_bytes": -lora.bytes_spared}
+        replace(job, **changes).work(run, lora.initialise(job.config.finetuning.seed))
+
+
+class LowRank(Method):
+    name, label, color = "lora", "LLM-lora", "C6"
+    summary = "LoRA adapters of a large model"
+    trains, rows = Trains.LARGE, Rows.NONE
+
+    def claims(self, request: Specialisation) -> bool:
+        return request.lora is not None
+
+    def start(self, project: Project, request: Specialisation, source: Run | None) -> Start:
+        if request.lora is None:
+            return super().start(project, request, source)
+        if request.teacher:
+            raise SlmError("--lora and --teacher: a student is fine-tuned as a whole; give one of the two")
+        if source is None or has_experts(source):
+            what = f"run {source.name} has experts" if source else "there is none"
+            raise SlmError(f"--lora adapts one pretrained model, and {what}: name another run with --from")
+        super().start(project, request, source)
+        if not source.finished and source.milestone is None:
+            raise SlmError(
+                f"--lora: run {source.name} is not finished, and an adapter needs a base that stays: train it on"
+            )
+        if request.lora > source.shape.dims:
+            raise SlmError(
+                f"--lora {request.lora}: the matrices of run {source.name} have rank {source.shape.dims} at the most"
+            )
+        settings = project.config.lora
+        return WithAdapters(self.name, source, request.lora, settings.scale, settings.rate)
+
+    def pretraining_tokens(self, spending: Spending) -> int | None:
+        return int(spending.generic_hours / self.rate(spending.rates))
+
+    def cost(self, spending: Spending) -> Cost:
+        return Cost(spending.generic_hours, spending.tokens(self.name) * spending.rates.lora)
+
+    def memory(self, models: Models) -> float:
+        again = models.config.training.checkpoint_layers is not False
+        return training_bytes(models.large, 1, again) - adapters_of(models.large).bytes_spared
+
+    def rate(self, rates: Rates) -> float:
+        return rates.llm
+
+    def pretrained(self, budget: int | None, teacher_budget: int | None) -> dict[str, int]:
+        return {Large.name: budget}
+
+    def check_study(self, config: Config) -> None:
+        if config.study.lora_rank > config.large.dims:
+            raise SlmError(f"study.lora_rank {config.study.lora_rank} is more than large.dims {config.large.dims}")
+
+    def specialisation(self, config: Config, starts: list[str]) -> dict:
+        return {"lora": config.study.lora_rank}
+
+    def of_study(self, config: Config) -> int | None:
+        return config.study.lora_rank
+
+
+def adapters_of(large: Shape) -> Lora:
+    """Adapters of the paper's rank, as far as the model has it."""
+    return Lora(large, min(PAPER_RANK, large.dims), 1.0)

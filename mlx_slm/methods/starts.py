@@ -1,0 +1,102 @@
+"""What a domain's model starts from, and how it is then trained.
+
+A `Start` answers for a pretrained run as it is; other files of this package have those for experts, adapters, students
+and models from scratch. `specialize` asks for the shape, for what goes into the record, and for the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mlx_slm.config.schema import Config
+from mlx_slm.experts.experts import FINETUNED, PRETRAINED, Experts
+from mlx_slm.export.model import weights_of
+from mlx_slm.finetuning.domain import DomainSet
+from mlx_slm.finetuning.finetune import Finetuning, finetune_all
+from mlx_slm.finetuning.selection import chosen, describe, select_expert
+from mlx_slm.models.shape import Shape
+from mlx_slm.project import Project
+from mlx_slm.training.runs import Run
+
+
+@dataclass(frozen=True)
+class Start:
+    """A pretrained run, all of whose weights are fine-tuned."""
+
+    method: str
+    """Of the model that comes out."""
+    source: Run | None
+
+    @property
+    def label(self) -> str:
+        """In the name of a run."""
+        return self.method
+
+    @property
+    def what(self) -> str:
+        """What is done, in words."""
+        return f"fine-tuning {self.source.name}"
+
+    @property
+    def origin(self) -> dict | str:
+        """For the record."""
+        return {"run": self.source.name, "step": self.source.weights_step(), "is": self.source.identity}
+
+    @property
+    def rate(self) -> float:
+        """The learning rate as a multiple of the recipe's."""
+        return 1.0
+
+    def shape(self, config: Config, vocab_size: int, context_length: int) -> Shape:
+        return self.source.shape
+
+    def runs(self, project: Project) -> list[Run]:
+        """The pretrained runs that must read the domain's windows."""
+        return [self.source]
+
+    def inputs(self, config: Config) -> dict:
+        """What decides the outcome beside the source, for the record."""
+        return {}
+
+    def ready(self, tune: Callable[[str, Run], Run]) -> Start:
+        """The same once the runs that it needs are fine-tuned themselves, by `tune(name as asked for, run)`."""
+        return self
+
+    def train(self, project: Project, run: Run, job: Finetuning, domain: DomainSet) -> None:
+        """Fine-tune, or go on with it."""
+        job.work(run, weights_of(project.workspace, self.source))
+
+
+@dataclass(frozen=True)
+class FromExperts(Start):
+    """An expert of a run that has some, as `select` says (section 4.3)."""
+
+    experts: Experts
+    select: str
+
+    @classmethod
+    def of(cls, project: Project, source: Run, select: str) -> FromExperts:
+        return cls(source.record["method"], source, Experts(project.workspace, source), select)
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}-{self.select}"
+
+    def inputs(self, config: Config) -> dict:
+        found = {"select": self.select, "clusters": self.experts.clusters.fingerprint}
+        if self.select == PRETRAINED:
+            found["select_tokens"] = config.finetuning.select_tokens
+        if self.select in (PRETRAINED, FINETUNED):
+            found["experts"] = self.experts.require_trained()
+        return found
+
+    def train(self, project: Project, run: Run, job: Finetuning, domain: DomainSet) -> None:
+        if self.select == FINETUNED:
+            finetune_all(project.workspace, run, self.experts, job)
+            return
+        if "selection" not in run.record:
+            run.record["selection"] = select_expert(project, self.experts, self.select, domain)
+            run.save()
+        project.report.line(f"starting from {describe(run.record['selection'])}")
+        job.work(run, chosen(self.experts, run.record["selection"]))

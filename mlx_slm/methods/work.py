@@ -1,0 +1,143 @@
+"""A pretraining as a job, and doing it: say what is about to happen, train, record, export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlx_slm.config.schema import TrainingConfig
+from mlx_slm.errors import Interrupted
+from mlx_slm.export.model import export_run
+from mlx_slm.fields import format_size
+from mlx_slm.machine.runtime import likely_flops
+from mlx_slm.models.transformer import Transformer
+from mlx_slm.project import Project
+from mlx_slm.report import Report, duration
+from mlx_slm.storage.locks import in_use
+from mlx_slm.storage.records import write_record
+from mlx_slm.text.rows import Sampler, Stream
+from mlx_slm.training.optimizer import AdamW
+from mlx_slm.training.runs import Run, RunRequest, alone_in, milestone_step, open_run
+from mlx_slm.training.schedule import Schedule
+from mlx_slm.training.scoring import validation_loss
+from mlx_slm.training.step import TrainingStep, rows_that_fit
+from mlx_slm.training.trainer import Trainer, Training
+
+if TYPE_CHECKING:
+    from mlx_slm.methods.base import Setup
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One training: what it is, its rows, its start, its step and its score."""
+
+    path: Path
+    inputs: dict
+    parameters: Callable[[], dict]
+    step: Callable
+    """(parameters, moments) -> the step that moves them."""
+    sampler: Sampler
+    steps: int
+    evaluate: Callable[[dict], float]
+    num_parameters: int
+    flops_per_token: float
+    lines: str = ""
+    """What the user should read before it starts."""
+    files: dict = field(default_factory=dict)
+    """JSON to lie in the run, by name."""
+
+
+def plain_job(setup: Setup, inputs: dict, streams: list[Stream], distribution: np.ndarray, **changes) -> TrainingJob:
+    """One transformer on rows that are drawn from a distribution over streams; `changes` are other fields of the job.
+
+    Without `steps` among them it trains on the horizon of the setup.
+    """
+    shape, training = setup.shape, setup.project.config.training
+    micro_rows, recompute = rows_that_fit(shape, training.batch_rows, training.micro_rows, training.checkpoint_layers)
+    model = Transformer(shape, recompute)
+    fields = {
+        "path": setup.path,
+        "parameters": setup.start,
+        "steps": setup.steps(sum(stream.num_rows for stream in streams), setup.tokens),
+        "evaluate": validation_loss(model, setup.valid, setup.windows),
+    }
+    return TrainingJob(
+        inputs=inputs,
+        step=partial(TrainingStep, model, AdamW.of(training), micro_rows),
+        sampler=Sampler(streams, distribution, training.batch_rows, training.seed),
+        num_parameters=shape.num_parameters,
+        flops_per_token=shape.flops_per_token,
+        **fields | changes,
+    )
+
+
+def work(
+    project: Project, job: TrainingJob, fresh: bool, announce: Callable[[], None] | None = None, export: bool = False
+) -> Run:
+    """Do a job, or go on with it; returns the finished run. `announce`: what to say before it begins; `export`: write
+    its model too."""
+    config, report = project.config, project.report
+
+    def say() -> None:
+        if job.lines:
+            report.line(job.lines)
+        announce_jobs([job], config.training, report)
+
+    with alone_in(job.path):
+        asked = RunRequest(job.path, job.inputs["method"], job.inputs, config, fresh)
+        run = open_run(project.workspace, asked, announce or say)
+        for file, value in job.files.items():
+            write_record(job.path / file, value)
+        if run.finished:
+            report.line(run.already_finished)
+        else:
+            with in_use(project.workspace, config.data.generic):
+                trainer = _trainer(job, config.training, report)
+                run.finish(trainer.run(), trainer.flops)
+        if export:
+            export_run(project.workspace, run)
+    return run
+
+
+def _trainer(job: TrainingJob, training: TrainingConfig, report: Report) -> Trainer:
+    at = [milestone_step(tokens, training.batch_rows, job.sampler.row_length) for tokens in training.milestones]
+    beyond = [tokens for tokens, step in zip(training.milestones, at, strict=True) if step > job.steps]
+    if beyond:
+        report.warn(f"training.milestones: {format_size(beyond[0])} tokens are beyond the horizon of this training")
+    schedule = Schedule(
+        steps=job.steps,
+        learning_rate=training.learning_rate,
+        warmup_steps=training.warmup_steps,
+        after_warmup=training.schedule,
+        batch_rows=training.batch_rows,
+        eval_every=training.eval_every,
+        report_every=training.report_every,
+        checkpoint_every=training.checkpoint_every,
+        checkpoint_seconds=60 * training.checkpoint_minutes,
+        milestones=tuple(at),
+    )
+    task = Training(job.step, job.sampler, schedule, job.evaluate, job.flops_per_token)
+    return Trainer(task, job.parameters(), job.path, report)
+
+
+def announce_jobs(jobs: list[TrainingJob], training: TrainingConfig, report: Report) -> None:
+    """Say what is about to happen; ask where it takes over ten minutes."""
+    if not jobs:
+        return
+    rows = [job.steps * training.batch_rows for job in jobs]
+    tokens = sum(rows) * jobs[0].sampler.row_length
+    seconds = tokens * jobs[0].flops_per_token / likely_flops()
+    passes = sum(rows) / sum(job.sampler.num_rows for job in jobs)
+    disk = len(jobs) * 3 * 3 * 4 * jobs[0].num_parameters
+    several = f"{len(jobs)} experts, each of " if len(jobs) > 1 else ""
+    report.line(
+        f"{several}{jobs[0].num_parameters:,} parameters ({jobs[0].inputs['shape']['family']}), {tokens:,} tokens, "
+        f"{passes:.2g} passes; about {duration(seconds)} on this machine, {disk / 1e9:.1f} GB of checkpoints"
+    )
+    if seconds > 600 and not report.confirm("start?"):
+        raise Interrupted("not started; nothing was lost")

@@ -1,0 +1,167 @@
+"""Specialisation: fine-tune a pretrained model on a domain, or train one on the domain alone (section 3).
+
+Resolve what it starts from (`methods.starts`), prepare the domain set, train until its validation set says so, export
+the best. What is trained follows from the start: all weights, those of a chosen expert, LoRA adapters alone, or a
+student that also learns from a fine-tuned teacher.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+
+from mlx_slm.config.schema import Recipe
+from mlx_slm.errors import Busy, Interrupted, SlmError
+from mlx_slm.experts.bundle import find_source
+from mlx_slm.export.model import export_run
+from mlx_slm.fields import format_size
+from mlx_slm.finetuning.domain import DomainSet, domain_set
+from mlx_slm.finetuning.finetune import Finetuning, choose_recipe, schedule_of
+from mlx_slm.methods import METHODS, find_method
+from mlx_slm.methods.plain import Small
+from mlx_slm.methods.requests import SCRATCH, Specialisation
+from mlx_slm.methods.starts import Start
+from mlx_slm.models.shape import Shape
+from mlx_slm.project import Project
+from mlx_slm.report import Report
+from mlx_slm.storage.locks import in_use
+from mlx_slm.text.hub_tokenizer import open_tokenizer
+from mlx_slm.text.prepare import sources_of
+from mlx_slm.text.rows import Sampler, Stream
+from mlx_slm.training.optimizer import OPTIMIZER_FIELDS
+from mlx_slm.training.runs import EXPERT, RECORD, Run, RunRequest, alone_in, default_run, open_run
+
+
+def specialize(project: Project, request: Specialisation) -> Run:
+    """Train on a domain and export the best to `models/<name>` (with `lora`: to `adapters/<name>`).
+
+    Returns the finished run; raises SlmError, or Interrupted after saving.
+    """
+    workspace, config, report, name = project.workspace, project.config, project.report, request.domain
+    if name == config.data.generic:
+        raise SlmError(f"--domain {name}: that is the generic set; specialise to another one")
+    start, tokens = _resolved(project, request)
+    named = sources_of(name, list(request.sources), workspace, config)
+    domain = domain_set(project, name, tokens, named if request.sources else [])
+    for pretrained in start.runs(project):
+        _require_fit(pretrained, domain, report)
+    start = start.ready(lambda teacher, run: _tuned_teacher(project, domain, teacher, run))
+    tokenizer = open_tokenizer(workspace.tokenizer)
+    shape = start.shape(config, tokenizer.vocab_size, domain.store.context_length)
+    recipe = choose_recipe(config.finetuning, tokens or domain.num_tokens, start.source is None)
+    rate = start.rate * (config.finetuning.learning_rate or config.training.learning_rate * recipe.rate)
+    inputs = {
+        "method": start.method,
+        "from": start.origin,
+        "optimizer": config.training.model_dump(mode="json", include=set(OPTIMIZER_FIELDS)),
+        "shape": shape.to_dict(),
+        "finetuning": config.finetuning.model_dump(mode="json", exclude={"recipes", "select_tokens"}),
+        "recipe": recipe.model_dump(mode="json") | {"learning_rate": rate},
+        "tokenizer": tokenizer.fingerprint,
+        **domain.inputs(),
+        **start.inputs(config),
+    }
+    path = workspace.run(request.name or f"{name}-{start.label}-{_size(tokens)}")
+    job, announcement = _job(project, domain, shape, recipe, rate)
+    with alone_in(path):
+        asked = RunRequest(path, start.method, inputs, config, request.fresh, select="best")
+        run = open_run(workspace, asked, lambda: report.line(f"{start.what} on {announcement}"))
+        if run.finished:
+            report.line(run.already_finished)
+        else:
+            with in_use(workspace, name):
+                start.train(project, run, job, domain)
+        for candidate in run.path.glob(f"{EXPERT}*"):
+            shutil.rmtree(candidate)
+        export_run(workspace, run, request.fuse)
+    return run
+
+
+def _resolved(project: Project, request: Specialisation) -> tuple[Start, int | None]:
+    """(what it starts from, the size of the domain set)."""
+    workspace = project.workspace
+    from_scratch = request.source == SCRATCH
+    source = None if from_scratch else find_source(workspace, request.source or default_run(workspace, Small.name))
+    claiming = next((method for method in reversed(METHODS) if method.claims(request)), None)
+    method = claiming or find_method(source.record["method"])
+    start = method.start(project, request, source)
+    tokens = _sampled_tokens(source, request, project.report) if source else request.tokens
+    return start, tokens
+
+
+def _job(project: Project, domain: DomainSet, shape: Shape, recipe: Recipe, rate: float) -> tuple[Finetuning, str]:
+    """(the fine-tuning, what it is in words)."""
+    config, report = project.config, project.report
+    finetuning, stream = config.finetuning, Stream.of(domain.store, domain.windows)
+    if finetuning.batch_rows > max(8, stream.num_rows):
+        report.warn(
+            f"finetuning.batch_rows {finetuning.batch_rows:,} is more than the domain set's {stream.num_rows:,} rows: "
+            "each step reads all of them, some again"
+        )
+    sampler = Sampler([stream], np.ones(1), finetuning.batch_rows, finetuning.seed)
+    per_pass = sampler.num_rows / finetuning.batch_rows
+    per_evaluation = domain.valid_tokens / (finetuning.batch_rows * sampler.row_length)
+    schedule = schedule_of(config, recipe, rate, per_pass, per_evaluation)
+    job = Finetuning(
+        config, shape, sampler, schedule, domain.valid, domain.valid_windows, report, shape.flops_per_token
+    )
+    return job, (
+        f"{domain.num_tokens:,} tokens of {domain.name} ({per_pass:.0f} steps a pass), rate {rate:.1e}, at most "
+        f"{schedule.steps:,} steps"
+    )
+
+
+def _tuned_teacher(project: Project, domain: DomainSet, teacher: str, run: Run) -> Run:
+    """The teacher fine-tuned on the domain set, made where that was not done."""
+    name = name_of_teacher(run, domain.name, domain.tokens)
+    known = project.workspace.run(name) / RECORD
+    try:
+        return specialize(project, Specialisation(domain.name, teacher, domain.tokens, name))
+    except (Busy, Interrupted):
+        raise
+    except SlmError as error:
+        if not known.exists():
+            raise
+        size = f" --tokens {format_size(domain.tokens)}" if domain.tokens else ""
+        raise SlmError(
+            f"the fine-tuned teacher: {error}; to make it anew: mlx-slm specialize --domain {domain.name} --from "
+            f"{teacher}{size} --name {name} --fresh"
+        ) from error
+
+
+def name_of_teacher(run: Run, domain: str, tokens: int | None) -> str:
+    """The name of a pretrained run that is fine-tuned to teach: one that is there is used again."""
+    return f"{domain}-{run.label}-{_size(tokens)}"
+
+
+def _size(tokens: int | None) -> str:
+    return format_size(tokens) if tokens else "all"
+
+
+def _sampled_tokens(source: Run, request: Specialisation, report: Report) -> int | None:
+    """The domain set's size: by default the one that the source was sampled for, so that both are the same subset."""
+    sampled, tokens, domain = source.record["inputs"].get("importance"), request.tokens, request.domain
+    if sampled is None:
+        return tokens
+    if sampled["domain"] != domain:
+        report.warn(f"run {source.name} was sampled for {sampled['domain'] or 'given weights'}, not for {domain}")
+        return tokens
+    if tokens is None and sampled["tokens"]:
+        report.line(f"--tokens {format_size(sampled['tokens'])}, those that {source.name} was sampled for")
+        return sampled["tokens"]
+    if tokens != sampled["tokens"]:
+        size = format_size(sampled["tokens"]) if sampled["tokens"] else "all"
+        report.warn(f"run {source.name} was sampled for {size} tokens of {domain}, not for those asked for")
+    return tokens
+
+
+def _require_fit(source: Run, domain: DomainSet, report: Report) -> None:
+    """Raise SlmError if a pretrained run cannot read the domain's windows; warn if it is not finished."""
+    domain.store.require_fit(f"run {source.name}", source.shape.context_length, source.record["inputs"]["tokenizer"])
+    if not source.finished:
+        step = source.weights_step()
+        report.warn(
+            f"run {source.name} is not finished; specialising "
+            + ("the experts it has" if step is None else f"its step {step:,}")
+        )
