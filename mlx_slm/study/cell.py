@@ -118,8 +118,11 @@ class Study:
             ) from error
 
     def _work(self, cell: Cell) -> dict:
-        bases = [(self._pretrained(cell, method), budget) for method, budget in cell.pretrained.items()]
-        starts = [run.name if run.is_mixture else f"{run.name}@{budget}" for run, budget in bases]
+        bases = [
+            (self._pretrained(cell, method), budget if find_method(method).milestones else None)
+            for method, budget in cell.pretrained.items()
+        ]
+        starts = [f"{run.name}@{budget}" if budget else run.name for run, budget in bases]
         name = f"{self.name}-{cell.name}"
         method = find_method(cell.method)
         if method.teaches:
@@ -178,7 +181,7 @@ class Study:
             pass  # Busy now, rather than after a network was initialised
         run = pretrain(Project(self.workspace, config, self.report), Pretraining(method, name, target=target))
         budget = cell.pretrained[method]
-        if not run.is_mixture and run.step_at(budget) not in checkpoint_steps(run.path):
+        if find_method(method).milestones and run.step_at(budget) not in checkpoint_steps(run.path):
             raise SlmError(
                 f"run {name} was finished without a checkpoint at {format_size(budget)} tokens: take a budget that it "
                 f"has (steps {', '.join(map(str, checkpoint_steps(run.path)))}), or remove it from {run.path.parent}"
@@ -220,10 +223,10 @@ def _sum(costs: list[dict]) -> dict | None:
     return {key: sum(cost[key] for cost in costs) for key in COSTS} if costs else None
 
 
-def _cost_at(run: Run, budget: int) -> dict:
-    """What a pretraining cost up to its milestone at `budget` tokens: of a whole run, the share of its steps."""
+def _cost_at(run: Run, budget: int | None) -> dict:
+    """What a pretraining cost up to its milestone at `budget` tokens (None: all of it): its share of the steps."""
     record = run.record
-    step = record["step"] if run.is_mixture else run.step_at(budget)
+    step = run.step_at(budget) if budget else record["step"]
     return {key: record[key] * step / record["step"] for key in COSTS}
 
 
