@@ -26,7 +26,7 @@ def main() -> None:
     from sklearn.metrics import adjusted_rand_score
 
     from benchmarks.run import print_machine, write
-    from mlx_slm.clustering.kmeans import kmeans, nearest
+    from mlx_slm.clustering.kmeans import Lloyd, kmeans, nearest
     from mlx_slm.config.schema import DEFAULT_ENCODER, ClustersConfig
     from mlx_slm.embedding.encoder import choose_encoder, window_texts
     from mlx_slm.report import Report
@@ -52,7 +52,7 @@ def main() -> None:
     for k in options.k or [16, 64]:
         places = {}
         for name, seed in itertools.product(embeddings, (0, 1)):
-            centroids, _ = kmeans(embeddings[name], k, seed=seed, restarts=3)
+            centroids, _ = kmeans(embeddings[name], k, lloyd=Lloyd(seed=seed, restarts=3))
             places[name, seed] = nearest(mx.array(embeddings[name]), centroids)[0]
         pairs = [((name, 0), (name, 1)) for name in embeddings]
         pairs += [((a, 0), (b, 0)) for a, b in itertools.combinations(embeddings, 2)]

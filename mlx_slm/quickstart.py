@@ -15,7 +15,7 @@ from mlx_slm.config.schema import Config
 from mlx_slm.errors import SlmError
 from mlx_slm.evaluation.evaluate import evaluate
 from mlx_slm.experts.experts import FREQUENT, HISTOGRAM
-from mlx_slm.export.generate import stream
+from mlx_slm.export.generate import Sampling, stream
 from mlx_slm.export.model import export_model
 from mlx_slm.machine import runtime
 from mlx_slm.methods.importance import ImportanceSampling
@@ -50,7 +50,7 @@ def run_quickstart(project: Project, fresh: bool = False) -> dict:
             shutil.rmtree(workspace.root / made, ignore_errors=True)
     report.line(f"1. text: docstrings of the installed packages; the domain is {domain}")
     for name in (generic, domain):
-        ensure_set(workspace, name, config, report)
+        ensure_set(project, name)
     report.line("2. pretraining a small model on the generic set")
     base = pretrain(project, Pretraining(SMALL, fresh=fresh))
     report.line(f"3. specialising it to {domain}")
@@ -85,7 +85,7 @@ def run_quickstart(project: Project, fresh: bool = False) -> dict:
     plain = [i for i, stage in enumerate(stages) if stage[3] != network.name]
     best = min(plain, key=lambda i: results[i]["perplexity"])
     model = workspace.model(stages[best][3])
-    sample = "".join(part.text for part in stream(model, PROMPT, 80, 0.7, 0.95, 0))
+    sample = "".join(part.text for part in stream(model, PROMPT, Sampling(max_tokens=80)))
     return {
         "seconds": round(time.perf_counter() - started, 1),
         "device": runtime.device_name(),

@@ -35,7 +35,7 @@ from mlx_slm.report import Report
 from mlx_slm.stages.pretrain import pretrain
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.docstrings import documents
-from mlx_slm.text.prepare import prepare
+from mlx_slm.text.prepare import Preparation, prepare
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.runs import find_run
@@ -176,8 +176,8 @@ def prepared(tmp_path_factory, texts, config) -> Workspace:
         write_jsonl(folder / "generic.jsonl", texts[:900]),
         write_jsonl(folder / "notes.jsonl", texts[900:]),
     )
-    prepare(workspace, "generic", [str(generic)], config, Report())
-    prepare(workspace, "notes", [str(notes)], config, Report())
+    prepare(Project(workspace, config), Preparation("generic", [str(generic)]))
+    prepare(Project(workspace, config), Preparation("notes", [str(notes)]))
     return workspace
 
 

@@ -15,7 +15,7 @@ from mlx_slm.cli.common import SIZE, Session, common
 @click.option("--strict", is_flag=True, help="Fail on invalid UTF-8 instead of replacing it.")
 @click.option("--fresh", is_flag=True, help="Make it anew, even if its inputs changed.")
 @common
-def prepare(session: Session, name, sources, field, limit, strict, fresh) -> None:
+def prepare(session: Session, name, sources, **how) -> None:
     """Read the text of set NAME, split it by document, and tokenise it.
 
     A SOURCE is a file, a glob, a directory, hf:<dataset>[:<config>] or docs:<package>[,<package>...]; with train=,
@@ -26,7 +26,7 @@ def prepare(session: Session, name, sources, field, limit, strict, fresh) -> Non
     from mlx_slm.text.store import Store
 
     found = work.sources_of(name, list(sources), session.workspace, session.config)
-    made = work.prepare(session.workspace, name, found, session.config, session.report, strict, fresh, field, limit)
+    made = work.prepare(session.project, work.Preparation(name, found, **how))
     stores = {split: Store(session.workspace.data(name, split)) for split in work.SPLITS}
     result = {
         "set": name,
@@ -64,7 +64,7 @@ def cluster(session: Session, counts, encoder, show, fresh) -> None:
     config, workspace = session.config, session.workspace
     session.start_computing()
     sets = [name for name in workspace.sets() if name != config.data.generic]
-    made = ensure_clusters(workspace, config, list(counts) or [config.clusters.k], sets, session.report, fresh)
+    made = ensure_clusters(session.project, list(counts) or [config.clusters.k], sets, fresh)
     found = [shows.summary(clusters, config.data.generic, sets) for clusters in made]
     if show:
         for clusters, facts in zip(made, found, strict=True):

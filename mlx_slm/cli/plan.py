@@ -17,39 +17,21 @@ from mlx_slm.cli.common import HOURS, PLACE, SIZE, Session, common
 @click.option("--inference-speed", type=HOURS, help="Tokens per second that it must write on this machine.")
 @click.option("--domain", help="Show the perplexities that were recorded on this set's test text.")
 @common
-def plan(
-    session: Session,
-    generic_hours,
-    specialization_hours,
-    sampling_hours,
-    domains,
-    domain_tokens,
-    inference_parameters,
-    inference_speed,
-    domain,
-) -> None:
+def plan(session: Session, domain, **given) -> None:
     """Which method to use, and what each costs on this machine, before anything is trained.
 
     Hours come from recorded runs of the same models on this machine, or from a short measurement.
     """
     from mlx_slm.planning.plan import Budgets, make_plan
 
-    if inference_parameters and inference_speed:
+    if given["inference_parameters"] and given["inference_speed"]:
         raise click.UsageError("give --inference-parameters or --inference-speed, not both")
     config = session.config
-    generic_hours = generic_hours or config.training.hours
-    if not generic_hours:
+    given["generic_hours"] = given["generic_hours"] or config.training.hours
+    if not given["generic_hours"]:
         raise click.UsageError("give --generic-hours: the configuration's horizon is not in hours")
     session.start_computing()
-    budgets = Budgets(
-        generic_hours,
-        domains,
-        domain_tokens,
-        specialization_hours,
-        sampling_hours,
-        inference_parameters,
-        inference_speed,
-    )
+    budgets = Budgets(**given)
     result = make_plan(session.project, budgets, domain)
 
     def text() -> None:
@@ -76,7 +58,8 @@ def plan(
             "fits",
             "perplexity",
         ]
-        title = f"Hours on {result['device']}, {domains} domain{'s' if domains > 1 else ''} of {domain_tokens:,} tokens"
+        title = f"Hours on {result['device']}, {budgets.domains} domain{'s' if budgets.domains > 1 else ''} of "
+        title += f"{budgets.domain_tokens:,} tokens"
         session.report.table(title, columns, rows)
         rates = "; ".join(f"{name}: {source}" for name, source in result["rates_from"].items())
         session.report.line(f"rates: {rates}")

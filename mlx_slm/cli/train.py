@@ -81,9 +81,7 @@ def quickstart(session: Session, fresh) -> None:
 @click.option("--name", help="Name of the run. [default: the method, or is-<domain>-<its tokens>]")
 @click.option("--fresh", is_flag=True, help="Start anew, throwing an earlier run of this name away.")
 @common
-def pretrain(
-    session: Session, method, domain, domain_tokens, weights, k, experts, init_from, tokens, hours, name, fresh
-) -> None:
+def pretrain(session: Session, method, domain, weights, k, **given) -> None:
     """Pretrain a model on the generic set. The same command again resumes.
 
     Prepares the generic set first where that was not done. The methods is, pn and mix cluster it: is draws the clusters
@@ -101,6 +99,7 @@ def pretrain(
         return f"the methods {', '.join(others)} and {last}" if others else f"--method {last}"
 
     of = find_method(method)
+    tokens, hours, domain_tokens = (given.pop(option) for option in ("tokens", "hours", "domain_tokens"))
     sampled = of.rows is Rows.DOMAIN
     if tokens and hours:
         raise click.UsageError("give --tokens or --hours, not both")
@@ -110,7 +109,7 @@ def pretrain(
         raise click.UsageError(f"--domain and --weights are for {those(lambda each: each.rows is Rows.DOMAIN)}")
     if not of.section and k:
         raise click.UsageError(f"--k is for {those(lambda each: each.section)}")
-    if not of.takes_experts and experts:
+    if not of.takes_experts and given["experts"]:
         raise click.UsageError(f"--experts is for {those(lambda each: each.takes_experts)}")
     if domain_tokens and not domain:
         raise click.UsageError("--domain-tokens needs --domain")
@@ -121,8 +120,9 @@ def pretrain(
     project = session.project
     session.start_computing()
     target = SamplingTarget(domain, domain_tokens, Path(weights) if weights else None) if sampled else None
-    start = require_model(session.workspace, init_from) if init_from else None
-    run = work(project, Pretraining(method, name, fresh, target, start, experts))
+    if given["init_from"]:
+        given["init_from"] = require_model(session.workspace, given["init_from"])
+    run = work(project, Pretraining(method, target=target, **given))
     _show_run(session, run)
 
 
@@ -131,7 +131,7 @@ def pretrain(
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
 @click.option(
     "--from",
-    "from_run",
+    "source",
     type=PLACE,
     metavar="RUN",
     help="The pretrained run, RUN@5M for one of its milestones, a bundle's directory, or none to train from scratch. "
@@ -161,7 +161,7 @@ def pretrain(
 @click.option("--name", help="Name of the run and the model. [default: <domain>-<method>[-<select>]-<tokens>]")
 @click.option("--fresh", is_flag=True, help="Start anew, throwing an earlier run of this name away.")
 @common
-def specialize(session: Session, domain, sources, from_run, select, lora, fuse, teacher, tokens, name, fresh) -> None:
+def specialize(session: Session, **given) -> None:
     """Fine-tune a pretrained model on a domain and write it as an mlx-lm model directory (or adapter, with --lora).
 
     A SOURCE is the domain's text, as for prepare, where the set is not prepared yet.
@@ -170,13 +170,14 @@ def specialize(session: Session, domain, sources, from_run, select, lora, fuse, 
     from mlx_slm.methods.requests import Specialisation
     from mlx_slm.stages.specialize import specialize as work
 
-    if fuse and not lora:
+    request = Specialisation(**given)
+    if request.fuse and not request.lora:
         raise click.UsageError("--fuse is for --lora")
-    if from_run and (bundle := bundle_at(session.workspace, from_run)):
+    if request.source and (bundle := bundle_at(session.workspace, request.source)):
         install_bundle(session.workspace, bundle, session.report)
     project = session.project
     session.start_computing()
-    run = work(project, Specialisation(domain, from_run, tokens, name, fresh, select, sources, lora, fuse, teacher))
+    run = work(project, request)
     _show_run(session, run)
 
 

@@ -73,9 +73,9 @@ def evaluate(session: Session, models, domains, split, expert, domain_tokens) ->
 @click.option("--top-p", type=Number(0, 1), default=0.95, show_default=True)
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @common
-def generate(session: Session, model, prompt, max_tokens, temp, top_p, seed) -> None:
+def generate(session: Session, model, prompt, **how) -> None:
     """Continue a text with a model, through mlx-lm. MODEL is a name in models/ or a directory."""
-    from mlx_slm.export.generate import read_prompt, stream
+    from mlx_slm.export.generate import Sampling, read_prompt, stream
     from mlx_slm.export.model import require_model
 
     path = require_model(session.workspace, model)
@@ -91,7 +91,7 @@ def generate(session: Session, model, prompt, max_tokens, temp, top_p, seed) -> 
     parts = []
     if show:
         click.echo(prompt, nl=False)
-    for part in stream(path, prompt, max_tokens, temp, top_p, seed):
+    for part in stream(path, prompt, Sampling(**how)):
         parts.append(part.text)
         if show:
             click.echo(part.text, nl=False)

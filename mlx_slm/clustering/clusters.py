@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_slm.clustering.kmeans import State, assign, kmeans
-from mlx_slm.config.schema import ClustersConfig, Config
+from mlx_slm.clustering.kmeans import KMeansState, Lloyd, assign, kmeans
+from mlx_slm.config.schema import ClustersConfig
 from mlx_slm.embedding.embed import Embeddings, embed
 from mlx_slm.embedding.encoder import Choice, choose_encoder, recorded_encoder
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged, append_array, read_arrays, read_json, write_arrays
+from mlx_slm.project import Project
 from mlx_slm.report import Report
 from mlx_slm.storage.artifacts import MANIFEST, load_manifest, new_artifact, verify
 from mlx_slm.storage.forms import CountsForm
@@ -98,22 +99,17 @@ def read_centroids(directory: Path, manifest: dict) -> np.ndarray:
 
 
 def ensure_clusters(
-    workspace: Workspace,
-    config: Config,
-    counts: list[int],
-    sets: list[str],
-    report: Report,
-    fresh: bool = False,
-    splits: tuple[str, ...] = SPLITS,
+    project: Project, counts: list[int], sets: list[str], fresh: bool = False, splits: tuple[str, ...] = SPLITS
 ) -> list[Clusters]:
     """Embed and cluster the generic set into each number of clusters, and assign the splits of it and of `sets`.
 
     Prepares the generic set if that was not done. What is there and was made from the same inputs is kept. Raises
     SlmError where centroids were made from others, unless `fresh`.
     """
-    settings, generic = config.clusters, config.data.generic
+    workspace, report = project.workspace, project.report
+    settings, generic = project.config.clusters, project.config.data.generic
     if generic not in workspace.sets():
-        ensure_set(workspace, generic, config, report)
+        ensure_set(project, generic)
     tokenizer = open_tokenizer(workspace.tokenizer)
     store = Store(workspace.data(generic, "train"))
     store.require_tokenizer(tokenizer)
@@ -128,7 +124,7 @@ def ensure_clusters(
         for k in counts:
             _require_same(workspace, k, {"store": store.fingerprint, **choice.facts}, settings)
     with _alone(workspace, report):
-        embeddings = embed(workspace, generic, "train", store, choice, tokenizer, report)
+        embeddings = embed(workspace, generic, "train", choice, report)
         made = [_ensure_centroids(workspace, k, embeddings, settings, report, fresh) for k in counts]
         for name in dict.fromkeys([generic, *sets]):
             for split in splits:
@@ -162,20 +158,20 @@ def _ensure_assigned(
     store.require_tokenizer(tokenizer)
     missing = [clusters for clusters in made if not _is_assigned(clusters, name, split, store)]
     if missing:
-        vectors = embed(workspace, name, split, store, choice, tokenizer, report)
+        vectors = embed(workspace, name, split, choice, report)
         for clusters in missing:
             _assign(clusters, name, split, store, vectors, report)
 
 
-def as_made(workspace: Workspace, config: Config, k: int, report: Report) -> Config:
-    """The configuration with the encoder and the settings that clusters/<k> was made with, where that exists."""
-    path = workspace.clusters(k)
+def as_made(project: Project, k: int) -> Project:
+    """The same with the encoder and the settings that clusters/<k> was made with, where that exists."""
+    path, settings = project.workspace.clusters(k), project.config.clusters
     if not (path / MANIFEST).exists():
-        return config
+        return project
     recorded = load_manifest(path, KIND)["info"]["settings"]
-    if recorded["encoder"] != config.clusters.encoder:
-        report.line(f"clusters/{k} is used as it was made, with the encoder {recorded['encoder']}")
-    return config.model_copy(update={"clusters": config.clusters.model_copy(update=recorded)})
+    if recorded["encoder"] != settings.encoder:
+        project.report.line(f"clusters/{k} is used as it was made, with the encoder {recorded['encoder']}")
+    return project.having(clusters=settings.model_copy(update=recorded))
 
 
 def far_windows(domain: Assigned, generic: Assigned) -> float:
@@ -226,20 +222,12 @@ def _ensure_centroids(
     total = settings.iterations * settings.restarts
     with report.progress(f"k-means, k = {k:,}", total, " iterations") as advance:
 
-        def on_iteration(state: State) -> None:
+        def on_iteration(state: KMeansState) -> None:
             advance(1)
             saved.save(state)
 
-        centroids, inertia = kmeans(
-            points,
-            k,
-            settings.seed,
-            settings.iterations,
-            settings.tolerance,
-            settings.restarts,
-            state,
-            on_iteration,
-        )
+        lloyd = Lloyd(settings.seed, settings.iterations, settings.tolerance, settings.restarts)
+        centroids, inertia = kmeans(points, k, lloyd, state, on_iteration)
     with new_artifact(path, KIND, inputs) as (directory, info):
         write_arrays(directory / CENTROIDS, {"centroids": centroids})
         info.update(k=k, points=len(points), inertia=inertia, dims=embeddings.dims)
@@ -257,18 +245,18 @@ class Progress:
     def __init__(self, directory: Path, inputs: dict):
         self.directory, self.inputs = directory, inputs
 
-    def load(self) -> State:
+    def load(self) -> KMeansState:
         """The last state if it is of the same inputs, else a new one."""
         if not (self.directory / MANIFEST).exists():
-            return State()
+            return KMeansState()
         with contextlib.suppress(SlmError):
             manifest = load_manifest(self.directory, "k-means state")
             verify(self.directory, manifest)
             if manifest["inputs"] == self.inputs:
-                return State(**read_arrays(self.directory / "arrays.safetensors"), **manifest["info"]["numbers"])
-        return State()
+                return KMeansState(**read_arrays(self.directory / "arrays.safetensors"), **manifest["info"]["numbers"])
+        return KMeansState()
 
-    def save(self, state: State) -> None:
+    def save(self, state: KMeansState) -> None:
         fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
         arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
         numbers = {name: value for name, value in fields.items() if name not in arrays and value is not None}

@@ -9,7 +9,7 @@ equal in tokens and the loss is per token.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -86,22 +86,30 @@ class Importance:
         return "\n".join([f"importance sampling for {source}", *(f"  {name:<24}{value}" for name, value in rows)])
 
 
+@dataclass(frozen=True)
+class Adjustment:
+    """How the distribution departs from the domain's histogram (section `clusters` of the configuration)."""
+
+    smoothing: float = 0.0
+    generic_fraction: float = 0.0
+    max_passes: float | None = None
+
+
 def importance(
     counts: np.ndarray,
     generic_tokens: np.ndarray,
     rows: np.ndarray,
     wanted_rows: int,
-    smoothing: float = 0.0,
-    generic_fraction: float = 0.0,
-    max_passes: float | None = None,
+    adjustment: Adjustment = Adjustment(),
     names: dict | None = None,
 ) -> Importance:
     """The distribution over clusters for a domain.
 
     counts: tokens of the domain per cluster [k] (or any weights); generic_tokens and rows: tokens and training rows of
     the generic set per cluster [k]; wanted_rows: rows of the whole training; names: facts for the report. Raises
-    SlmError where so many rows cannot be drawn in `max_passes`, or the generic set is empty.
+    SlmError where that many rows cannot be drawn in `max_passes`, or the generic set is empty.
     """
+    smoothing, generic_fraction, max_passes = astuple(adjustment)
     generic = generic_tokens / generic_tokens.sum()
     domain = smoothed(counts, generic, 0.0)
     target = (1 - generic_fraction) * smoothed(counts, generic, smoothing) + generic_fraction * generic

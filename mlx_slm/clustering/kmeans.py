@@ -29,7 +29,7 @@ def chunk_scores() -> int:
 
 
 @dataclass(frozen=True)
-class State:
+class KMeansState:
     """Where a run of `kmeans` stands: enough to go on from there to the same result, bit for bit."""
 
     restart: int = 0
@@ -46,41 +46,52 @@ class State:
     best_centroids: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class Lloyd:
+    """How Lloyd's algorithm runs."""
+
+    seed: int = 0
+    iterations: int = 50
+    """At most."""
+    tolerance: float = 1e-4
+    """Stop when the inertia falls by less than this part of itself."""
+    restarts: int = 1
+    """Runs from other seeds, of which the best counts."""
+
+
 def kmeans(
     points: np.ndarray,
     k: int,
-    seed: int = 0,
-    iterations: int = 50,
-    tolerance: float = 1e-4,
-    restarts: int = 1,
-    state: State | None = None,
-    on_iteration: Callable[[State], None] = lambda state: None,
+    lloyd: Lloyd = Lloyd(),
+    state: KMeansState | None = None,
+    on_iteration: Callable[[KMeansState], None] = lambda state: None,
 ) -> tuple[np.ndarray, float]:
-    """Cluster points fp32 [n, dims]; returns (centroids fp32 [k, dims], inertia), the best of `restarts` runs.
+    """Cluster points fp32 [n, dims]; returns (centroids fp32 [k, dims], inertia), the best of all runs.
 
-    A run stops after `iterations`, or when the inertia falls by less than `tolerance` of itself. `on_iteration` gets
-    the state after each iteration; given back as `state`, the run goes on from there. Raises SlmError for k > n or a
-    point that is not finite.
+    `on_iteration` gets the state after each iteration; given back as `state`, the run goes on from there. Raises
+    SlmError for k > n or a point that is not finite.
     """
     if k > len(points):
         raise SlmError(f"k = {k:,} clusters of {len(points):,} windows: the largest possible k is {len(points):,}")
     squares = np.einsum("nd,nd->n", points, points)
     require_finite(squares, "point")
     rows, squares = mx.array(points), float(squares.sum(dtype=np.float64))
-    state = state or State()
-    while state.restart < restarts:
+    state = state or KMeansState()
+    while state.restart < lloyd.restarts:
         if state.centroids is None:
-            rng = np.random.default_rng((seed, state.restart))
+            rng = np.random.default_rng((lloyd.seed, state.restart))
             state = replace(state, centroids=seed_centroids(points, k, rng))
-        state = _lloyd(rows, squares, state, iterations, tolerance, on_iteration)
+        state = _lloyd(rows, squares, state, lloyd.iterations, lloyd.tolerance, on_iteration)
         if state.inertia < state.best_inertia:
             state = replace(state, best_inertia=state.inertia, best_centroids=state.centroids)
-        following = State(restart=state.restart + 1)
+        following = KMeansState(restart=state.restart + 1)
         state = replace(following, best_inertia=state.best_inertia, best_centroids=state.best_centroids)
     return state.best_centroids, state.best_inertia
 
 
-def _lloyd(points: mx.array, squares: float, state: State, iterations: int, tolerance: float, on_iteration) -> State:
+def _lloyd(
+    points: mx.array, squares: float, state: KMeansState, iterations: int, tolerance: float, on_iteration
+) -> KMeansState:
     while True:
         assignments, _ = nearest(points, state.centroids, with_scores=False)
         sums = _moved_sums(points, assignments, state)
@@ -108,7 +119,7 @@ def _inertia(squares: float, sums: np.ndarray, counts: np.ndarray, centroids: np
     return max(0.0, squares - 2 * float((sums * wide).sum()) + float(counts @ (wide**2).sum(axis=1)))
 
 
-def _moved_sums(points: mx.array, assignments: np.ndarray, state: State) -> np.ndarray:
+def _moved_sums(points: mx.array, assignments: np.ndarray, state: KMeansState) -> np.ndarray:
     """The points of each cluster added up, float64 [k, dims]; of what moved only the change, if that is less."""
     k = len(state.centroids)
     if state.assignments is None:

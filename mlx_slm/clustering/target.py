@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from mlx_slm.clustering.clusters import Clusters, as_made, ensure_clusters, far_windows
-from mlx_slm.clustering.importance import Importance, histogram, importance, read_weights
+from mlx_slm.clustering.importance import Adjustment, Importance, histogram, importance, read_weights
 from mlx_slm.config.schema import Config
 from mlx_slm.errors import SlmError
 from mlx_slm.fields import format_size
-from mlx_slm.report import Report
+from mlx_slm.project import Project
 from mlx_slm.storage.records import fingerprint
-from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, sources_of, text_needed
 from mlx_slm.text.rows import Stream
 from mlx_slm.text.store import Store, first_windows
@@ -35,8 +34,9 @@ class SamplingTarget:
         return f"{self.domain}-{format_size(self.tokens) if self.tokens else 'all'}"
 
 
-def check_target(workspace: Workspace, config: Config, target: SamplingTarget) -> None:
+def check_target(project: Project, target: SamplingTarget) -> None:
     """Raise SlmError, before any long work, for a domain that cannot be had or weights that make no sense."""
+    config = project.config
     if target.weights:
         read_weights(target.weights, config.clusters.k)
         if config.clusters.smoothing:
@@ -44,25 +44,26 @@ def check_target(workspace: Workspace, config: Config, target: SamplingTarget) -
         return
     if target.domain == config.data.generic:
         raise SlmError(f"--domain {target.domain}: that is the generic set; importance sampling aims at another one")
-    sources_of(target.domain, [], workspace, config)
+    sources_of(target.domain, [], project.workspace, config)
 
 
-def clusters_for(workspace: Workspace, config: Config, target: SamplingTarget, report: Report) -> Clusters:
+def clusters_for(project: Project, target: SamplingTarget) -> Clusters:
     """Prepare the domain where that was not done, cluster the generic set, and assign the domain."""
+    config, k = project.config, project.config.clusters.k
     sets = [target.domain] if target.domain else []
     for domain in sets:
-        ensure_set(workspace, domain, config, report, limit=text_needed(target.tokens or STREAMED_TOKENS))
-        store = Store(workspace.data(domain, "train"))
+        ensure_set(project, domain, text_needed(target.tokens or STREAMED_TOKENS))
+        store = Store(project.workspace.data(domain, "train"))
         first_windows(store, target.tokens, config.data.seed)
         store.require_context(config.data.context_length)
-    used = as_made(workspace, config, config.clusters.k, report)
-    return ensure_clusters(workspace, used, [config.clusters.k], sets, report, splits=("train",))[0]
+    return ensure_clusters(as_made(project, k), [k], sets, splits=("train",))[0]
 
 
 def importance_of(
-    workspace: Workspace, config: Config, target: SamplingTarget, clusters: Clusters, streams: list[Stream], rows: int
+    project: Project, target: SamplingTarget, clusters: Clusters, streams: list[Stream], rows: int
 ) -> Importance:
     """The distribution that `rows` training rows are drawn from; the domain counts with its first `tokens` tokens."""
+    workspace, config = project.workspace, project.config
     settings, generic = config.clusters, clusters.assigned(config.data.generic, "train")
     if target.weights:
         counts, names = read_weights(target.weights, clusters.k), {"weights": str(target.weights)}
@@ -71,16 +72,9 @@ def importance_of(
         windows = first_windows(store, target.tokens, config.data.seed)
         counts = histogram(assigned.clusters[:][windows], store.lengths(windows), clusters.k)
         names = {"domain": target.domain, "far": far_windows(assigned, generic)}
-    return importance(
-        counts,
-        generic.tokens,
-        np.array([stream.num_rows for stream in streams]),
-        rows,
-        settings.smoothing,
-        settings.generic_fraction,
-        settings.max_passes,
-        names,
-    )
+    num_rows = np.array([stream.num_rows for stream in streams])
+    adjustment = Adjustment(settings.smoothing, settings.generic_fraction, settings.max_passes)
+    return importance(counts, generic.tokens, num_rows, rows, adjustment, names)
 
 
 def inputs_of(config: Config, target: SamplingTarget, clusters: Clusters, aim: Importance) -> dict:

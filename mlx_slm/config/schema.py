@@ -302,7 +302,7 @@ class Grid(Section):
     """Every combination of these lists is a cell of a study: one fine-tuned model."""
 
     methods: list[str] = Field(min_length=1)
-    """Such as slm, is, pn: `mlx-slm study --help` lists them."""
+    """Names of methods, such as slm, is and pn; an unknown one is refused with those that there are."""
     budgets: list[PositiveSize] = Field([1_000_000], min_length=1)
     """Pretraining tokens: milestones of one run, not many runs. Mixtures are trained for the largest alone."""
     domains: list[str] = Field(min_length=1)

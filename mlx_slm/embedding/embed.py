@@ -16,9 +16,9 @@ from mlx_slm.report import Report, duration
 from mlx_slm.storage.artifacts import MANIFEST, load_manifest, new_artifact
 from mlx_slm.storage.mapped import MappedFile
 from mlx_slm.storage.workspace import Workspace
+from mlx_slm.text.hub_tokenizer import open_tokenizer
 from mlx_slm.text.shards import read_shard, save_shard, start_shards
 from mlx_slm.text.store import Store
-from mlx_slm.text.tokenizer import Tokenizer
 
 KIND = "embeddings"
 FILE = "embeddings.f16"
@@ -61,10 +61,9 @@ class Embeddings:
         return np.concatenate(parts)
 
 
-def embed(
-    workspace: Workspace, name: str, split: str, store: Store, choice: Choice, tokenizer: Tokenizer, report: Report
-) -> Embeddings:
+def embed(workspace: Workspace, name: str, split: str, choice: Choice, report: Report) -> Embeddings:
     """Return the embeddings of a split by an encoder, computing them where they are missing or the text changed."""
+    store, tokenizer = Store(workspace.data(name, split)), open_tokenizer(workspace.tokenizer)
     path = workspace.embeddings(choice.key, name, split)
     inputs = {"store": store.fingerprint, **choice.facts}
     if (path / MANIFEST).exists() and load_manifest(path, KIND)["inputs"] == inputs:

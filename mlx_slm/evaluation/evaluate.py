@@ -96,7 +96,7 @@ class Evaluated:
         experts, how = self.experts, {}
         if experts and expert is None:
             place = experts.assigned(self.project.config, set_name, split, self.project.report).clusters[:][windows]
-            nll = routed_nll(self.model, self.scorer, experts.parameters, store, windows, place, self.project.report)
+            nll = routed_nll(self.scorer, experts.parameters, store, windows, place, self.project.report)
             return score_of(store, windows, nll), {"routing": "cluster"}
         if experts:
             which, how = _one_expert(self.project, experts, set_name, expert, domain_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_slm.errors import SlmError
@@ -21,13 +22,24 @@ def read_prompt(raw: bytes, where: str, report: Report) -> str:
     return text
 
 
-def stream(path: Path, prompt: str, max_tokens: int, temp: float, top_p: float, seed: int) -> Iterator:
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen."""
+
+    max_tokens: int = 128
+    temp: float = 0.7
+    """0: the likeliest token each time."""
+    top_p: float = 0.95
+    seed: int = 0
+
+
+def stream(path: Path, prompt: str, how: Sampling) -> Iterator:
     """Yield mlx-lm's responses (`text`, `generation_tokens`, `generation_tps`) for a prompt that starts a document."""
     import mlx.core as mx
     from mlx_lm import load, stream_generate
     from mlx_lm.sample_utils import make_sampler
 
-    mx.random.seed(seed)
+    mx.random.seed(how.seed)
     try:
         model, tokenizer = load(str(path))
     except Exception as error:  # whatever mlx-lm or transformers do not like about a directory of somebody else's
@@ -36,12 +48,13 @@ def stream(path: Path, prompt: str, max_tokens: int, temp: float, top_p: float, 
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     if tokenizer.eos_token_id is not None:
         ids = [tokenizer.eos_token_id, *ids]
-    positions = getattr(model.args, "n_positions", None)
+    max_tokens, positions = how.max_tokens, getattr(model.args, "n_positions", None)
     if positions:  # learned positions end there: beyond them a gpt2 reads out of range
         if len(ids) >= positions:
             raise SlmError(f"the prompt has {len(ids)} tokens, the context of {path.name} is {positions}: shorten it")
         max_tokens = min(max_tokens, positions - len(ids))
-    yield from stream_generate(model, tokenizer, ids, max_tokens=max_tokens, sampler=make_sampler(temp, top_p))
+    sampler = make_sampler(how.temp, how.top_p)
+    yield from stream_generate(model, tokenizer, ids, max_tokens=max_tokens, sampler=sampler)
 
 
 def serve(path: Path, host: str, port: int) -> None:

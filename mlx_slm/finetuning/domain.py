@@ -9,7 +9,7 @@ import numpy as np
 from mlx_slm.project import Project
 from mlx_slm.storage.records import fingerprint
 from mlx_slm.text.hub_tokenizer import open_tokenizer
-from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, prepare, text_needed
+from mlx_slm.text.prepare import STREAMED_TOKENS, Preparation, ensure_set, prepare, text_needed
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.scoring import validation_windows
 
@@ -46,11 +46,11 @@ class DomainSet:
 
 def domain_set(project: Project, name: str, tokens: int | None, sources: list[str]) -> DomainSet:
     """The set, prepared from `sources` where they are given, or where it was not."""
-    workspace, config, report = project.workspace, project.config, project.report
+    workspace, config = project.workspace, project.config
     if sources:
-        prepare(workspace, name, sources, config, report)
+        prepare(project, Preparation(name, sources))
     else:
-        ensure_set(workspace, name, config, report, limit=text_needed(tokens or STREAMED_TOKENS))
+        ensure_set(project, name, text_needed(tokens or STREAMED_TOKENS))
     store, valid = (Store(workspace.require_set(name, split)) for split in ("train", "valid"))
     store.require_tokenizer(open_tokenizer(workspace.tokenizer))
     windows = first_windows(store, tokens, config.data.seed)

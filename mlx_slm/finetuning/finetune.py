@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -19,12 +18,11 @@ from mlx_slm.report import Report, perplexity
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.rows import Sampler
 from mlx_slm.text.store import Store
-from mlx_slm.training.loss import next_token_loss
 from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.runs import Run, RunRequest, expert_path, open_run
 from mlx_slm.training.schedule import Schedule
 from mlx_slm.training.scoring import validation_loss
-from mlx_slm.training.step import TrainingStep, as_it_is, rows_that_fit
+from mlx_slm.training.step import Objective, TrainingStep, rows_that_fit
 from mlx_slm.training.trainer import Trainer, Training
 
 
@@ -40,10 +38,7 @@ class Finetuning:
     valid_windows: np.ndarray
     report: Report
     flops_per_token: float
-    loss: Callable = next_token_loss
-    """(model, tokens, weights) -> the sum that is minimised."""
-    plain: Callable[[dict], dict] = as_it_is
-    """What is trained -> parameters of the model."""
+    objective: Objective = field(default_factory=Objective)
     extra_bytes: int = 0
     """Memory that a step needs beside that of a plain one; negative for what it does not need."""
 
@@ -54,13 +49,13 @@ class Finetuning:
             self.shape, tuning.batch_rows, tuning.micro_rows, training.checkpoint_layers, self.extra_bytes
         )
         model, optimizer = Transformer(self.shape, recompute), AdamW.of(training)
-        start = partial(TrainingStep, model, optimizer, fit, loss=self.loss, plain=self.plain)
+        start = partial(TrainingStep, model, optimizer, fit, objective=self.objective)
         score = validation_loss(model, self.valid, self.valid_windows)
         task = Training(
             lambda p, m: start(parameters=p, moments=m),
             self.sampler,
             self.schedule,
-            lambda p: score(self.plain(p)),
+            lambda p: score(self.objective.plain(p)),
             self.flops_per_token,
         )
         trainer = Trainer(task, parameters, run.path, self.report)

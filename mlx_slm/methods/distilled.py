@@ -22,7 +22,7 @@ from mlx_slm.models.transformer import Transformer
 from mlx_slm.project import Project
 from mlx_slm.training.distillation import Distillation
 from mlx_slm.training.runs import Run
-from mlx_slm.training.step import training_bytes
+from mlx_slm.training.step import Objective, training_bytes
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class WithTeacher(Start):
             model.update(weights_of(project.workspace, self.tuned_teacher))
             job = replace(
                 job,
-                loss=Distillation(model, settings.a, settings.tau),
+                objective=Objective(Distillation(model, settings.a, settings.tau)),
                 flops_per_token=job.flops_per_token + shape.forward_flops_per_token,
                 extra_bytes=4 * shape.num_parameters,
             )

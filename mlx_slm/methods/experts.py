@@ -8,9 +8,7 @@ from mlx_slm.methods.base import Setup
 
 def generic_clusters(setup: Setup, k: int) -> Clusters:
     """The clusters of the generic set that experts are trained on, its held-out split assigned too."""
-    workspace, report = setup.project.workspace, setup.project.report
-    config = as_made(workspace, setup.project.config, k, report)
-    return ensure_clusters(workspace, config, [k], [], report, splits=("train", "valid"))[0]
+    return ensure_clusters(as_made(setup.project, k), [k], [], splits=("train", "valid"))[0]
 
 
 def experts_inputs(setup: Setup, method: str, clusters: Clusters) -> dict:

@@ -26,14 +26,14 @@ class ImportanceSampling(Method):
         super().check(project, request)
         if request.target is None:
             raise SlmError(f"method {self.name} needs what to sample for: a domain, or weights of the clusters")
-        check_target(project.workspace, project.config, request.target)
+        check_target(project, request.target)
 
     def job(self, setup: Setup, request: Pretraining) -> TrainingJob:
-        workspace, config, target = setup.project.workspace, setup.project.config, request.target
-        clusters = clusters_for(workspace, config, target, setup.project.report)
+        project, config, target = setup.project, setup.project.config, request.target
+        clusters = clusters_for(project, target)
         streams = clusters.assigned(config.data.generic, "train").streams(setup.store)
         steps = setup.steps(sum(stream.num_rows for stream in streams), setup.tokens)
-        aim = importance_of(workspace, config, target, clusters, streams, steps * config.training.batch_rows)
+        aim = importance_of(project, target, clusters, streams, steps * config.training.batch_rows)
         inputs = setup.inputs(self.name) | {"importance": inputs_of(config, target, clusters, aim)}
         files = {IMPORTANCE: aim.facts | {"distribution": aim.distribution.tolist()}}
         return plain_job(setup, inputs, streams, aim.distribution, lines=aim.lines, files=files)

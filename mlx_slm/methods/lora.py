@@ -20,7 +20,7 @@ from mlx_slm.models.lora import Lora
 from mlx_slm.models.shape import Shape
 from mlx_slm.project import Project
 from mlx_slm.training.runs import Run
-from mlx_slm.training.step import training_bytes
+from mlx_slm.training.step import Objective, training_bytes
 
 PAPER_RANK = 64
 
@@ -45,7 +45,11 @@ class WithAdapters(Start):
     def train(self, project: Project, run: Run, job: Finetuning, domain: DomainSet) -> None:
         lora = lora_of(run)
         plain = partial(lora.applied, weights_of(project.workspace, self.source))
-        changes = {"plain": plain, "flops_per_token": lora.flops_per_token, "extra_bytes": -lora.bytes_spared}
+        changes = {
+            "objective": Objective(plain=plain),
+            "flops_per_token": lora.flops_per_token,
+            "extra_bytes": -lora.bytes_spared,
+        }
         replace(job, **changes).work(run, lora.initialise(job.config.finetuning.seed))
 
 

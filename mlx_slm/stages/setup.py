@@ -59,7 +59,7 @@ def _generic_set(project: Project, tokens: int | None) -> tuple[Tokenizer, Store
         report.line(
             f"no {generic!r} set yet: it will come from {', '.join(sources_of(generic, [], workspace, config))}"
         )
-    ensure_set(workspace, generic, config, report, limit=text_needed(tokens) if tokens else None)
+    ensure_set(project, generic, text_needed(tokens) if tokens else None)
     tokenizer, store = open_tokenizer(workspace.tokenizer), Store(workspace.data(generic, "train"))
     store.require_tokenizer(tokenizer)
     store.require_context(config.data.context_length)

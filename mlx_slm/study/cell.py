@@ -42,21 +42,24 @@ class Study:
         self.file = project.workspace.results / f"{name}.jsonl"
         self._scores: dict[tuple, dict] = {}
 
+    @property
+    def project(self) -> Project:
+        return Project(self.workspace, self.config, self.report)
+
     def prepare(self) -> None:
         """Prepare and cluster what was not; raises SlmError, before any training, for cells that cannot be done."""
-        config, report, sizes = self.config, self.report, {}
+        config, sizes = self.config, {}
         for cell in self.cells:
             sizes[cell.domain] = max(cell.domain_tokens, sizes.get(cell.domain, 0))
         self._check(sizes)
         most = max((max(of) * find_method(method).pool for method, of in self.budgets.items()), default=0)
-        ensure_set(self.workspace, config.data.generic, config, report, limit=text_needed(most))
+        ensure_set(self.project, config.data.generic, text_needed(most))
         for domain, size in sizes.items():
-            ensure_set(self.workspace, domain, config, report, limit=text_needed(size))
+            ensure_set(self.project, domain, text_needed(size))
             first_windows(Store(self.workspace.require_set(domain)), size, config.data.seed)
             self._check_held_out(domain)
         for k in sorted({cell.k for cell in self.cells if cell.k}):
-            made = as_made(self.workspace, config, k, report)
-            ensure_clusters(self.workspace, made, [k], list(sizes), report, splits=("train", "valid"))
+            ensure_clusters(as_made(self.project, k), [k], list(sizes), splits=("train", "valid"))
 
     def _check(self, domains: Iterable[str]) -> None:
         config = self.config
@@ -200,8 +203,7 @@ class Study:
         """A model's score on a set, worked out once. `limit`: default `study.test_tokens`."""
         key = (model, name, split, expert, domain_tokens if expert == HISTOGRAM else None)
         if key not in self._scores:
-            project = Project(self.workspace, self.config, self.report)
-            evaluated = Evaluated(project, model, find_experts(self.workspace, model, self.report))
+            evaluated = Evaluated(self.project, model, find_experts(self.workspace, model, self.report))
             score, _ = evaluated.score(name, split, expert, domain_tokens, limit or self.config.study.test_tokens)
             kept = ("nll", "stderr", "perplexity", "bits_per_byte", "tokens")
             self._scores[key] = {field: asdict(score)[field] for field in kept}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import glob
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_slm.config.files import dump_config, known_domains
 from mlx_slm.config.schema import Config
 from mlx_slm.errors import Interrupted, SlmError, nearest
+from mlx_slm.project import Project
 from mlx_slm.report import Report
 from mlx_slm.storage.artifacts import MANIFEST, load_manifest
 from mlx_slm.storage.locks import alone, unused
@@ -49,22 +51,39 @@ def sources_of(name: str, given: list[str], workspace: Workspace, config: Config
     )
 
 
-def ensure_set(workspace: Workspace, name: str, config: Config, report: Report, limit: int | None = None) -> None:
+@dataclass(frozen=True)
+class Preparation:
+    """A set that is to be read, split and tokenised."""
+
+    name: str
+    sources: list[str]
+    fresh: bool = False
+    """Make it again, even if its inputs changed."""
+    strict: bool = False
+    """Fail on invalid UTF-8 instead of replacing it."""
+    field: str | None = None
+    """The field that holds the text. Default: the configuration's."""
+    limit: int | None = None
+    """Stop after this many bytes of training text. Default: the configuration's."""
+
+
+def ensure_set(project: Project, name: str, limit: int | None = None) -> None:
     """Prepare a set that a command needs and that is missing, announced in one line; check one whose files are named.
 
     What was read from the Hub or from installed packages, or from files that are gone, stays as it was prepared.
     `limit`: bytes of text to stream from the Hub where the configuration sets no limit.
     """
+    workspace, config, report = project.workspace, project.config, project.report
     exists = all((workspace.data(name, split) / MANIFEST).exists() for split in SPLITS)
     if exists:
-        _tell_what_is_kept(workspace, name, config, report)
+        _tell_what_is_kept(project, name)
         sources = config.data.sets.get(name, [])
         if sources and all(_on_disk(source) for source in sources):
-            prepare(workspace, name, sources, _as_prepared(workspace, name, config, report), report)
+            prepare(_as_prepared(project, name), Preparation(name, sources))
         return
     sources = sources_of(name, [], workspace, config)
     if name != config.data.generic and not (workspace.tokenizer / MANIFEST).exists():
-        ensure_set(workspace, config.data.generic, config, report)
+        ensure_set(project, config.data.generic)
     report.line(f"set {name!r} is not prepared yet: preparing it from {', '.join(sources)}")
     streamed = config.data.limit is None and any(source.startswith("hf:") for source in sources)
     if streamed and limit is None:
@@ -76,11 +95,12 @@ def ensure_set(workspace: Workspace, name: str, config: Config, report: Report, 
         report.line(f"streaming {limit / 1e9:.2g} GB of text")
         if limit > 1e9 and not report.confirm("start the download?"):
             raise Interrupted("not started; nothing was downloaded")
-    prepare(workspace, name, sources, config, report, limit=limit if streamed else None)
+    prepare(project, Preparation(name, sources, limit=limit if streamed else None))
 
 
-def _tell_what_is_kept(workspace: Workspace, name: str, config: Config, report: Report) -> None:
+def _tell_what_is_kept(project: Project, name: str) -> None:
     """Say which settings of a set and of its tokenizer are others than the configuration's."""
+    workspace, config, report = project.workspace, project.config, project.report
     made = load_manifest(workspace.tokenizer, TOKENIZER)["inputs"]["settings"]
     kept = _other({key: value for key, value in made.items() if key != "path"}, config.tokenizer.model_dump())
     context = load_manifest(workspace.data(name, "train"), KIND)["inputs"]["context_length"]
@@ -95,18 +115,19 @@ def _other(made: dict, settings: dict) -> list[str]:
     return [f"tokenizer.{key}={value}" for key, value in made.items() if settings.get(key) != value]
 
 
-def _as_prepared(workspace: Workspace, name: str, config: Config, report: Report) -> Config:
-    """The configuration with the settings that a set was read with: it is used as it was prepared."""
-    recorded = load_manifest(workspace.data(name, "train"), KIND)["inputs"]["reading"]
+def _as_prepared(project: Project, name: str) -> Project:
+    """The same with the settings that a set was read with: it is used as it was prepared."""
+    config, report = project.config, project.report
+    recorded = load_manifest(project.workspace.data(name, "train"), KIND)["inputs"]["reading"]
     changed = {key: value for key, value in recorded.items() if getattr(config.data, key) != value}
     if changed:
         told = ", ".join(f"data.{key}={value}" for key, value in changed.items())
         report.line(f"set {name!r} is used as it was prepared, with {told}")
-    return config.model_copy(update={"data": config.data.model_copy(update=changed)})
+    return project.having(data=config.data.model_copy(update=changed))
 
 
 def text_needed(tokens: int) -> int:
-    """Bytes of training text that hold so many tokens, with room to spare."""
+    """Bytes of training text that hold this many tokens, with room to spare."""
     return int(tokens * BYTES_PER_TOKEN)
 
 
@@ -115,45 +136,25 @@ def _on_disk(source: str) -> bool:
     return not parsed.remote and bool(glob.glob(str(Path(parsed.text).expanduser()), recursive=True))
 
 
-def prepare(
-    workspace: Workspace,
-    name: str,
-    sources: list[str],
-    config: Config,
-    report: Report,
-    strict: bool = False,
-    fresh: bool = False,
-    text_field: str | None = None,
-    limit: int | None = None,
-) -> bool:
+def prepare(project: Project, request: Preparation) -> bool:
     """Make `data/<name>/{train,valid,test}` (and, for the generic set, the tokenizer first).
 
-    `text_field` and `limit` replace the configuration's for this set. The generic set's configuration becomes the
-    workspace's. Returns False if all is there already and nothing changed; raises SlmError if the inputs changed,
-    unless `fresh`.
+    The generic set's configuration becomes the workspace's. Returns False if all is there already and nothing changed;
+    raises SlmError if the inputs changed, unless `fresh`.
     """
-    with alone(workspace.root / ".prepare.lock", _busy(workspace), waiting=lambda: report.line(_busy(workspace))):
-        return _prepare(workspace, name, sources, config, report, strict, fresh, text_field, limit)
+    root, report = project.workspace.root, project.report
+    busy = f"another process is preparing text in {root}: waiting for it"
+    with alone(root / ".prepare.lock", busy, waiting=lambda: report.line(busy)):
+        return _prepare(project, request)
 
 
-def _busy(workspace: Workspace) -> str:
-    return f"another process is preparing text in {workspace.root}: waiting for it"
-
-
-def _prepare(
-    workspace: Workspace,
-    name: str,
-    sources: list[str],
-    config: Config,
-    report: Report,
-    strict: bool,
-    fresh: bool,
-    text_field: str | None,
-    limit: int | None,
-) -> bool:
-    parsed, whole = [Source.parse(text) for text in sources], config
-    changes = {"field": text_field or config.data.field, "limit": limit or config.data.limit}
-    config = config.model_copy(update={"data": config.data.model_copy(update=changes)})
+def _prepare(project: Project, request: Preparation) -> bool:
+    workspace, report = project.workspace, project.report
+    name, sources, fresh = request.name, request.sources, request.fresh
+    parsed, whole = [Source.parse(text) for text in sources], project.config
+    changes = {"field": request.field or whole.data.field, "limit": request.limit or whole.data.limit}
+    project = project.having(data=whole.data.model_copy(update=changes))
+    config = project.config
     endless = [source.text for source in parsed if source.text.startswith("hf:")]
     if (
         endless
@@ -161,9 +162,9 @@ def _prepare(
         and not report.confirm(f"stream all of {', '.join(endless)}? (--limit 1B stops)")
     ):
         raise Interrupted("not started; nothing was downloaded")
-    reading = _reading(config, strict)
+    reading = _reading(config, request.strict)
     origin = fingerprint([[s.split, s.fingerprint()] for s in parsed])
-    tokenizer = ensure_tokenizer(workspace, name, parsed, origin, config, report, strict, fresh)
+    tokenizer = ensure_tokenizer(project, request, parsed, origin)
     inputs = {
         "sources": [_absolute(source) for source in sources],
         "text": origin,
@@ -171,7 +172,7 @@ def _prepare(
         "context_length": config.data.context_length,
         "reading": config.data.model_dump(mode="json", include=set(READ_WITH)),
     }
-    if not fresh and _up_to_date(workspace, name, inputs, strict):
+    if not fresh and _up_to_date(workspace, name, inputs, request.strict):
         if name == config.data.generic and not workspace.config_file.exists():
             write_text(workspace.config_file, dump_config(whole))
         return False
@@ -197,10 +198,13 @@ def _prepare(
     return True
 
 
-def ensure_tokenizer(
-    workspace: Workspace, name: str, sources: list[Source], origin: str, config: Config, report: Report, strict, fresh
-) -> Tokenizer:
-    """Load the tokenizer, or train it if this is the generic set; raises SlmError for a domain that comes before."""
+def ensure_tokenizer(project: Project, request: Preparation, sources: list[Source], origin: str) -> Tokenizer:
+    """Load the tokenizer, or train it if this is the generic set; raises SlmError for a domain that comes before.
+
+    `origin`: the fingerprint of the sources.
+    """
+    workspace, config, report = project.workspace, project.config, project.report
+    name, fresh = request.name, request.fresh
     settings = config.tokenizer.model_dump(exclude_none=True)
     exists = (workspace.tokenizer / MANIFEST).exists()
     if exists:
@@ -228,7 +232,7 @@ def ensure_tokenizer(
         report.line(f"taking the tokenizer of {config.tokenizer.path}")
         inputs = {"settings": settings, "text": origin}
         return import_tokenizer(Path(config.tokenizer.path).expanduser(), workspace.tokenizer, inputs)
-    documents = Documents(sources, config, _reading(config, strict))
+    documents = Documents(sources, config, _reading(config, request.strict))
     with report.progress("reading a sample for the tokenizer", None, "B") as advance:
 
         def training_text(documents: Documents):

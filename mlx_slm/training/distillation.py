@@ -8,12 +8,14 @@ states and head are made in the forward pass. The factor tau^2 keeps the gradien
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import mlx.core as mx
 
 from mlx_slm.machine import runtime, sums
 from mlx_slm.models.ops import exp_nonpositive
 from mlx_slm.models.transformer import Transformer, for_products
-from mlx_slm.training.loss import chunk_rows
+from mlx_slm.training.loss import chunk_rows, chunked_loss
 
 
 class Distillation:
@@ -28,75 +30,52 @@ class Distillation:
         """tokens int [B, T+1], weights fp32 [B, T] of the targets; fp32 scalar, the weighted sum."""
         hidden, theirs = (one(tokens[:, :-1]) for one in (model, self.teacher))
         return linear_distillation(
-            hidden.reshape(-1, hidden.shape[-1]),
-            model.head,
-            mx.stop_gradient(theirs.reshape(-1, theirs.shape[-1])),
-            self.teacher.head,
-            tokens[:, 1:].reshape(-1),
-            weights.reshape(-1),
+            Head(hidden.reshape(-1, hidden.shape[-1]), model.head),
+            Head(mx.stop_gradient(theirs.reshape(-1, theirs.shape[-1])), self.teacher.head),
+            (tokens[:, 1:].reshape(-1), weights.reshape(-1)),
             self.a,
             self.tau,
         )
 
 
+class Head(NamedTuple):
+    """What gives logits: hidden states [N, dims] and an output matrix [V, dims]."""
+
+    hidden: mx.array
+    matrix: mx.array
+
+
 def linear_distillation(
-    hidden: mx.array,
-    head: mx.array,
-    teacher_hidden: mx.array,
-    teacher_head: mx.array,
-    targets: mx.array,
-    weights: mx.array,
-    a: float,
-    tau: float,
-    rows: int | None = None,
+    student: Head, teacher: Head, wanted: tuple[mx.array, mx.array], a: float, tau: float, rows: int | None = None
 ) -> mx.array:
     """Sum over positions of weights * (a * cross-entropy + (1 - a) * tau^2 * KL(teacher || student)), fp32 scalar.
 
-    hidden [N, D], head [V, D], of the teacher [N, E] and [V, E], targets int [N], weights fp32 [N]. `rows`: chunk size.
-    Differentiable with respect to hidden and head.
+    `wanted`: targets int [N] and weights fp32 [N]. `rows`: chunk size. Differentiable with respect to the student.
     """
 
-    @mx.custom_function
-    def run(hidden, head, teacher_hidden, teacher_head, targets, weights):
-        head, teacher_head = head.astype(hidden.dtype), teacher_head.astype(teacher_hidden.dtype)
-        loss, d_head, d_hidden = mx.zeros((), mx.float32), None, []
-        for start in range(0, len(targets), step):
-            part = slice(start, start + step)
-            h, ht, t, w = hidden[part], teacher_hidden[part], targets[part], weights[part]
-            if d_hidden:  # without this the scheduler keeps the logits of all chunks
-                h, ht = mx.depends([h, ht], [d_head, d_hidden[-1], loss])
-            value, d_logits = _chunk(head, h, teacher_head, ht, t, w, a, tau)
-            loss = loss + value
-            d_logits = d_logits.astype(head.dtype)
-            dw = (d_logits @ h).astype(mx.float32)
-            d_head = dw if d_head is None else d_head + dw
-            d_hidden.append((d_logits.T @ head).astype(hidden.dtype))
-        return loss, mx.concatenate(d_hidden), d_head
+    def chunk(h, head, ht, t, w, teacher_head):
+        ours = (head @ h.T).astype(mx.float32)
+        theirs = (teacher_head @ ht.T).astype(mx.float32)
+        value, d_logits = _of_logits(ours, theirs, (t, w), a, tau)
+        d_logits = d_logits.astype(head.dtype)
+        return value, d_logits.T @ head, (d_logits @ h).astype(mx.float32)
 
-    @run.vjp
-    def backward(primals, cotangents, outputs):
-        hidden, head, *others = primals
-        scale = cotangents[0]
-        return (
-            (outputs[1] * scale).astype(hidden.dtype),
-            (outputs[2] * scale).astype(head.dtype),
-            *map(mx.zeros_like, others),
-        )
-
-    step = rows or chunk_rows(len(targets), 2 * len(head))
-    return run(hidden, head, teacher_hidden, teacher_head, targets, weights)[0]
+    rows = rows or chunk_rows(len(student.hidden), 2 * len(student.matrix))
+    fixed = (teacher.matrix.astype(teacher.hidden.dtype),)
+    return chunked_loss(chunk, *student, (teacher.hidden, *wanted), fixed, rows)
 
 
-def _chunk(head, h, teacher_head, ht, t, w, a: float, tau: float) -> tuple[mx.array, mx.array]:
-    """(loss of the chunk, its gradient with respect to the student's logits, fp32 [V, n])."""
-    logits = (head @ h.T).astype(mx.float32)
+def _of_logits(
+    logits: mx.array, theirs: mx.array, wanted: tuple[mx.array, mx.array], a: float, tau: float
+) -> tuple[mx.array, mx.array]:
+    """(loss, its gradient with respect to the student's logits), of logits fp32 [V, n]."""
+    t, w = wanted
     chosen = mx.take_along_axis(logits, t[None], axis=0)[0]
     top = logits.max(axis=0)
     e = exp_nonpositive(logits - top)
     total = sums.summed(e)
     soft = e if tau == 1 else exp_nonpositive((logits - top) * (1 / tau))
     soft_total = total if tau == 1 else sums.summed(soft)
-    theirs = (teacher_head @ ht.T).astype(mx.float32)
     their_top = theirs.max(axis=0)
     et = exp_nonpositive((theirs - their_top) * (1 / tau))
     their_total = sums.summed(et)

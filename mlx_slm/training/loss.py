@@ -6,6 +6,8 @@ each logit costs one exp instead of two. `token_nll` is for evaluation and does 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from mlx_slm.machine import runtime, sums
@@ -13,7 +15,7 @@ from mlx_slm.models.ops import exp_shifted
 from mlx_slm.models.transformer import Transformer
 
 CHUNK_LOGITS, CHUNK_ROWS, CHUNK_ROWS_ON_GPU = 2 << 20, 256, 2048
-"""The logits of a chunk are 8 MB in fp32, or so many rows if that is more: each chunk adds to the gradient of the whole
+"""The logits of a chunk are 8 MB in fp32, or these rows if that is more: each chunk adds to the gradient of the whole
 head, which with fewer rows costs more than the logits (docs/decisions.md)."""
 
 
@@ -33,10 +35,7 @@ def linear_cross_entropy(
     Differentiable with respect to hidden and head; the gradients are those of the sum. Products are in the dtype of
     hidden; the head, and so its gradient, may be fp32 where that is bf16.
     """
-    loss, _, _ = _cross_entropy_with_gradients(
-        hidden, head, targets, weights, rows or chunk_rows(len(targets), len(head))
-    )
-    return loss
+    return chunked_loss(_chunk, hidden, head, (targets, weights), (), rows or chunk_rows(len(targets), len(head)))
 
 
 def next_token_loss(model: Transformer, tokens: mx.array, weights: mx.array) -> mx.array:
@@ -46,41 +45,46 @@ def next_token_loss(model: Transformer, tokens: mx.array, weights: mx.array) -> 
     return linear_cross_entropy(flat, model.head, tokens[:, 1:].reshape(-1), weights.reshape(-1))
 
 
-def _cross_entropy_with_gradients(hidden, head, targets, weights, rows: int):
-    """Returns (loss, d loss / d hidden, d loss / d head); backward only scales the two gradients."""
+def chunked_loss(chunk: Callable, hidden: mx.array, head: mx.array, sliced: tuple, fixed: tuple, rows: int) -> mx.array:
+    """The sum of a loss over positions, fp32 scalar, in chunks of `rows`; backward only scales the gradients.
+
+    `chunk(h, head, *parts, *fixed)` gives (loss, its gradients with respect to h and, fp32, to head) of some positions:
+    h of hidden [N, D], parts of `sliced` (arrays of N rows). Head and `fixed` are whole.
+    """
 
     @mx.custom_function
-    def run(hidden, head, targets, weights):
-        head = head.astype(hidden.dtype)
+    def run(hidden, head, *others):
+        head, fixed = head.astype(hidden.dtype), others[len(sliced) :]
         loss, d_head, d_hidden = mx.zeros((), mx.float32), None, []
-        for start in range(0, len(targets), rows):
-            part = slice(start, start + rows)
-            h, t, w = hidden[part], targets[part], weights[part]
+        for start in range(0, len(hidden), rows):
+            h, *parts = (each[start : start + rows] for each in (hidden, *others[: len(sliced)]))
             if d_hidden:  # without this the scheduler keeps the logits of all chunks
-                h, _ = mx.depends([h, h], [d_head, d_hidden[-1]])
-            (e, total), log_total, chosen = _exp_logits(h, head, t)
-            loss = loss + sums.dot(log_total - chosen, w)
-            # d logits = (w / total) (e - total onehot(target)): the first factor goes to the small side of products.
-            # What is nearly equal is subtracted before anything is rounded to their dtype.
-            d_logits = e.at[t, mx.arange(len(t))].add(-total).astype(h.dtype)
-            share = (w / total)[:, None]
-            dw = (d_logits @ (h * share).astype(h.dtype)).astype(mx.float32)
+                h, *parts = mx.depends([h, *parts], [d_head, d_hidden[-1], loss])
+            value, dh, dw = chunk(h, head, *parts, *fixed)
+            loss = loss + value
             d_head = dw if d_head is None else d_head + dw
-            d_hidden.append(((d_logits.T @ head).astype(mx.float32) * share).astype(hidden.dtype))
+            d_hidden.append(dh.astype(hidden.dtype))
         return loss, mx.concatenate(d_hidden), d_head
 
     @run.vjp
     def backward(primals, cotangents, outputs):
-        hidden, head, targets, weights = primals
+        hidden, head, *others = primals
         scale = cotangents[0]
-        return (
-            (outputs[1] * scale).astype(hidden.dtype),
-            (outputs[2] * scale).astype(head.dtype),
-            mx.zeros_like(targets),
-            mx.zeros_like(weights),
-        )
+        gradients = (outputs[1] * scale).astype(hidden.dtype), (outputs[2] * scale).astype(head.dtype)
+        return *gradients, *map(mx.zeros_like, others)
 
-    return run(hidden, head, targets, weights)
+    return run(hidden, head, *sliced, *fixed)[0]
+
+
+def _chunk(h: mx.array, head: mx.array, t: mx.array, w: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    (e, total), log_total, chosen = _exp_logits(h, head, t)
+    # d logits = (w / total) (e - total onehot(target)): the first factor goes to the small side of products.
+    # What is nearly equal is subtracted before anything is rounded to their dtype.
+    d_logits = e.at[t, mx.arange(len(t))].add(-total).astype(h.dtype)
+    share = (w / total)[:, None]
+    d_head = (d_logits @ (h * share).astype(h.dtype)).astype(mx.float32)
+    d_hidden = (d_logits.T @ head).astype(mx.float32) * share
+    return sums.dot(log_total - chosen, w), d_hidden, d_head
 
 
 def token_nll(hidden: mx.array, head: mx.array, targets: mx.array, rows: int | None = None) -> mx.array:

@@ -5,7 +5,7 @@ dW, is all that the backward pass makes. The rest follows by the chain rule, one
 
     dT = C^T dW      |dT|^2 = sum((C C^T) * (dW dW^T))      dC = dW T^T      dM = E[ids]^T dC      dE[ids] += dC M^T
 
-dT of all matrices would double the memory of the network; of one matrix at a time (a lane) it does not (DESIGN).
+dT of all matrices would double the memory of the network; of one matrix at a time (a lane) it does not.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ class ProjectedStep:
             if self.micro_groups < groups:
                 mx.async_eval(loss, shared, stacks)
         dW = {name: mx.concatenate(parts) for name, parts in stacks.items()}
-        dE, dM, norm = self._chain(E, M, T, C, dW, ids, shared)
+        dE, dM, norm = self._chain({"E": E, "M": M, "T": T}, C, dW, ids, shared)
         total, rate = mx.array(float(weights.sum())), mx.array(rate)
         gradients = {"shared": shared, "E": dE, "M": dM}
         mx.async_eval(dW, dE, dM, shared, norm, loss)
         small, moments, norm, now = self._small(
-            self._without_tensors(self.parameters), *self._small_moments(), gradients, norm, total, loss, rate
+            self._without_tensors(self.parameters), self._small_moments(), gradients, norm, (total, loss, rate)
         )
         mx.async_eval(small, moments, now)
         m, v = (self.moments[part]["T"] for part in "mv")
@@ -119,9 +119,8 @@ class ProjectedStep:
     def _without_tensors(tree: dict) -> dict:
         return {part: tree[part] for part in ("shared", "E", "M")}
 
-    def _small_moments(self) -> tuple[dict, dict, mx.array, mx.array]:
-        m, v = (self._without_tensors(self.moments[part]) for part in "mv")
-        return m, v, self.moments["updates"], self.moments["bad"]
+    def _small_moments(self) -> dict:
+        return self.moments | {part: self._without_tensors(self.moments[part]) for part in "mv"}
 
     def _loss_and_gradients(self, shared: dict, T: dict, C: dict, tokens: mx.array, weights: mx.array):
         def loss(shared, stacks):
@@ -134,8 +133,9 @@ class ProjectedStep:
         return value, d_shared, d_stacks
 
     @staticmethod
-    def _chain_rule(E, M, T, C, dW, ids, shared):
+    def _chain_rule(parameters, C, dW, ids, shared):
         """(dE, dM, global norm of all gradients, those of T from Gram matrices)."""
+        E, M, T = (parameters[part] for part in "EMT")
         rows, dE_rows, dM, squares = E[ids], 0.0, {}, []
         for name in sorted(T):
             flat = dW[name].reshape(len(ids), -1)
@@ -147,10 +147,11 @@ class ProjectedStep:
         small = global_norm({"shared": shared, "E": dE, "M": dM})
         return dE, dM, mx.sqrt(mx.square(small) + sums.summed(mx.stack(squares)))
 
-    def _update_small(self, parameters, m, v, updates, bad, gradients, norm, total, loss, rate):
+    def _update_small(self, parameters, moments, gradients, norm, batch):
+        total, loss, rate = batch
         norm = norm / total
-        now = self.optimizer.now({"updates": updates, "bad": bad}, norm, total, loss, rate)
-        p, m, v = self.optimizer.moved_tree(parameters, m, v, gradients, now)
+        now = self.optimizer.now(moments, norm, total, loss, rate)
+        p, m, v = self.optimizer.moved_tree(parameters, moments["m"], moments["v"], gradients, now)
         return p, {"m": m, "v": v}, norm, now
 
     def _update_tensor(self, T, m, v, C, dW, now):

@@ -59,6 +59,7 @@ class Scorer:
             flat = hidden.reshape(-1, hidden.shape[-1])
             return token_nll(flat, model.head, targets.reshape(-1)).reshape(targets.shape)
 
+        self.model = model
         self._lanes = [mx.compile(nll, inputs=[model.state]) for _ in runtime.lanes()]
 
     def __call__(
@@ -102,7 +103,6 @@ def score_of(store: Store, windows: np.ndarray, nll: np.ndarray) -> Score:
 
 
 def routed_nll(
-    model: Transformer,
     scorer: Scorer,
     expert: Callable[[int], dict],
     store: Store,
@@ -115,7 +115,7 @@ def routed_nll(
     with (report or Report()).progress("evaluating, each cluster's expert", int(lengths.sum()), " tok") as advance:
         for cluster in np.unique(clusters).tolist():
             place = np.flatnonzero(clusters == cluster)
-            model.update(expert(cluster))
+            scorer.model.update(expert(cluster))
             result[place] = scorer.window_nll(store, windows[place])
             advance(int(lengths[place].sum()))
     return result
@@ -128,7 +128,7 @@ def routed_loss(
     scorer = Scorer(model)
 
     def loss(parameters: dict) -> float:
-        nll = routed_nll(model, scorer, partial(expert, parameters), store, windows, clusters)
+        nll = routed_nll(scorer, partial(expert, parameters), store, windows, clusters)
         return score_of(store, windows, nll).nll
 
     return loss

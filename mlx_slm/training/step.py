@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -39,11 +40,21 @@ def as_it_is(parameters: dict) -> dict:
     return parameters
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised, and of what."""
+
+    loss: Callable[[Transformer, mx.array, mx.array], mx.array] = next_token_loss
+    """(model, tokens, weights) -> a sum over target tokens."""
+    plain: Callable[[dict], dict] = as_it_is
+    """What is trained -> parameters of the model."""
+
+
 class TrainingStep:
     """Moves `parameters` (fp32 masters) and `moments` by one batch at a time.
 
-    `plain(parameters)` are those of `model`; `loss(model, tokens, weights)` is the sum that is minimised, as a mean
-    over the target tokens of all micro-batches of `micro_rows` rows. Compute is in `runtime.compute_dtype()`.
+    What is minimised is the objective's loss as a mean over the target tokens of all micro-batches of `micro_rows`
+    rows. Compute is in `runtime.compute_dtype()`.
     """
 
     def __init__(
@@ -53,11 +64,9 @@ class TrainingStep:
         micro_rows: int,
         parameters: dict,
         moments: dict | None = None,
-        loss: Callable[[Transformer, mx.array, mx.array], mx.array] = next_token_loss,
-        plain: Callable[[dict], dict] = as_it_is,
+        objective: Objective = Objective(),
     ):
-        self.model, self.micro_rows, self.loss, self.plain = model, micro_rows, loss, plain
-        self.optimizer = optimizer
+        self.model, self.micro_rows, self.objective, self.optimizer = model, micro_rows, objective, optimizer
         self.restart(parameters, moments)
         self.dtype = runtime.compute_dtype()
         self._lanes = compiled_lanes(self._loss_and_gradients, micro_rows)
@@ -95,8 +104,8 @@ class TrainingStep:
 
     def _loss_and_gradients(self, parameters: dict, tokens: mx.array, weights: mx.array) -> tuple[mx.array, dict]:
         def loss(parameters):
-            self.model.update(for_products(self.plain(parameters), self.dtype))
-            return self.loss(self.model, tokens, weights)
+            self.model.update(for_products(self.objective.plain(parameters), self.dtype))
+            return self.objective.loss(self.model, tokens, weights)
 
         return mx.value_and_grad(loss)(parameters)
 

@@ -18,6 +18,7 @@ from mlx_slm.embedding.embed import Embeddings
 from mlx_slm.embedding.lsi import LsiEncoder
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged
+from mlx_slm.project import Project
 from mlx_slm.report import Report
 from mlx_slm.storage.locks import alone
 from mlx_slm.storage.workspace import Workspace
@@ -31,7 +32,7 @@ def clustered(prepared, config, tmp_path_factory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("clustered") / "w")
     shutil.copytree(prepared.root, workspace.root)
     workspace.config_file.write_text(dump_config(config))
-    ensure_clusters(workspace, config, [12, 5], ["notes"], Report())
+    ensure_clusters(Project(workspace, config), [12, 5], ["notes"])
     return workspace
 
 
@@ -87,7 +88,7 @@ def test_what_is_there_is_kept_and_a_new_domain_is_assigned(own, config, texts, 
     code, _, err = call(capsys, own, "prepare", "extra", str(write_jsonl(tmp_path / "x.jsonl", texts[:200])))
     assert code == 0, err
     monkeypatch.setattr(module, "kmeans", lambda *_: pytest.fail("clustered again"))
-    ensure_clusters(own, config, [5, 12], ["notes", "extra"], Report())
+    ensure_clusters(Project(own, config), [5, 12], ["notes", "extra"])
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert Clusters(own, 12).assigned("extra", "train").tokens.sum() == Store(own.data("extra", "train")).num_tokens
 
@@ -95,20 +96,20 @@ def test_what_is_there_is_kept_and_a_new_domain_is_assigned(own, config, texts, 
 def test_changed_settings_are_refused_until_fresh(own, config):
     other = with_clusters(config, iterations=3)
     with pytest.raises(SlmError, match=r"clusters/5 was made otherwise \(iterations 50 -> 3\).*cluster --k 5 --fresh"):
-        ensure_clusters(own, other, [5], [], Report())
+        ensure_clusters(Project(own, other), [5], [])
     made = sorted((own.root / "encoder").iterdir())
     with pytest.raises(SlmError, match=r"clusters/5 was made otherwise \(dims 8 -> 9\)"):
-        ensure_clusters(own, with_clusters(config, dims=9), [5], [], Report())
+        ensure_clusters(Project(own, with_clusters(config, dims=9)), [5], [])
     assert sorted((own.root / "encoder").iterdir()) == made, "refused before anything was fitted"
     before = Clusters(own, 5).fingerprint
-    assert ensure_clusters(own, other, [5], ["notes"], Report(), fresh=True)[0].fingerprint != before
+    assert ensure_clusters(Project(own, other), [5], ["notes"], fresh=True)[0].fingerprint != before
     assert Clusters(own, 5).assigned("notes", "train")
 
 
 def test_a_killed_k_means_goes_on_to_the_same_centroids(own, config, report, monkeypatch):
     shutil.rmtree(own.clusters(12))
     expected, save, saves = Clusters(own, 5).centroids, module.Progress.save, []
-    ensure_clusters(own, config, [12], [], Report())
+    ensure_clusters(Project(own, config), [12], [])
     whole = Clusters(own, 12).centroids
     shutil.rmtree(own.clusters(12))
 
@@ -120,8 +121,8 @@ def test_a_killed_k_means_goes_on_to_the_same_centroids(own, config, report, mon
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module.Progress, "save", killed)
-        ensure_clusters(own, config, [12], [], Report())
-    ensure_clusters(own, config, [12], [], report)
+        ensure_clusters(Project(own, config), [12], [])
+    ensure_clusters(Project(own, config, report), [12], [])
     assert "resuming k-means at iteration 2" in report.lines
     assert (Clusters(own, 12).centroids == whole).all() and not list(own.root.glob("clusters/.*"))
     assert len(expected) == 5
@@ -141,9 +142,9 @@ def test_a_killed_embedding_keeps_its_shards(own, config, report, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(embedding, "save_shard", killed)
-        ensure_clusters(own, config, [5], [], Report())
+        ensure_clusters(Project(own, config), [5], [])
     monkeypatch.setattr(embedding, "save_shard", lambda path, **a: (written.append(path.name), save(path, **a)))
-    ensure_clusters(own, config, [5], [], report)
+    ensure_clusters(Project(own, config, report), [5], [])
     assert "resuming: 3 finished shards are kept" in report.lines
     assert len(written[4:]) == len(set(written[4:])) and written[3] == written[4], "only what was missing"
     assert (embeddings_of(own, "generic", "train").rows(0, 50) == whole).all()
@@ -162,8 +163,8 @@ def test_a_damaged_shard_is_made_again(own, config, monkeypatch):
 
     monkeypatch.setattr(embedding, "save_shard", cut)
     with pytest.raises(Damaged, match=r"0000000020.npz was damaged and is removed: run the same command again"):
-        ensure_clusters(own, config, [5], [], Report())
-    assert ensure_clusters(own, config, [5], [], Report()) and written.count(written[1]) == 2
+        ensure_clusters(Project(own, config), [5], [])
+    assert ensure_clusters(Project(own, config), [5], []) and written.count(written[1]) == 2
 
 
 def test_encoders_live_side_by_side_and_clusters_are_used_as_they_were_made(own, config, capsys, monkeypatch):
@@ -188,7 +189,7 @@ def test_one_process_clusters_at_a_time_and_the_next_waits(own, config):
                     assert not own.clusters(6).exists()
                     other.close()
 
-        ensure_clusters(own, config, [6], [], Releasing())
+        ensure_clusters(Project(own, config, Releasing()), [6], [])
     assert any(text.endswith("waiting for it") for text in said) and own.clusters(6).exists()
 
 
@@ -203,7 +204,7 @@ def test_an_encoder_that_gives_nan_is_named(own, config, monkeypatch):
 
     monkeypatch.setattr(LsiEncoder, "encode", broken)
     with pytest.raises(SlmError, match=r"the encoder gave window 7 of .*generic/train an embedding that is not finite"):
-        ensure_clusters(own, config, [5], [], Report())
+        ensure_clusters(Project(own, config), [5], [])
 
 
 def test_more_clusters_than_windows_is_refused_with_the_largest(own, config, capsys):

@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlx_slm.clustering.importance import (
+    Adjustment,
     capped,
     histogram,
     importance,
@@ -64,12 +65,12 @@ def test_the_report():
 
 
 def test_a_generic_fraction_mixes_generic_rows_in():
-    found = importance(DOMAIN, GENERIC, ROWS, 40, generic_fraction=0.25).distribution
+    found = importance(DOMAIN, GENERIC, ROWS, wanted_rows=40, adjustment=Adjustment(generic_fraction=0.25)).distribution
     assert found == pytest.approx(0.75 * DOMAIN / 100 + 0.25 * GENERIC / 1000)
 
 
 def test_max_passes_moves_mass_to_the_generic_distribution_and_says_so():
-    found = importance(DOMAIN, GENERIC, ROWS, wanted_rows=40, max_passes=1.2)
+    found = importance(DOMAIN, GENERIC, ROWS, wanted_rows=40, adjustment=Adjustment(max_passes=1.2))
     passes = found.distribution * 40 / ROWS
     assert passes.max() == pytest.approx(1.2) and passes[3] == pytest.approx(1.2)
     assert found.distribution.sum() == pytest.approx(1)
@@ -91,7 +92,7 @@ def test_a_capped_distribution_keeps_its_limits(rows):
 
 def test_a_request_that_cannot_be_met_says_what_can():
     with pytest.raises(SlmError) as caught:
-        importance(DOMAIN, GENERIC, ROWS, wanted_rows=400, max_passes=2)
+        importance(DOMAIN, GENERIC, ROWS, wanted_rows=400, adjustment=Adjustment(max_passes=2))
     text = str(caught.value)
     assert "400 rows cannot be drawn in clusters.max_passes = 2" in text and "gives 200" in text
     assert "biggest gap is in cluster 2, which would need 240 rows and has 15" in text
@@ -105,10 +106,12 @@ def test_the_limit_that_is_advised_is_enough(wanted, have):
     rows = np.array([have])
     one = np.array([1.0])
     try:
-        importance(one, one, rows, wanted, max_passes=0.001)
+        importance(one, one, rows, wanted_rows=wanted, adjustment=Adjustment(max_passes=0.001))
     except SlmError as error:
         advised = float(str(error).split("clusters.max_passes to ")[1].split()[0])
-        assert importance(one, one, rows, wanted, max_passes=advised).distribution.tolist() == [1]
+        assert importance(
+            one, one, rows, wanted_rows=wanted, adjustment=Adjustment(max_passes=advised)
+        ).distribution.tolist() == [1]
 
 
 def test_mass_on_a_cluster_without_generic_windows_moves():

@@ -8,13 +8,14 @@ from conftest import Recorder, small_config, write_jsonl
 from safetensors.numpy import save_file
 
 from mlx_slm.clustering.clusters import ensure_clusters
-from mlx_slm.clustering.kmeans import assign, kmeans
+from mlx_slm.clustering.kmeans import Lloyd, assign, kmeans
 from mlx_slm.config.schema import ClustersConfig
 from mlx_slm.embedding import lsi
 from mlx_slm.embedding.lsi import LsiEncoder
+from mlx_slm.project import Project
 from mlx_slm.report import Report
 from mlx_slm.storage.workspace import Workspace
-from mlx_slm.text.prepare import prepare
+from mlx_slm.text.prepare import Preparation, prepare
 
 TOPICS = {
     "Chinese": (
@@ -43,7 +44,7 @@ def test_lsi_tells_topics_apart_in_any_script(language, tmp_path):
     place = np.arange(200) % 2
     found = [gap.join(rng.choice(TOPICS[language][topic], 60)) for topic in place]
     lsi.fit(found, 4, 0, tmp_path, Report())
-    centroids, _ = kmeans(LsiEncoder(tmp_path).encode(found), 2, 0)
+    centroids, _ = kmeans(LsiEncoder(tmp_path).encode(found), 2, lloyd=Lloyd(seed=0))
     which = next(assign(iter([LsiEncoder(tmp_path).encode(found)]), centroids))[0]
     assert max((which == place).mean(), (which != place).mean()) > 0.98
 
@@ -75,6 +76,6 @@ def test_an_encoder_says_when_it_does_not_know_the_language(tmp_path, texts):
     config = config.model_copy(update={"clusters": ClustersConfig(encoder=str(english_encoder(tmp_path / "e")), k=2)})
     own, report = Workspace(tmp_path / "w"), Recorder()
     chinese = ["".join(TOPICS["Chinese"][i % 2]) * 3 + f"{i}" for i in range(300)]
-    prepare(own, "generic", [str(write_jsonl(tmp_path / "a.jsonl", chinese))], config, report)
-    ensure_clusters(own, config, [2], [], report)
+    prepare(Project(own, config, report), Preparation("generic", [str(write_jsonl(tmp_path / "a.jsonl", chinese))]))
+    ensure_clusters(Project(own, config, report), [2], [])
     assert any("does not know" in line and "clusters.encoder" in line for line in report.warnings), report.warnings

@@ -81,7 +81,7 @@ def test_a_ninth_method_is_one_file(own, expert_config, capsys):
 
 
 def test_a_study_compares_it_with_the_others(own, capsys):
-    code, out, err = call(capsys, own, "study", str(own.config_file), "--yes")
+    code, _, err = call(capsys, own, "study", str(own.config_file), "--yes")
     assert code == 0, err
     tables = (own.results / "config.md").read_text()
     assert "| SLM | 1024 |" in tables and "| SLM-soup, k = 4 | 1024 |" in tables

@@ -16,6 +16,7 @@ from conftest import call, copy_of, small_config, write_jsonl
 from mlx_slm.cli import OUT_OF_MEMORY
 from mlx_slm.files import Damaged
 from mlx_slm.machine import runtime
+from mlx_slm.project import Project
 from mlx_slm.storage.records import append_json, count_damaged_lines, read_json_lines, read_record, write_record
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text import prepare as p
@@ -48,11 +49,11 @@ def test_a_damaged_shard_of_an_interrupted_run_is_made_anew(damage, tmp_path, te
     config, source = small_config(), write_jsonl(tmp_path / "a.jsonl", texts)
     monkeypatch.setattr("mlx_slm.text.shards.SHARD_BYTES", 40_000)
     whole, own = Workspace(tmp_path / "whole"), Workspace(tmp_path / "w")
-    p.prepare(whole, "generic", [str(source)], config, report)
+    p.prepare(Project(whole, config, report), p.Preparation("generic", [str(source)]))
     with monkeypatch.context() as patch:
         patch.setattr(p, "merge_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            p.prepare(own, "generic", [str(source)], config, report)
+            p.prepare(Project(own, config, report), p.Preparation("generic", [str(source)]))
     shard = sorted((own.root / "data" / "generic" / ".partial").glob("train-*.npz"))[1]
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 4
@@ -60,7 +61,7 @@ def test_a_damaged_shard_of_an_interrupted_run_is_made_anew(damage, tmp_path, te
         damage
     ]
     shard.write_bytes(changed)
-    p.prepare(own, "generic", [str(source)], config, report)
+    p.prepare(Project(own, config, report), p.Preparation("generic", [str(source)]))
     for split in ("train", "valid", "test"):
         assert Store(own.data("generic", split)).fingerprint == Store(whole.data("generic", split)).fingerprint
 

@@ -14,7 +14,7 @@ from mlx_slm.config.files import dump_config
 from mlx_slm.config.schema import DataConfig, TokenizerConfig
 from mlx_slm.errors import Busy, SlmError
 from mlx_slm.files import Damaged
-from mlx_slm.report import Report
+from mlx_slm.project import Project
 from mlx_slm.storage.locks import in_use
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text import prepare as p
@@ -79,7 +79,7 @@ def test_splits_are_stable_when_the_set_grows(tmp_path, prepared, texts, tokeniz
     workspace = Workspace(tmp_path / "w")
     shutil.copytree(prepared.tokenizer, workspace.tokenizer)
     grown = write_jsonl(tmp_path / "grown.jsonl", list(reversed(texts)))
-    p.prepare(workspace, "generic", [str(grown)], config, Report())
+    p.prepare(Project(workspace, config), p.Preparation("generic", [str(grown)]))
     for split in SPLITS:
         before = set(decoded(Store(prepared.data("generic", split)), tokenizer))
         assert before <= set(decoded(Store(workspace.data("generic", split)), tokenizer))
@@ -88,7 +88,7 @@ def test_splits_are_stable_when_the_set_grows(tmp_path, prepared, texts, tokeniz
 def test_duplicates_are_kept_where_they_are_held_out(workspace, tmp_path, config, tokenizer, report):
     train = write_jsonl(tmp_path / "train.jsonl", ["kept here", "twice", "twice", "held out"] + ["more text"] * 3)
     test = write_jsonl(tmp_path / "test.jsonl", ["held out"])
-    p.prepare(workspace, "d", [f"train={train}", f"test={test}"], config, report)
+    p.prepare(Project(workspace, config, report), p.Preparation("d", [f"train={train}", f"test={test}"]))
     assert decoded(Store(workspace.data("d", "train")), tokenizer) == ["kept here", "twice", "more text"]
     assert decoded(Store(workspace.data("d", "test")), tokenizer) == ["held out"]
     assert Store(workspace.data("d", "valid")).num_windows == 0
@@ -97,29 +97,28 @@ def test_duplicates_are_kept_where_they_are_held_out(workspace, tmp_path, config
 
 def test_nothing_is_done_twice_and_changes_are_refused(workspace, tmp_path, texts, config):
     source = write_jsonl(tmp_path / "a.jsonl", texts[:100])
-    assert p.prepare(workspace, "d", [str(source)], config, Report())
-    assert not p.prepare(workspace, "d", [str(source)], config, Report())
+    assert p.prepare(Project(workspace, config), p.Preparation("d", [str(source)]))
+    assert not p.prepare(Project(workspace, config), p.Preparation("d", [str(source)]))
     write_jsonl(source, texts[:101])
     with pytest.raises(SlmError, match=r"other inputs \(changed: text\): run `mlx-slm prepare d SOURCE\.\.\. --fresh`"):
-        p.prepare(workspace, "d", [str(source)], config, Report())
-    assert p.prepare(workspace, "d", [str(source)], config, Report(), fresh=True)
+        p.prepare(Project(workspace, config), p.Preparation("d", [str(source)]))
+    assert p.prepare(Project(workspace, config), p.Preparation("d", [str(source)], fresh=True))
     with pytest.raises(SlmError, match=r"other inputs \(changed: context_length, data\.valid_fraction 0\.1 -> 0\.02"):
-        p.prepare(workspace, "d", [str(source)], small_config(data=DataConfig(context_length=64)), Report())
+        p.prepare(
+            Project(workspace, small_config(data=DataConfig(context_length=64))), p.Preparation("d", [str(source)])
+        )
 
 
 def test_another_tokenizer_is_refused(workspace, tmp_path, texts, prepared):
     source = write_jsonl(tmp_path / "a.jsonl", texts[:300])
     with pytest.raises(SlmError, match=r"made with other settings \(tokenizer\.vocab_size=400\).*--fresh"):
         p.prepare(
-            workspace, "generic", [str(source)], small_config(tokenizer=TokenizerConfig(vocab_size=500)), Report()
+            Project(workspace, small_config(tokenizer=TokenizerConfig(vocab_size=500))),
+            p.Preparation("generic", [str(source)]),
         )
     p.prepare(
-        workspace,
-        "generic",
-        [str(source)],
-        small_config(tokenizer=TokenizerConfig(vocab_size=500)),
-        Report(),
-        fresh=True,
+        Project(workspace, small_config(tokenizer=TokenizerConfig(vocab_size=500))),
+        p.Preparation("generic", [str(source)], fresh=True),
     )
     with pytest.raises(SlmError, match=r"made by another tokenizer .*mlx-slm prepare notes --fresh"):
         Store(prepared.data("notes", "train")).require_tokenizer(Tokenizer(workspace.tokenizer))
@@ -128,7 +127,7 @@ def test_another_tokenizer_is_refused(workspace, tmp_path, texts, prepared):
 def test_a_domain_before_the_generic_set(tmp_path, texts, config):
     source = write_jsonl(tmp_path / "a.jsonl", texts[:10])
     with pytest.raises(SlmError, match="no tokenizer yet: .* mlx-slm prepare generic SOURCE"):
-        p.prepare(Workspace(tmp_path / "w"), "d", [str(source)], config, Report())
+        p.prepare(Project(Workspace(tmp_path / "w"), config), p.Preparation("d", [str(source)]))
 
 
 def test_unknown_set_names_the_known(prepared, config):
@@ -145,9 +144,9 @@ def test_text_without_documents(workspace, tmp_path, config, report):
     (tmp_path / "white.txt").write_text(" \n\n")
     for name in ("empty.txt", "white.txt"):
         with pytest.raises(SlmError, match=f"no text in .*{name}: every file is empty or only white space"):
-            p.prepare(workspace, "d", [str(tmp_path / name)], config, report)
+            p.prepare(Project(workspace, config, report), p.Preparation("d", [str(tmp_path / name)]))
     (tmp_path / "full.txt").write_text("something to train on")
-    p.prepare(workspace, "d", [f"train={tmp_path / '*.txt'}"], config, report)
+    p.prepare(Project(workspace, config, report), p.Preparation("d", [f"train={tmp_path / '*.txt'}"]))
     assert any("no text in" in warning and "white.txt" in warning for warning in report.warnings)
 
 
@@ -155,8 +154,8 @@ def test_invalid_utf8_is_reported(workspace, tmp_path, config, report):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "caf\xe9"}\n{"text": "fine"}\n')
     with pytest.raises(SlmError, match="invalid UTF-8"):
-        p.prepare(workspace, "d", [f"train={path}"], config, report, strict=True)
-    p.prepare(workspace, "d", [f"train={path}"], config, report)
+        p.prepare(Project(workspace, config, report), p.Preparation("d", [f"train={path}"], strict=True))
+    p.prepare(Project(workspace, config, report), p.Preparation("d", [f"train={path}"]))
     assert report.warnings == ["replaced invalid UTF-8 in 1 documents (--strict fails instead)"]
 
 
@@ -191,18 +190,18 @@ def test_a_killed_run_tokenises_only_what_is_missing(
     source = write_jsonl(tmp_path / "a.jsonl", distinct)
     expected = Workspace(tmp_path / "whole")
     shutil.copytree(workspace.tokenizer, expected.tokenizer)
-    p.prepare(expected, "d", [str(source)], config, Report())
+    p.prepare(Project(expected, config), p.Preparation("d", [str(source)]))
     written = shards_of(workspace, monkeypatch)
     monkeypatch.setattr(p, "merge_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        p.prepare(workspace, "d", [str(source)], config, report)
+        p.prepare(Project(workspace, config, report), p.Preparation("d", [str(source)]))
     monkeypatch.undo()
     partial = workspace.root / "data" / "d" / ".partial"
     assert len(written) == 60 == len(list(partial.glob("*.npz")))
     for name in written[10:14]:
         (partial / name).unlink()
     again = shards_of(workspace, monkeypatch)
-    p.prepare(workspace, "d", [str(source)], config, report)
+    p.prepare(Project(workspace, config, report), p.Preparation("d", [str(source)]))
     assert again == written[10:14] and "resuming: 56 finished shards are kept" in report.lines
     for split in SPLITS:
         assert Store(workspace.data("d", split)).fingerprint == Store(expected.data("d", split)).fingerprint
@@ -215,13 +214,13 @@ def test_shards_of_other_text_are_thrown_away(workspace, tmp_path, texts, config
     partial.mkdir(parents=True)
     (partial / "plan.json").write_text(json.dumps({"text": "other"}))
     (partial / "train-00000.npz").write_bytes(b"rubbish")
-    p.prepare(workspace, "d", [f"train={source}"], config, Report())
+    p.prepare(Project(workspace, config), p.Preparation("d", [f"train={source}"]))
     assert Store(workspace.data("d", "train")).num_documents == 5
 
 
 def test_a_full_disk_keeps_the_old_store_and_the_shards(workspace, tmp_path, texts, config, monkeypatch, report):
     source = write_jsonl(tmp_path / "a.jsonl", texts[:20])
-    p.prepare(workspace, "d", [f"train={source}"], config, Report())
+    p.prepare(Project(workspace, config), p.Preparation("d", [f"train={source}"]))
     before = Store(workspace.data("d", "train")).fingerprint
     write_jsonl(source, texts[:30])
     written = shards_of(workspace, monkeypatch)
@@ -235,24 +234,24 @@ def test_a_full_disk_keeps_the_old_store_and_the_shards(workspace, tmp_path, tex
 
     monkeypatch.setattr(sh.os, "fsync", fsync)
     with pytest.raises(OSError, match="No space left"):
-        p.prepare(workspace, "d", [f"train={source}"], config, report, fresh=True)
+        p.prepare(Project(workspace, config, report), p.Preparation("d", [f"train={source}"], fresh=True))
     assert Store(workspace.data("d", "train")).fingerprint == before
     del written[:]
-    p.prepare(workspace, "d", [f"train={source}"], config, report, fresh=True)
+    p.prepare(Project(workspace, config, report), p.Preparation("d", [f"train={source}"], fresh=True))
     assert 0 < len(written) < 30 and Store(workspace.data("d", "train")).num_documents == len(set(texts[:30]))
 
 
 def test_parallel_processes_write_the_same_store(workspace, tmp_path, texts, config, prepared, monkeypatch):
     source = write_jsonl(tmp_path / "generic.jsonl", texts[:900])
     monkeypatch.setattr(sh, "SHARD_BYTES", 60_000)
-    p.prepare(workspace, "generic", [str(source)], config, Report())
+    p.prepare(Project(workspace, config), p.Preparation("generic", [str(source)]))
     for split in SPLITS:
         assert Store(workspace.data("generic", split)).fingerprint == Store(prepared.data("generic", split)).fingerprint
 
 
 def test_limit_counts_training_text_only(workspace, tmp_path, texts, config):
     train, test = write_jsonl(tmp_path / "a.jsonl", texts[:400]), write_jsonl(tmp_path / "b.jsonl", texts[400:800])
-    p.prepare(workspace, "d", [f"train={train}", f"test={test}"], config, Report(), limit=5000)
+    p.prepare(Project(workspace, config), p.Preparation("d", [f"train={train}", f"test={test}"], limit=5000))
     stores = [Store(workspace.data("d", split)) for split in ("train", "test")]
     assert 5000 <= stores[0].num_bytes < 10_000 and stores[1].num_documents > 300
 
@@ -260,15 +259,16 @@ def test_limit_counts_training_text_only(workspace, tmp_path, texts, config):
 def test_strict_refuses_what_was_prepared_with_replacements(workspace, tmp_path, config):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "caf\xe9"}\n{"text": "fine"}\n')
-    p.prepare(workspace, "d", [f"train={path}"], config, Report())
+    p.prepare(Project(workspace, config), p.Preparation("d", [f"train={path}"]))
     with pytest.raises(SlmError, match="holds 1 documents .* invalid UTF-8"):
-        p.prepare(workspace, "d", [f"train={path}"], config, Report(), strict=True)
+        p.prepare(Project(workspace, config), p.Preparation("d", [f"train={path}"], strict=True))
 
 
 def test_limit_takes_the_first_text(workspace, tmp_path, texts):
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     p.prepare(
-        workspace, "d", [f"train={source}"], small_config(data=DataConfig(context_length=32, limit=5000)), Report()
+        Project(workspace, small_config(data=DataConfig(context_length=32, limit=5000))),
+        p.Preparation("d", [f"train={source}"]),
     )
     made = Store(workspace.data("d", "train"))
     assert 5000 <= made.num_bytes < 5000 + max(len(text.encode()) for text in texts)
@@ -291,7 +291,7 @@ def test_first_windows_are_nested_seeded_and_whole_documents(store):
 
 def test_damaged_tokens_are_noticed_before_use(workspace, tmp_path, texts, config):
     source = write_jsonl(tmp_path / "a.jsonl", texts[:50])
-    p.prepare(workspace, "d", [f"train={source}"], config, Report())
+    p.prepare(Project(workspace, config), p.Preparation("d", [f"train={source}"]))
     path = workspace.data("d", "train") / "tokens.bin"
     raw = bytearray(path.read_bytes())
     raw[33] ^= 4
@@ -303,7 +303,7 @@ def test_damaged_tokens_are_noticed_before_use(workspace, tmp_path, texts, confi
 def test_named_splits_are_not_mixed_with_split_documents(workspace, tmp_path, texts, config, tokenizer):
     rest = write_jsonl(tmp_path / "rest.jsonl", list(dict.fromkeys(texts))[:300])
     valid = write_jsonl(tmp_path / "valid.jsonl", ["named for validation"])
-    p.prepare(workspace, "d", [str(rest), f"valid={valid}"], config, Report())
+    p.prepare(Project(workspace, config), p.Preparation("d", [str(rest), f"valid={valid}"]))
     assert decoded(Store(workspace.data("d", "valid")), tokenizer) == ["named for validation"]
     counts = [Store(workspace.data("d", split)).num_documents for split in ("train", "test")]
     assert sum(counts) == 300 and 15 <= counts[1] <= 50
@@ -344,28 +344,26 @@ def test_two_terminals_prepare_one_workspace(tmp_path, texts, config):
 
 def test_a_set_in_use_is_not_made_anew(workspace, tmp_path, texts, config, report):
     source = write_jsonl(tmp_path / "a.jsonl", texts[:300])
-    p.prepare(workspace, "d", [str(source)], config, report)
+    p.prepare(Project(workspace, config, report), p.Preparation("d", [str(source)]))
     before = Store(workspace.data("d", "train")).fingerprint
     write_jsonl(source, texts[300:600])
     with in_use(workspace, "d"), in_use(workspace, "d"), pytest.raises(Busy, match="in use by another process"):
-        p.prepare(workspace, "d", [str(source)], config, report, fresh=True)
+        p.prepare(Project(workspace, config, report), p.Preparation("d", [str(source)], fresh=True))
     assert Store(workspace.data("d", "train")).fingerprint == before
-    p.prepare(workspace, "d", [str(source)], config, report, fresh=True)
+    p.prepare(Project(workspace, config, report), p.Preparation("d", [str(source)], fresh=True))
     assert Store(workspace.data("d", "train")).fingerprint != before
 
 
-@pytest.mark.parametrize(
-    "changes", [{"limit": 60_000}, {"text_field": "body"}, {"limit": 50_000, "text_field": "body"}]
-)
+@pytest.mark.parametrize("changes", [{"limit": 60_000}, {"field": "body"}, {"limit": 50_000, "field": "body"}])
 def test_a_set_is_used_as_it_was_prepared(changes, tmp_path, texts, config, report):
     own = Workspace(tmp_path / "w")
-    field = changes.get("text_field", "text")
+    field = changes.get("field", "text")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
     sets = {"generic": [str(tmp_path / "a.jsonl")]}
     config = config.model_copy(update={"data": config.data.model_copy(update={"sets": sets})})
-    p.prepare(own, "generic", sets["generic"], config, report, **changes)
+    p.prepare(Project(own, config, report), p.Preparation("generic", sets["generic"], **changes))
     before = Store(own.data("generic", "train")).fingerprint
-    p.ensure_set(own, "generic", config, report)
+    p.ensure_set(Project(own, config, report), "generic")
     assert Store(own.data("generic", "train")).fingerprint == before
     assert any("is used as it was prepared, with data." in line for line in report.lines)
 
@@ -374,7 +372,7 @@ def test_settings_that_a_set_was_not_prepared_with_are_told(prepared, config, re
     tokenizer = config.tokenizer.model_copy(update={"vocab_size": 500})
     other = config.model_copy(update={"data": config.data.model_copy(update={"context_length": 64})})
     for changed in (other, config.model_copy(update={"tokenizer": tokenizer})):
-        p.ensure_set(prepared, "notes", changed, report)
+        p.ensure_set(Project(prepared, changed, report), "notes")
     assert [warning.split(" was prepared with ")[1] for warning in report.warnings] == [
         f"data.context_length={config.data.context_length}, which stay: a new --workspace takes others",
         f"tokenizer.vocab_size={config.tokenizer.vocab_size}, which stay: a new --workspace takes others",
@@ -389,11 +387,11 @@ def test_a_single_document_is_training_text(number, tmp_path, texts, config, rep
     (tmp_path / "book.txt").write_text(text)
     shares = {"valid_fraction": 0.49, "test_fraction": 0.49}
     config = config.model_copy(update={"data": config.data.model_copy(update=shares)})
-    p.prepare(own, "generic", [str(tmp_path / "book.txt")], config, report)
+    p.prepare(Project(own, config, report), p.Preparation("generic", [str(tmp_path / "book.txt")]))
     stores = [Store(own.data("generic", split)) for split in SPLITS]
     assert [store.num_documents for store in stores] == [1, 0, 0]
     two = write_jsonl(tmp_path / "two.jsonl", texts[2 * number : 2 * number + 2])
-    p.prepare(own, "two", [str(two)], config, report)
+    p.prepare(Project(own, config, report), p.Preparation("two", [str(two)]))
     assert Store(own.data("two", "train")).num_documents >= 1
 
 
@@ -411,7 +409,7 @@ SPACES = {
 def test_texts_that_differ_in_white_space_are_one(name, workspace, tmp_path, texts, config, report, tokenizer):
     some = texts[:150]
     source = write_jsonl(tmp_path / "a.jsonl", [form for text in some for form in (text, SPACES[name](text))])
-    p.prepare(workspace, "d", [str(source)], config, report)
+    p.prepare(Project(workspace, config, report), p.Preparation("d", [str(source)]))
     splits = {s: {"".join(t.split()) for t in decoded(Store(workspace.data("d", s)), tokenizer)} for s in SPLITS}
     assert sum(map(len, splits.values())) == len({"".join(text.split()) for text in some})
     assert not splits["train"] & (splits["valid"] | splits["test"])
@@ -420,8 +418,8 @@ def test_texts_that_differ_in_white_space_are_one(name, workspace, tmp_path, tex
 def test_a_kill_before_the_configuration_is_written_is_made_good(tmp_path, texts, config, report):
     own = Workspace(tmp_path / "w")
     source = write_jsonl(tmp_path / "a.jsonl", texts[:300])
-    p.prepare(own, "generic", [str(source)], config, report)
+    p.prepare(Project(own, config, report), p.Preparation("generic", [str(source)]))
     written = own.config_file.read_text()
     own.config_file.unlink()
-    assert p.prepare(own, "generic", [str(source)], config, report) is False
+    assert p.prepare(Project(own, config, report), p.Preparation("generic", [str(source)])) is False
     assert own.config_file.read_text() == written

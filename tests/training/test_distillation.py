@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_slm.models import ops
-from mlx_slm.training.distillation import linear_distillation
+from mlx_slm.training.distillation import Head, linear_distillation
 from mlx_slm.training.loss import linear_cross_entropy
 
 
@@ -33,7 +33,9 @@ def reference(hidden, head, teacher_hidden, teacher_head, targets, weights, a, t
 def test_value_and_gradients(a, tau, rows, vectorised, monkeypatch):
     monkeypatch.setattr(ops, "scalar_exp", lambda: vectorised)
     hidden, head, *others = make()
-    ours = mx.value_and_grad(lambda h, w: 3 * linear_distillation(h, w, *others, a, tau, rows), (0, 1))(hidden, head)
+    ours = mx.value_and_grad(
+        lambda h, w: 3 * linear_distillation(Head(h, w), Head(*others[:2]), others[2:], a, tau, rows), (0, 1)
+    )(hidden, head)
     theirs = mx.value_and_grad(lambda h, w: 3 * reference(h, w, *others, a, tau), (0, 1))(hidden, head)
     assert ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-5)
     for one, other in zip(ours[1], theirs[1], strict=True):
@@ -42,14 +44,14 @@ def test_value_and_gradients(a, tau, rows, vectorised, monkeypatch):
 
 def test_with_a_of_one_it_is_the_cross_entropy():
     hidden, head, teacher_hidden, teacher_head, targets, weights = make()
-    found = linear_distillation(hidden, head, teacher_hidden, teacher_head, targets, weights, 1.0, 2.0)
+    found = linear_distillation(Head(hidden, head), Head(teacher_hidden, teacher_head), (targets, weights), 1.0, 2.0)
     assert found.item() == pytest.approx(linear_cross_entropy(hidden, head, targets, weights).item(), rel=1e-6)
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it():
     hidden, head, _, _, targets, weights = make()
     value, gradients = mx.value_and_grad(
-        lambda h, w: linear_distillation(h, w, hidden, head, targets, weights, 0.0, 2.0), (0, 1)
+        lambda h, w: linear_distillation(Head(h, w), Head(hidden, head), (targets, weights), 0.0, 2.0), (0, 1)
     )(hidden, head)
     assert abs(value.item()) < 1e-3 and max(mx.abs(g).max().item() for g in gradients) < 1e-5
 
@@ -66,7 +68,7 @@ def test_the_logits_of_neither_model_exist_at_once():
         compute = mx.compile(
             mx.value_and_grad(
                 lambda h, w, rows=rows: linear_distillation(
-                    h, w, teacher_hidden, teacher_head, targets, weights, 0.5, 2.0, rows
+                    Head(h, w), Head(teacher_hidden, teacher_head), (targets, weights), 0.5, 2.0, rows
                 ),
                 (0, 1),
             )

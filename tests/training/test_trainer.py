@@ -232,7 +232,7 @@ def test_the_last_two_and_the_best_are_kept(prepared, tmp_path):
     assert checkpoint_steps(run) == [14, 25, 26]
 
 
-TWICE = dict(steps=40, schedule="constant", eval_every=3, patience=2, again=0.75)
+TWICE = dict(steps=40, after_warmup="constant", eval_every=3, patience=2, again=0.75)
 LOSSES = {0: 4.0, 3: 3.0, 6: 1.0, 9: 2.0, 12: 1.5, 14: 3.0, 16: 0.9, 18: 1.2, 20: 1.0, 21: 1.1}
 
 
