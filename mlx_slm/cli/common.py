@@ -31,11 +31,10 @@ class Session:
     @functools.cached_property
     def config(self):
         """`--config`, else the workspace's own config.yaml, else `mac`; with `--set` on top."""
-        from mlx_slm.config.files import find_config, load_config
+        from mlx_slm.config.files import load_config
+        from mlx_slm.project import config_file
 
-        own = self.workspace.config_file
-        path = find_config(self.config_name) if self.config_name else own if own.exists() else find_config("mac")
-        return load_config(path, self.overrides)
+        return load_config(config_file(self.workspace, self.config_name), self.overrides)
 
     @functools.cached_property
     def report(self):
