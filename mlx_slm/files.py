@@ -7,6 +7,7 @@ reads without an end (from a device), or follows a link where links have no busi
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 import yaml
@@ -38,7 +39,7 @@ class Damaged(SlmError):
     """Something that is not what was written, or of no form that is known."""
 
 
-def open_regular(path: Path, links: bool = True) -> BinaryIO:
+def open_regular(path: Path, links: bool = True) -> io.FileIO:
     """Open a regular file for bytes, unbuffered; raises Damaged for anything else, and for a link unless `links`.
 
     Other errors of the system are raised as they are.
@@ -108,7 +109,7 @@ def read_json(path: Path, form: type[Form] | None = None, links: bool = True):
     return found
 
 
-def require_form(value, form: type[Form], where: Path | str) -> Form:
+def require_form(value, form: Any, where: Path | str) -> Any:
     """The value as a pydantic model; raises Damaged with the first thing that is not of its form."""
     try:
         return TypeAdapter(form).validate_python(value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 
 from mlx_slm.clustering.target import SamplingTarget
 from mlx_slm.config.schema import Config
@@ -54,14 +55,14 @@ def run_quickstart(project: Project, fresh: bool = False) -> dict:
     report.line("2. pretraining a small model on the generic set")
     base = pretrain(project, Pretraining(SMALL, fresh=fresh))
     report.line(f"3. specialising it to {domain}")
-    known = {"tokens": DOMAIN_TOKENS, "fresh": fresh}
-    tuned = specialize(project, Specialisation(domain, **known))
+    asked = Specialisation(domain, tokens=DOMAIN_TOKENS, fresh=fresh)
+    tuned = specialize(project, asked)
     report.line(f"4. SLM-is: pretraining on the generic set resampled to look like {domain}, then specialising")
     sampled = pretrain(project, Pretraining(SAMPLED, fresh=fresh, target=SamplingTarget(domain, DOMAIN_TOKENS)))
-    tuned_sampled = specialize(project, Specialisation(domain, sampled.name, **known))
+    tuned_sampled = specialize(project, replace(asked, source=sampled.name))
     report.line(f"5. SLM-pn: pretraining {config.projection.k} experts at once, then specialising one")
     network = pretrain(project, Pretraining(NETWORK, fresh=fresh))
-    tuned_expert = specialize(project, Specialisation(domain, network.name, select=HISTOGRAM, **known))
+    tuned_expert = specialize(project, replace(asked, source=network.name, select=HISTOGRAM))
     report.line(f"6. perplexity of {domain} text that no model has seen")
     untrained = export_untrained(workspace, config)
     stages = [

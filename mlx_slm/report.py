@@ -31,7 +31,16 @@ class Agreed(Report):
     """Another report, whose user has been asked and is not asked again."""
 
     def __init__(self, report: Report):
-        self.line, self.warn, self.progress = report.line, report.warn, report.progress
+        self.report = report
+
+    def line(self, text: str) -> None:
+        self.report.line(text)
+
+    def warn(self, text: str) -> None:
+        self.report.warn(text)
+
+    def progress(self, title: str, total: float | None, unit: str):
+        return self.report.progress(title, total, unit)
 
 
 def perplexity(nll: float) -> float:

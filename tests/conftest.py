@@ -37,7 +37,7 @@ from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.docstrings import documents
 from mlx_slm.text.prepare import Preparation, prepare
 from mlx_slm.text.store import Store
-from mlx_slm.text.tokenizer import Tokenizer
+from mlx_slm.text.tokenizer import TrainedTokenizer
 from mlx_slm.training.runs import find_run
 
 hypothesis.settings.register_profile("same", derandomize=True)
@@ -211,8 +211,8 @@ def store(prepared) -> Store:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(prepared) -> Tokenizer:
-    return Tokenizer(prepared.tokenizer)
+def tokenizer(prepared) -> TrainedTokenizer:
+    return TrainedTokenizer(prepared.tokenizer)
 
 
 @pytest.fixture(scope="session")

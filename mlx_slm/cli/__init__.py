@@ -51,7 +51,7 @@ def main() -> None:
     """Run a command; exit with 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     if os.environ.get(runtime.PARENT):
         runtime.end_with(int(os.environ[runtime.PARENT]))
-    with last_words(set(sys.argv[1:]) & COMPUTING):
+    with last_words(bool(set(sys.argv[1:]) & COMPUTING)):
         code = run(sys.argv[1:])
     if code == INTERRUPTED:  # the device may still compute: taking the interpreter apart around it can crash
         for worker in multiprocessing.active_children():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import click
 
@@ -80,7 +81,8 @@ def generate(session: Session, model, prompt, **how) -> None:
 
     path = require_model(session.workspace, model)
     if prompt == "-":
-        raw = click.get_binary_stream("stdin").read(PROMPT_BYTES + 1)
+        stdin = sys.stdin.buffer
+        raw = stdin.read(PROMPT_BYTES + 1)
         if len(raw) > PROMPT_BYTES:
             raise click.UsageError(f"--prompt -: more than {PROMPT_BYTES:,} bytes came in")
         prompt = read_prompt(raw, "stdin", session.report)

@@ -253,7 +253,8 @@ class Progress:
             manifest = load_manifest(self.directory, "k-means state")
             verify(self.directory, manifest)
             if manifest["inputs"] == self.inputs:
-                return KMeansState(**read_arrays(self.directory / "arrays.safetensors"), **manifest["info"]["numbers"])
+                arrays: dict = read_arrays(self.directory / "arrays.safetensors")
+                return KMeansState(**arrays, **manifest["info"]["numbers"])
         return KMeansState()
 
     def save(self, state: KMeansState) -> None:

@@ -86,6 +86,7 @@ def kmeans(
             state = replace(state, best_inertia=state.inertia, best_centroids=state.centroids)
         following = KMeansState(restart=state.restart + 1)
         state = replace(following, best_inertia=state.best_inertia, best_centroids=state.best_centroids)
+    assert state.best_centroids is not None
     return state.best_centroids, state.best_inertia
 
 
@@ -93,9 +94,11 @@ def _lloyd(
     points: mx.array, squares: float, state: KMeansState, iterations: int, tolerance: float, on_iteration
 ) -> KMeansState:
     while True:
+        assert state.centroids is not None
         assignments, _ = nearest(points, state.centroids, with_scores=False)
-        sums = _moved_sums(points, assignments, state)
-        counts = np.bincount(assignments, minlength=len(state.centroids))
+        k = len(state.centroids)
+        sums = _moved_sums(points, assignments, k, state)
+        counts = np.bincount(assignments, minlength=k)
         inertia = _inertia(squares, sums, counts, state.centroids)
         converged = state.iteration > 0 and state.inertia - inertia <= tolerance * inertia
         if converged or state.iteration >= iterations:
@@ -119,10 +122,9 @@ def _inertia(squares: float, sums: np.ndarray, counts: np.ndarray, centroids: np
     return max(0.0, squares - 2 * float((sums * wide).sum()) + float(counts @ (wide**2).sum(axis=1)))
 
 
-def _moved_sums(points: mx.array, assignments: np.ndarray, state: KMeansState) -> np.ndarray:
+def _moved_sums(points: mx.array, assignments: np.ndarray, k: int, state: KMeansState) -> np.ndarray:
     """The points of each cluster added up, float64 [k, dims]; of what moved only the change, if that is less."""
-    k = len(state.centroids)
-    if state.assignments is None:
+    if state.assignments is None or state.sums is None:
         return _sums(points, assignments, k)
     moved = np.flatnonzero(assignments != state.assignments)
     if 2 * len(moved) >= len(assignments):
@@ -138,7 +140,7 @@ def _sums(
 
     def part(lane: int, where: slice) -> mx.array:
         zeros = mx.zeros((k, points.shape[1]))
-        if moved is None:
+        if moved is None or before is None:
             return zeros.at[mx.array(assignments[where])].add(points[where])
         chosen = moved[where]
         rows = points[mx.array(chosen)]
@@ -153,12 +155,12 @@ def _sums(
     return total
 
 
-def nearest(points: mx.array, centroids: np.ndarray, with_scores: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return (assignments int32 [n], scores fp32 [n]: x.c - |c|^2 / 2 of the nearest, or None)."""
+def nearest(points: mx.array, centroids: np.ndarray, with_scores: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Return (assignments int32 [n], scores fp32 [n]: x.c - |c|^2 / 2 of the nearest; none of them unless asked)."""
     turned, bias = mx.array(centroids.T), mx.array(-0.5 * (centroids**2).sum(axis=1))
     size = max(1, chunk_scores() // len(centroids))
     assignments = np.empty(len(points), np.int32)
-    scores = np.empty(len(points), np.float32) if with_scores else None
+    scores = np.empty(len(points) if with_scores else 0, np.float32)
 
     def best(lane: int, where: slice) -> tuple[mx.array, ...]:
         found = mx.addmm(bias, points[where], turned)

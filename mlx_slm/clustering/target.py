@@ -42,9 +42,10 @@ def check_target(project: Project, target: SamplingTarget) -> None:
         if config.clusters.smoothing:
             raise SlmError("clusters.smoothing counts tokens and weights have none: set it to 0 with --weights")
         return
-    if target.domain == config.data.generic:
-        raise SlmError(f"--domain {target.domain}: that is the generic set; importance sampling aims at another one")
-    sources_of(target.domain, [], project.workspace, config)
+    domain = target.domain or ""
+    if domain == config.data.generic:
+        raise SlmError(f"--domain {domain}: that is the generic set; importance sampling aims at another one")
+    sources_of(domain, [], project.workspace, config)
 
 
 def clusters_for(project: Project, target: SamplingTarget) -> Clusters:
@@ -65,13 +66,15 @@ def importance_of(
     """The distribution that `rows` training rows are drawn from; the domain counts with its first `tokens` tokens."""
     workspace, config = project.workspace, project.config
     settings, generic = config.clusters, clusters.assigned(config.data.generic, "train")
+    names: dict = {"weights": str(target.weights)} if target.weights else {"domain": target.domain}
     if target.weights:
-        counts, names = read_weights(target.weights, clusters.k), {"weights": str(target.weights)}
+        counts = read_weights(target.weights, clusters.k)
     else:
-        store, assigned = Store(workspace.data(target.domain, "train")), clusters.assigned(target.domain, "train")
+        domain = target.domain or ""
+        store, assigned = Store(workspace.data(domain, "train")), clusters.assigned(domain, "train")
         windows = first_windows(store, target.tokens, config.data.seed)
         counts = histogram(assigned.clusters[:][windows], store.lengths(windows), clusters.k)
-        names = {"domain": target.domain, "far": far_windows(assigned, generic)}
+        names["far"] = far_windows(assigned, generic)
     num_rows = np.array([stream.num_rows for stream in streams])
     adjustment = Adjustment(settings.smoothing, settings.generic_fraction, settings.max_passes)
     return importance(counts, generic.tokens, num_rows, rows, adjustment, names)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from mlx_slm.config.schema import Config
 from mlx_slm.errors import SlmError, nearest
@@ -77,7 +78,7 @@ def _override(raw: dict, override: str) -> None:
     raw[last] = parse_yaml(value, f"--set {override}")
 
 
-def _explain(item: dict) -> str:
+def _explain(item: ErrorDetails) -> str:
     location = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"{location}: unknown key{nearest(str(item['loc'][-1]), _keys(item['loc'][:-1]))}"
@@ -86,7 +87,7 @@ def _explain(item: dict) -> str:
 
 
 def _keys(location: tuple) -> list[str]:
-    fields, model = Config.model_fields, Config
+    fields = Config.model_fields
     for part in location:
         model = fields[part].annotation if part in fields else None
         if not (isinstance(model, type) and issubclass(model, BaseModel)):

@@ -175,12 +175,12 @@ class SentenceEncoder:
                 rows.append(start + part + end)
                 owners.append(index)
                 weights.append(max(1, len(part)))
-        found, weights = self.embed(rows), np.array(weights, np.float32)
+        found, shares = self.embed(rows), np.array(weights, np.float32)
         result = np.zeros((len(texts), self.dims), np.float32)
-        np.add.at(result, owners, found * weights[:, None])
+        np.add.at(result, owners, found * shares[:, None])
         if self.normalize:
             return result / np.linalg.norm(result, axis=1, keepdims=True)
-        return result / np.bincount(owners, weights)[:, None].astype(np.float32)
+        return result / np.bincount(owners, shares)[:, None].astype(np.float32)
 
     def unknown(self, texts: list[str]) -> float:
         """The share of word pieces that it does not know."""

@@ -59,7 +59,7 @@ def choose_encoder(
 ) -> Choice:
     """The encoder of a configuration; raises SlmError for one that does not exist."""
     name = settings.encoder
-    facts = {"encoder": name, "long_windows": settings.long_windows}
+    facts: dict = {"encoder": name, "long_windows": settings.long_windows}
     if name in FITTED:
         facts |= {"dims": settings.dims or DIMS[name], "seed": settings.seed, "fitted_on": generic.fingerprint}
         facts |= {"source": SHA256} if name == "static" else {"tokenizer": tokenizer.fingerprint}

@@ -93,12 +93,13 @@ class Evaluated:
         windows = np.arange(store.num_windows)
         if limit and limit < store.num_tokens:
             windows = first_windows(store, limit, self.project.config.data.seed)
-        experts, how = self.experts, {}
+        experts = self.experts
         if experts and expert is None:
             place = experts.assigned(self.project.config, set_name, split, self.project.report).clusters[:][windows]
             nll = routed_nll(self.scorer, experts.parameters, store, windows, place, self.project.report)
             return score_of(store, windows, nll), {"routing": "cluster"}
-        if experts:
+        how: dict = {}
+        if experts and expert is not None:
             which, how = _one_expert(self.project, experts, set_name, expert, domain_tokens)
             self.model.update(experts.parameters(which))
         return self.scorer(store, windows, report=self.project.report), how

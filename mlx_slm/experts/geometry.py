@@ -4,7 +4,6 @@ against how alike their clusters are. If linear projections work, experts of lik
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,9 @@ def geometry(experts: Experts) -> dict:
     by_layer: dict[int, list[np.ndarray]] = {}
     network = experts.network
     for name, c in coefficients(network, network["E"]).items():
-        by_layer.setdefault(int(re.search(r"\.(\d+)\.", name)[1]), []).append(np.array(c, np.float64))
+        by_layer.setdefault(next(int(part) for part in name.split(".") if part.isdecimal()), []).append(
+            np.array(c, np.float64)
+        )
     centroids = cosines(centred(experts.clusters.centroids.astype(np.float64)))
     pairs = np.triu_indices(experts.k, 1)
     layers = []

@@ -24,7 +24,7 @@ from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.tokenizer import KIND as TOKENIZER
 from mlx_slm.training.checkpoint import KIND as CHECKPOINT
 from mlx_slm.training.checkpoint import STATE, WEIGHTS, checkpoint_path
-from mlx_slm.training.runs import CONFIG, RECORD, Run, expert_path, open_expert, read_run
+from mlx_slm.training.runs import CONFIG, RECORD, Run, expert_path, read_run, require_expert
 
 
 def export_bundle(workspace: Workspace, run: Run, directory: Path) -> dict:
@@ -49,7 +49,7 @@ def export_bundle(workspace: Workspace, run: Run, directory: Path) -> dict:
     ):
         _write_weights(run, path)
         for number in [] if experts.is_network else experts.trained:
-            _write_weights(open_expert(run, number), expert_path(path, number))
+            _write_weights(require_expert(run, number), expert_path(path, number))
         config = run.config()
         without_text = config.model_copy(update={"data": config.data.model_copy(update={"sets": {}})})
         write_text(path / CONFIG, dump_config(without_text))
@@ -77,7 +77,7 @@ def _write_weights(run: Run, path: Path) -> None:
     """The run as it is after its last step, or at its milestone, without the moments that only more pretraining would
     need."""
     step, record = run.weights_step(), run.record | {"name": run.name}
-    if run.milestone is not None:
+    if run.milestone is not None and step is not None:
         state = read_json(checkpoint_path(run.path, step) / STATE)
         record |= {"status": "finished", "step": step, "tokens": state["tokens"], "seconds": state["seconds"]}
     path.mkdir(parents=True, exist_ok=True)

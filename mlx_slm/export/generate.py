@@ -41,7 +41,7 @@ def stream(path: Path, prompt: str, how: Sampling) -> Iterator:
 
     mx.random.seed(how.seed)
     try:
-        model, tokenizer = load(str(path))
+        model, tokenizer, *_ = load(str(path))
     except Exception as error:  # whatever mlx-lm or transformers do not like about a directory of somebody else's
         reason = " ".join(str(error).split())[:300]
         raise SlmError(f"{path}: mlx-lm cannot load it ({type(error).__name__}: {reason})") from error

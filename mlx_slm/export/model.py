@@ -7,10 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
-from mlx.utils import tree_flatten
-
 from mlx_slm.errors import SlmError, nearest
 from mlx_slm.files import Damaged, load_tokenizer_json, read_json, require_form, require_safetensors
+from mlx_slm.machine.trees import flat
 from mlx_slm.models.families import FAMILIES
 from mlx_slm.models.lora import Lora
 from mlx_slm.models.shape import Shape
@@ -106,7 +105,7 @@ def load_exported(path: Path) -> tuple[Transformer, dict]:
     shape = Shape(**manifest["info"]["shape"])
     model = Transformer(shape)
     weights = FAMILIES[shape.family].from_hub(read_safetensors(path / "model.safetensors"))
-    found = {name: value.shape for name, value in tree_flatten(weights)}
+    found = {name: value.shape for name, value in flat(weights).items()}
     if found != parameter_shapes(shape):
         raise Damaged(
             f"{path / 'model.safetensors'} does not fit the shape in {MANIFEST}; remove {path}, make it again"

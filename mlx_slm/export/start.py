@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slm.errors import SlmError
 from mlx_slm.files import read_json, require_form
+from mlx_slm.machine.trees import flat, nested
 from mlx_slm.models.families import FAMILIES
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer
@@ -46,8 +46,8 @@ class Pretrained:
         for path in self._files:
             weights |= read_safetensors(path)
         family = FAMILIES[self.shape.family]
-        wanted = {name: value.shape for name, value in tree_flatten(Transformer(self.shape).parameters())}
-        named = dict(tree_flatten(family.from_hub(family.cut(weights, self.shape.context_length))))
+        wanted = {name: value.shape for name, value in flat(Transformer(self.shape).parameters()).items()}
+        named = flat(family.from_hub(family.cut(weights, self.shape.context_length)))
         wrong = [
             f"{name} {named[name].shape if name in named else 'is missing'}, expected {shape}"
             for name, shape in wanted.items()
@@ -56,7 +56,7 @@ class Pretrained:
         if wrong:
             raise SlmError(f"--init-from {self.directory}: weights do not fit config.json: {'; '.join(wrong[:3])}")
         kept = {name: mx.contiguous(named[name].astype(mx.float32)) for name in wanted}
-        return tree_unflatten(list(kept.items()))
+        return nested(kept)
 
 
 def _shape(config: dict, directory: Path, context_length: int) -> Shape:

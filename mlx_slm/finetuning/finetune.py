@@ -84,7 +84,7 @@ def finetune_all(workspace: Workspace, run: Run, experts: Experts, job: Finetuni
         if not tuned[number].finished:
             job.work(tuned[number], experts.parameters(number))
         scores = {done: one.record["valid_nll"] for done, one in tuned.items()}
-        best = min(scores, key=scores.get)
+        best = min(scores, key=lambda number: scores[number])
         for beaten in set(tuned) - {best}:
             shutil.rmtree(tuned[beaten].path / "checkpoints", ignore_errors=True)
     records = [one.record for one in tuned.values()]

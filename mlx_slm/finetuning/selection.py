@@ -24,7 +24,7 @@ def select_expert(project: Project, experts: Experts, select: str, domain: Domai
     config, store, windows = project.config, domain.store, domain.windows
     shares = experts.histogram(config, domain.name, windows, project.report)
     begun = time.perf_counter()
-    found = {"select": select, "expert": None, "histogram": None, "scores": None}
+    found: dict = {"select": select, "expert": None, "histogram": None, "scores": None}
     tokens = 0
     if select == HISTOGRAM:
         found["histogram"] = shares.tolist()
@@ -34,7 +34,7 @@ def select_expert(project: Project, experts: Experts, select: str, domain: Domai
         size = min(config.finetuning.select_tokens, store.num_tokens)
         sample = windows[np.isin(windows, first_windows(store, size, config.data.seed))]
         scores = score_experts(experts, store, sample, project.report)
-        found |= {"scores": scores, "expert": int(min(scores, key=scores.get))}
+        found |= {"scores": scores, "expert": min(scores, key=lambda number: scores[number])}
         tokens = int(store.lengths(sample).sum()) * len(scores)
     found["share"] = None if found["expert"] is None else float(shares[found["expert"]])
     return found | {"cost": {"tokens": tokens, "seconds": round(time.perf_counter() - begun, 2)}}

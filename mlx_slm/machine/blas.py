@@ -138,7 +138,7 @@ def processor() -> dict[str, str]:
 def _with_plain_names() -> str | None:
     """A library of jumps from the plain names to those of `PACKAGE`, made by g++ once; None without either."""
     spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or platform.machine() != "x86_64":
+    if spec is None or not spec.submodule_search_locations or platform.machine() != "x86_64":
         return None
     folder = Path(spec.submodule_search_locations[0], "lib")
     library = folder / "libscipy_openblas.so"

@@ -101,7 +101,7 @@ def configure_device() -> None:
     import mlx.core as mx
 
     if backend() == "metal" and os.environ.get("MLX_SLM_WIRED") != "0":
-        mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
 
 @functools.cache
@@ -172,7 +172,8 @@ def in_lanes(batches: Iterable, compute: Callable) -> Iterator[tuple]:
     """
     import mlx.core as mx
 
-    streams, batches, before = lanes(), iter(batches), ()
+    streams, batches = lanes(), iter(batches)
+    before: tuple = ()
     with sharing_cores(len(streams)):
         while round_ := list(zip(range(len(streams)), batches, strict=False)):
             found = []

@@ -20,7 +20,7 @@ from mlx_slm.experts.experts import has_experts
 from mlx_slm.export.start import Pretrained
 from mlx_slm.methods.costs import Cost, Rates, Spending
 from mlx_slm.methods.requests import Pretraining, Specialisation
-from mlx_slm.methods.starts import FromExperts, Start
+from mlx_slm.methods.starts import FromExperts, FromRun, FromScratch, Start
 from mlx_slm.methods.work import TrainingJob, work
 from mlx_slm.models.projected import ProjectedShape
 from mlx_slm.models.shape import Shape
@@ -28,7 +28,7 @@ from mlx_slm.models.transformer import initialise
 from mlx_slm.project import Project
 from mlx_slm.storage.records import fingerprint
 from mlx_slm.text.store import Store
-from mlx_slm.training.projected_step import resolved
+from mlx_slm.training.projected_step import resolved, resolved_groups
 from mlx_slm.training.runs import Run
 from mlx_slm.training.step import training_bytes
 
@@ -74,8 +74,12 @@ class Models:
     @property
     def tokens_per_group(self) -> float:
         """Of a step of the network."""
-        training = self.config.training
-        return training.batch_rows * self.config.data.context_length / self.config.projection.clusters_per_step
+        return self.config.training.batch_rows * self.config.data.context_length / self.groups
+
+    @property
+    def groups(self) -> int:
+        """Of rows in a step of the network."""
+        return resolved_groups(self.config.projection)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class Setup:
         training = self.project.config.training
         if tokens is not None:
             return math.ceil(tokens / (training.batch_rows * self.shape.context_length))
-        return math.ceil(training.passes * rows / training.batch_rows)
+        return math.ceil((training.passes or 0) * rows / training.batch_rows)
 
 
 class Method:
@@ -188,15 +192,15 @@ class Method:
         return False
 
     def start(self, project: Project, request: Specialisation, source: Run | None) -> Start:
-        """What a domain's model starts from, where the source is of this method; raises SlmError for a request that
-        does not fit it."""
-        if not has_experts(source):
+        """What a domain's model starts from, where the source (None: random weights) is of this method, or the request
+        is for it; raises SlmError for a request that does not fit."""
+        if source is None or not has_experts(source):
             if request.select:
+                what = f"run {source.name}" if source else "training from scratch"
                 raise SlmError(
-                    f"--select {request.select}: run {source.name} has no experts to choose from; it is for methods "
-                    "pn and mix"
+                    f"--select {request.select}: {what} has no experts to choose from; it is for methods pn and mix"
                 )
-            return Start(source.record["method"], source)
+            return FromRun(source.record["method"], source) if source else FromScratch(self.name)
         select = request.select or self.selects[0]
         if select not in self.selects:
             other = f"is a {'mixture' if source.is_mixture else 'network'}"
@@ -241,7 +245,7 @@ class Method:
 
     def pretrained(self, budget: int | None, teacher_budget: int | None) -> dict[str, int]:
         """The budget of each pretraining that a cell needs, by method; its own start comes first."""
-        return {self.name: budget}
+        return {self.name: budget or 0}
 
     def check_study(self, config: Config) -> None:
         """Raise SlmError, before any training, for a study that this method cannot be part of."""

@@ -16,8 +16,8 @@ from mlx_slm.methods.base import Method, Models, Rows
 from mlx_slm.methods.costs import Cost, Spending
 from mlx_slm.methods.plain import Large, Small
 from mlx_slm.methods.requests import Specialisation
-from mlx_slm.methods.scratch import FromScratch, Scratch
 from mlx_slm.methods.starts import Start
+from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.project import Project
 from mlx_slm.training.distillation import Distillation
@@ -32,8 +32,13 @@ class WithTeacher(Start):
     teacher_name: str
     """As it was asked for."""
     teacher: Run
-    tuned_teacher: Run | None = None
-    """None until it is fine-tuned on the domain."""
+    tuned: Run | None = None
+    """The teacher once it is fine-tuned on the domain."""
+
+    @property
+    def tuned_teacher(self) -> Run:
+        assert self.tuned is not None
+        return self.tuned
 
     @property
     def what(self) -> str:
@@ -43,20 +48,20 @@ class WithTeacher(Start):
     def origin(self) -> dict | str:
         return self.start.origin
 
-    def shape(self, config: Config, vocab_size: int, context_length: int):
+    def shape(self, config: Config, vocab_size: int, context_length: int) -> Shape:
         return self.start.shape(config, vocab_size, context_length)
 
-    def runs(self, project: Project) -> list[Run]:
-        return [*self.start.runs(project), self.teacher]
+    def runs(self) -> list[Run]:
+        return [*self.start.runs(), self.teacher]
 
     def ready(self, tune: Callable[[str, Run], Run]) -> WithTeacher:
-        student = self.source
-        if student and self.teacher.shape.vocab_size != student.shape.vocab_size:
-            raise SlmError(
-                f"--teacher {self.teacher_name}: its embedding has {self.teacher.shape.vocab_size:,} rows, that of "
-                f"{student.name} {student.shape.vocab_size:,}: they must share a vocabulary"
-            )
-        return replace(self, tuned_teacher=tune(self.teacher_name, self.teacher))
+        for student in self.start.runs():
+            if self.teacher.shape.vocab_size != student.shape.vocab_size:
+                raise SlmError(
+                    f"--teacher {self.teacher_name}: its embedding has {self.teacher.shape.vocab_size:,} rows, that of "
+                    f"{student.name} {student.shape.vocab_size:,}: they must share a vocabulary"
+                )
+        return replace(self, tuned=tune(self.teacher_name, self.teacher))
 
     def inputs(self, config: Config) -> dict:
         tuned = self.tuned_teacher
@@ -92,8 +97,8 @@ class Distilled(Method):
             raise SlmError(
                 "--teacher and an expert of a network do not go together: give --from a run of a single model"
             )
-        start = super().start(project, request, source) if source else FromScratch(Scratch.name, None)
-        return WithTeacher(self.name, source, start, request.teacher, find_source(project.workspace, request.teacher))
+        teacher = find_source(project.workspace, request.teacher)
+        return WithTeacher(self.name, super().start(project, request, source), request.teacher, teacher)
 
     def cost(self, spending: Spending) -> Cost:
         rates = spending.rates
@@ -106,7 +111,7 @@ class Distilled(Method):
         return max(large, small + 4 * models.large.num_parameters)
 
     def pretrained(self, budget: int | None, teacher_budget: int | None) -> dict[str, int]:
-        return {Small.name: budget, Large.name: teacher_budget}
+        return {Small.name: budget or 0, Large.name: teacher_budget or 0}
 
     def specialisation(self, config: Config, starts: list[str]) -> dict:
         return {"teacher": starts[1]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_slm.clustering.target import check_target, clusters_for, importance_of, inputs_of
+from mlx_slm.clustering.target import SamplingTarget, check_target, clusters_for, importance_of, inputs_of
 from mlx_slm.errors import SlmError
 from mlx_slm.methods.base import Cost, Method, Rows, Setup, TrainingJob
 from mlx_slm.methods.costs import Spending
@@ -20,16 +20,14 @@ class ImportanceSampling(Method):
     """Some clusters are drawn often."""
 
     def run_name(self, request: Pretraining) -> str:
-        return f"{self.name}-{request.target.label}"
+        return f"{self.name}-{_target(request).label}"
 
     def check(self, project: Project, request: Pretraining) -> None:
         super().check(project, request)
-        if request.target is None:
-            raise SlmError(f"method {self.name} needs what to sample for: a domain, or weights of the clusters")
-        check_target(project, request.target)
+        check_target(project, _target(request))
 
     def job(self, setup: Setup, request: Pretraining) -> TrainingJob:
-        project, config, target = setup.project, setup.project.config, request.target
+        project, config, target = setup.project, setup.project.config, _target(request)
         clusters = clusters_for(project, target)
         streams = clusters.assigned(config.data.generic, "train").streams(setup.store)
         steps = setup.steps(sum(stream.num_rows for stream in streams), setup.tokens)
@@ -40,3 +38,9 @@ class ImportanceSampling(Method):
 
     def cost(self, spending: Spending) -> Cost:
         return Cost(0.0, spending.sampling_hours + super().cost(spending).specialization)
+
+
+def _target(request: Pretraining) -> SamplingTarget:
+    if request.target is None:
+        raise SlmError(f"method {request.method} needs what to sample for: a domain, or weights of the clusters")
+    return request.target

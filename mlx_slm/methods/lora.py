@@ -8,14 +8,14 @@ from functools import partial
 from mlx_slm.config.schema import Config
 from mlx_slm.errors import SlmError
 from mlx_slm.experts.experts import has_experts
-from mlx_slm.export.model import lora_of, weights_of
+from mlx_slm.export.model import weights_of
 from mlx_slm.finetuning.domain import DomainSet
 from mlx_slm.finetuning.finetune import Finetuning
 from mlx_slm.methods.base import Method, Models, Rows, Trains
 from mlx_slm.methods.costs import Cost, Rates, Spending
 from mlx_slm.methods.plain import Large
 from mlx_slm.methods.requests import Specialisation
-from mlx_slm.methods.starts import Start
+from mlx_slm.methods.starts import FromRun, Start
 from mlx_slm.models.lora import Lora
 from mlx_slm.models.shape import Shape
 from mlx_slm.project import Project
@@ -26,7 +26,7 @@ PAPER_RANK = 64
 
 
 @dataclass(frozen=True)
-class WithAdapters(Start):
+class WithAdapters(FromRun):
     rank: int
     scale: float
     multiple: float
@@ -43,14 +43,14 @@ class WithAdapters(Start):
         return {"lora": {"rank": self.rank, "scale": self.scale}}
 
     def train(self, project: Project, run: Run, job: Finetuning, domain: DomainSet) -> None:
-        lora = lora_of(run)
-        plain = partial(lora.applied, weights_of(project.workspace, self.source))
-        changes = {
-            "objective": Objective(plain=plain),
-            "flops_per_token": lora.flops_per_token,
-            "extra_bytes": -lora.bytes_spared,
-        }
-        replace(job, **changes).work(run, lora.initialise(job.config.finetuning.seed))
+        lora = Lora(self.source.shape, self.rank, self.scale)
+        job = replace(
+            job,
+            objective=Objective(plain=partial(lora.applied, weights_of(project.workspace, self.source))),
+            flops_per_token=lora.flops_per_token,
+            extra_bytes=-lora.bytes_spared,
+        )
+        job.work(run, lora.initialise(job.config.finetuning.seed))
 
 
 class LowRank(Method):
@@ -95,7 +95,7 @@ class LowRank(Method):
         return rates.llm
 
     def pretrained(self, budget: int | None, teacher_budget: int | None) -> dict[str, int]:
-        return {Large.name: budget}
+        return {Large.name: budget or 0}
 
     def check_study(self, config: Config) -> None:
         if config.study.lora_rank > config.large.dims:

@@ -17,7 +17,7 @@ from mlx_slm.models.transformer import Transformer
 from mlx_slm.project import Project
 from mlx_slm.text.rows import Sampler
 from mlx_slm.training.optimizer import AdamW
-from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit, network_bytes, resolved
+from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit, network_bytes, resolved, resolved_groups
 from mlx_slm.training.runs import RECORD, read_run
 from mlx_slm.training.scoring import routed_loss
 
@@ -43,7 +43,7 @@ class ProjectedNetwork(Method):
         projected = ProjectedShape.of(config.projection, shape)
         begun = _as_begun(path, config.projection, config.training, fresh)
         projection = resolved(begun, config.training, projected)
-        per_group = config.training.batch_rows * shape.context_length / projection.clusters_per_step
+        per_group = config.training.batch_rows * shape.context_length / resolved_groups(projection)
         slowdown = projected.flops_per_token(per_group) / shape.flops_per_token
         return config.model_copy(update={"projection": projection}), slowdown
 
@@ -51,7 +51,7 @@ class ProjectedNetwork(Method):
         config = setup.project.config
         training, projection, generic = config.training, config.projection, config.data.generic
         shape = ProjectedShape.of(projection, setup.shape)
-        groups = projection.clusters_per_step
+        groups = resolved_groups(projection)
         rows = training.batch_rows // groups
         given = training.micro_rows and training.micro_rows // rows
         micro, recompute = groups_that_fit(shape, groups, rows, given, training.checkpoint_layers)
@@ -87,7 +87,7 @@ class ProjectedNetwork(Method):
         return rates.pn
 
     def memory(self, models: Models) -> float:
-        training, groups = models.config.training, models.config.projection.clusters_per_step
+        training, groups = models.config.training, models.groups
         rows = max(1, training.batch_rows // groups)
         return network_bytes(models.network, groups, rows, 1, training.checkpoint_layers is not False)
 

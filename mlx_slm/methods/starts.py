@@ -1,11 +1,10 @@
-"""What a domain's model starts from, and how it is then trained.
-
-A `Start` answers for a pretrained run as it is; other files of this package have those for experts, adapters, students
-and models from scratch. `specialize` asks for the shape, for what goes into the record, and for the training.
+"""What a domain's model starts from, and how it is then trained: beside those here, `lora` has adapters and `distilled`
+students. `specialize` asks for the shape, for what goes into the record, and for the training.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,18 +14,17 @@ from mlx_slm.export.model import weights_of
 from mlx_slm.finetuning.domain import DomainSet
 from mlx_slm.finetuning.finetune import Finetuning, finetune_all
 from mlx_slm.finetuning.selection import chosen, describe, select_expert
+from mlx_slm.methods.requests import SCRATCH
 from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import initialise
 from mlx_slm.project import Project
 from mlx_slm.training.runs import Run
 
 
 @dataclass(frozen=True)
-class Start:
-    """A pretrained run, all of whose weights are fine-tuned."""
-
+class Start(ABC):
     method: str
     """Of the model that comes out."""
-    source: Run | None
 
     @property
     def label(self) -> str:
@@ -34,42 +32,90 @@ class Start:
         return self.method
 
     @property
+    @abstractmethod
     def what(self) -> str:
         """What is done, in words."""
-        return f"fine-tuning {self.source.name}"
 
     @property
+    @abstractmethod
     def origin(self) -> dict | str:
         """For the record."""
-        return {"run": self.source.name, "step": self.source.weights_step(), "is": self.source.identity}
+
+    @property
+    def is_from_scratch(self) -> bool:
+        return self.origin == SCRATCH
 
     @property
     def rate(self) -> float:
         """The learning rate as a multiple of the recipe's."""
         return 1.0
 
+    @abstractmethod
     def shape(self, config: Config, vocab_size: int, context_length: int) -> Shape:
-        return self.source.shape
+        """Of the model that is trained."""
 
-    def runs(self, project: Project) -> list[Run]:
+    def runs(self) -> list[Run]:
         """The pretrained runs that must read the domain's windows."""
-        return [self.source]
+        return []
 
     def inputs(self, config: Config) -> dict:
-        """What decides the outcome beside the source, for the record."""
+        """What decides the outcome beside the origin, for the record."""
         return {}
 
     def ready(self, tune: Callable[[str, Run], Run]) -> Start:
         """The same once the runs that it needs are fine-tuned themselves, by `tune(name as asked for, run)`."""
         return self
 
+    @abstractmethod
     def train(self, project: Project, run: Run, job: Finetuning, domain: DomainSet) -> None:
         """Fine-tune, or go on with it."""
+
+
+@dataclass(frozen=True)
+class FromRun(Start):
+    """A pretrained run, all of whose weights are fine-tuned."""
+
+    source: Run
+
+    @property
+    def what(self) -> str:
+        return f"fine-tuning {self.source.name}"
+
+    @property
+    def origin(self) -> dict | str:
+        return {"run": self.source.name, "step": self.source.weights_step(), "is": self.source.identity}
+
+    def shape(self, config: Config, vocab_size: int, context_length: int) -> Shape:
+        return self.source.shape
+
+    def runs(self) -> list[Run]:
+        return [self.source]
+
+    def train(self, project: Project, run: Run, job: Finetuning, domain: DomainSet) -> None:
         job.work(run, weights_of(project.workspace, self.source))
 
 
 @dataclass(frozen=True)
-class FromExperts(Start):
+class FromScratch(Start):
+    """Random weights of the small model."""
+
+    @property
+    def what(self) -> str:
+        return "training from scratch"
+
+    @property
+    def origin(self) -> dict | str:
+        return SCRATCH
+
+    def shape(self, config: Config, vocab_size: int, context_length: int) -> Shape:
+        return Shape.of(config.model, vocab_size, context_length)
+
+    def train(self, project: Project, run: Run, job: Finetuning, domain: DomainSet) -> None:
+        job.work(run, initialise(job.shape, job.config.finetuning.seed))
+
+
+@dataclass(frozen=True)
+class FromExperts(FromRun):
     """An expert of a run that has some, as `select` says (section 4.3)."""
 
     experts: Experts
@@ -84,7 +130,7 @@ class FromExperts(Start):
         return f"{self.method}-{self.select}"
 
     def inputs(self, config: Config) -> dict:
-        found = {"select": self.select, "clusters": self.experts.clusters.fingerprint}
+        found: dict = {"select": self.select, "clusters": self.experts.clusters.fingerprint}
         if self.select == PRETRAINED:
             found["select_tokens"] = config.finetuning.select_tokens
         if self.select in (PRETRAINED, FINETUNED):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -52,7 +52,9 @@ class TrainingJob:
     """JSON to lie in the run, by name."""
 
 
-def plain_job(setup: Setup, inputs: dict, streams: list[Stream], distribution: np.ndarray, **changes) -> TrainingJob:
+def plain_job(
+    setup: Setup, inputs: dict, streams: list[Stream], distribution: np.ndarray, **changes: Any
+) -> TrainingJob:
     """One transformer on rows that are drawn from a distribution over streams; `changes` are other fields of the job.
 
     Without `steps` among them it trains on the horizon of the setup.
@@ -60,20 +62,18 @@ def plain_job(setup: Setup, inputs: dict, streams: list[Stream], distribution: n
     shape, training = setup.shape, setup.project.config.training
     micro_rows, recompute = rows_that_fit(shape, training.batch_rows, training.micro_rows, training.checkpoint_layers)
     model = Transformer(shape, recompute)
-    fields = {
-        "path": setup.path,
-        "parameters": setup.start,
-        "steps": setup.steps(sum(stream.num_rows for stream in streams), setup.tokens),
-        "evaluate": validation_loss(model, setup.valid, setup.windows),
-    }
-    return TrainingJob(
+    job = TrainingJob(
+        path=setup.path,
         inputs=inputs,
+        parameters=setup.start,
         step=partial(TrainingStep, model, AdamW.of(training), micro_rows),
         sampler=Sampler(streams, distribution, training.batch_rows, training.seed),
+        steps=changes.pop("steps", None) or setup.steps(sum(stream.num_rows for stream in streams), setup.tokens),
+        evaluate=validation_loss(model, setup.valid, setup.windows),
         num_parameters=shape.num_parameters,
         flops_per_token=shape.flops_per_token,
-        **fields | changes,
     )
+    return replace(job, **changes)
 
 
 def work(

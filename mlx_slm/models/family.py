@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
 from mlx_slm.fields import Form
+from mlx_slm.machine.trees import nested
 
 if TYPE_CHECKING:
     from mlx_slm.models.shape import Heads, Shape
@@ -26,8 +26,6 @@ class Family(ABC):
     name: ClassVar[str]
     """As in a configuration, and `model_type` on the Hub."""
     summary: ClassVar[str]
-    body: ClassVar[type[nn.Module]]
-    """Made of a Shape; called with (tokens [B, L], run_layer), it gives hidden states [B, L, dims]."""
     embedding: ClassVar[str]
     """The module of the body that holds the token embeddings."""
     looked_up: ClassVar[tuple[str, ...]]
@@ -42,6 +40,10 @@ class Family(ABC):
     """The class of transformers."""
     computes: ClassVar[dict[str, Any]]
     """What this code computes; a config.json that says otherwise is refused."""
+
+    @abstractmethod
+    def body(self, shape: Shape) -> nn.Module:
+        """Called with (tokens [B, L], run_layer), it gives hidden states [B, L, dims]."""
 
     @abstractmethod
     def default_hidden_dims(self, dims: int) -> int:
@@ -90,7 +92,7 @@ class Family(ABC):
 
     def from_hub(self, weights: dict[str, mx.array]) -> dict:
         """The inverse of `to_hub`, as a tree; of what other programs wrote as well."""
-        return tree_unflatten(list(weights.items()))
+        return nested(weights)
 
     def cut(self, weights: dict[str, mx.array], context_length: int) -> dict[str, mx.array]:
         """Weights of the Hub for windows of `context_length` tokens."""

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from mlx_slm.fields import MAX_LAYERS, Form, StrictDimension
+from mlx_slm.machine.trees import flat
 from mlx_slm.models.family import Adapted, Family
 from mlx_slm.models.layers import LayerNorm, Linear, attend, split_heads
 from mlx_slm.models.ops import gelu
@@ -87,7 +87,7 @@ class GPT2Form(Form):
 
 class GPT2(Family):
     name, summary = "gpt2", "LayerNorm, learned positions, GELU"
-    body, embedding, looked_up = Body, "wte", ("wte.weight", "wpe.weight")
+    embedding, looked_up = "wte", ("wte.weight", "wpe.weight")
     into_residual = ("c_proj",)
     projected = ("model.h.{}.mlp.c_fc", "model.h.{}.mlp.c_proj")
     form, architecture = GPT2Form, "GPT2LMHeadModel"
@@ -96,6 +96,9 @@ class GPT2(Family):
         "scale_attn_by_inverse_layer_idx": False,
         "scale_attn_weights": True,
     }
+
+    def body(self, shape: Shape) -> nn.Module:
+        return Body(shape)
 
     def default_hidden_dims(self, dims: int) -> int:
         return 4 * dims
@@ -128,7 +131,8 @@ class GPT2(Family):
     def lora_to_mlx_lm(self, shape: Shape, adapters: dict[str, mx.array]) -> tuple[dict[str, mx.array], list[str], int]:
         """mlx-lm adapts the joint matrix as a whole. The same sum has twice the rank there: A is [A_q, A_v], and B has
         B_q and B_v in their blocks and zeros for the rest."""
-        found, d = {}, shape.dims
+        found: dict[str, mx.array] = {}
+        d = shape.dims
         for layer in range(shape.num_layers):
             matrix = f"model.h.{layer}.attn.c_attn"
             b = [
@@ -174,8 +178,8 @@ class GPT2(Family):
         return found
 
     def to_hub(self, parameters: dict) -> dict:
-        flat = {name.removeprefix("model."): value for name, value in tree_flatten(parameters)}
-        return {name: mx.contiguous(value.T) if name.endswith(TRANSPOSED) else value for name, value in flat.items()}
+        found = {name.removeprefix("model."): value for name, value in flat(parameters).items()}
+        return {name: mx.contiguous(value.T) if name.endswith(TRANSPOSED) else value for name, value in found.items()}
 
     def from_hub(self, weights: dict[str, mx.array]) -> dict:
         prefixed = {n if n.startswith("lm_head") else f"model.{n}": v for n, v in weights.items()}

@@ -29,16 +29,16 @@ class Attention(nn.Module):
         self.o_proj = Linear(width, d, bias=False)
         self.rope = nn.RoPE(shape.head_dims, base=shape.rope_theta)
 
-    def queries(self, x: mx.array) -> mx.array:
+    def project_queries(self, x: mx.array) -> mx.array:
         """[B, num_heads, L, head_dims], before their positions."""
         return split_heads(self.q_proj(x), self.num_heads)
 
-    def keys(self, x: mx.array) -> mx.array:
+    def project_keys(self, x: mx.array) -> mx.array:
         """[B, num_kv_heads, L, head_dims], before their positions."""
         return split_heads(self.k_proj(x), self.num_kv_heads)
 
     def __call__(self, x: mx.array) -> mx.array:
-        q, k = self.rope(self.queries(x)), self.rope(self.keys(x))
+        q, k = self.rope(self.project_queries(x)), self.rope(self.project_keys(x))
         v = split_heads(self.v_proj(x), self.num_kv_heads)
         return self.o_proj(attend(q, k, v, self.scale))
 
@@ -107,11 +107,14 @@ class LlamaForm(Form):
 
 class Llama(Family):
     name, summary = "llama", "RMSNorm, RoPE, SwiGLU"
-    body, embedding, looked_up = Body, "embed_tokens", ("embed_tokens.weight",)
+    embedding, looked_up = "embed_tokens", ("embed_tokens.weight",)
     into_residual = ("o_proj", "down_proj")
     projected = tuple(f"model.layers.{{}}.mlp.{part}_proj" for part in ("gate", "up", "down"))
     form, architecture = LlamaForm, "LlamaForCausalLM"
     computes: ClassVar = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+    def body(self, shape: Shape) -> nn.Module:
+        return Body(shape)
 
     def default_hidden_dims(self, dims: int) -> int:
         return -(-dims * 8 // 96) * 32

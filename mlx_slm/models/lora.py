@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_slm.machine.trees import flat, nested
 from mlx_slm.models.families import FAMILIES
 from mlx_slm.models.family import Adapted
 from mlx_slm.models.shape import Shape
@@ -65,7 +65,8 @@ class Lora:
 
     def initialise(self, seed: int) -> dict:
         """A uniform within 1 / sqrt(in) and B zero, as mlx-lm begins: at first nothing is added."""
-        d, found = self.shape.dims, {}
+        d = self.shape.dims
+        found: dict[str, mx.array] = {}
         for (name, *_, rows), key in zip(
             self.targets, mx.random.split(mx.random.key(seed), len(self.targets)), strict=True
         ):
@@ -75,19 +76,18 @@ class Lora:
 
     def applied(self, base: dict, adapters: dict) -> dict:
         """Parameters of a plain transformer: those of `base` with what the adapters add."""
-        flat, adapters = dict(tree_flatten(base)), dict(tree_flatten(adapters))
+        found, adapters = flat(base), flat(adapters)
         for name, matrix, first, rows in self.targets:
             added = self.scale * (adapters[f"{name}.b"].T @ adapters[f"{name}.a"].T)
-            if rows < len(flat[matrix]):
-                below = len(flat[matrix]) - first - rows
+            if rows < len(found[matrix]):
+                below = len(found[matrix]) - first - rows
                 added = mx.pad(added, [(first, below), (0, 0)])
-            flat[matrix] = flat[matrix] + added
-        return tree_unflatten(list(flat.items()))
+            found[matrix] = found[matrix] + added
+        return nested(found)
 
     def to_mlx_lm(self, adapters: dict) -> tuple[dict[str, mx.array], dict]:
         """(arrays, configuration) in mlx-lm's adapter format."""
-        flat = dict(tree_flatten(adapters))
-        found, keys, ranks = FAMILIES[self.shape.family].lora_to_mlx_lm(self.shape, flat)
+        found, keys, ranks = FAMILIES[self.shape.family].lora_to_mlx_lm(self.shape, flat(adapters))
         parameters = {"rank": ranks * self.rank, "scale": self.scale, "dropout": 0.0, "keys": keys}
         return found, {
             "fine_tune_type": "lora",

@@ -11,12 +11,15 @@ import functools
 import sys
 from collections.abc import Callable
 from itertools import zip_longest
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slm.machine import runtime, sums
 
+custom_function: Any = mx.custom_function
+"""Its result is called as the function that it was made of, which MLX's types do not say."""
 FLOOR = -24.0
 SQUARINGS = 4
 COEFFICIENTS = (
@@ -61,7 +64,7 @@ def _spread(operation: Callable[[mx.array, mx.array], mx.array], x: mx.array, y:
 
 def _by_pairs(coefficients: tuple[float, ...], x: mx.array) -> mx.array:
     """The polynomial c0 + c1 x + ..., by Estrin's scheme: `mx.compile` cuts a chain as long as Horner's in parts."""
-    terms = list(coefficients)
+    terms: list[Any] = list(coefficients)
     while len(terms) > 1:
         terms = [a + b * x if b is not None else a for a, b in zip_longest(terms[::2], terms[1::2])]
         x = x * x
@@ -81,7 +84,7 @@ def _sigmoid(x: mx.array) -> mx.array:
     return mx.where(x < 0, e, 1.0) / (1.0 + e)
 
 
-@mx.custom_function
+@custom_function
 def _swiglu(gate: mx.array, up: mx.array):
     s = _sigmoid(gate)
     return gate * s * up, s
@@ -102,7 +105,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 GELU_SCALE, GELU_CUBE = 1.5957691216057308, 0.044715  # 2 sqrt(2 / pi): tanh(u) = 2 sigmoid(2 u) - 1
 
 
-@mx.custom_function
+@custom_function
 def _gelu(x: mx.array):
     s = _sigmoid(GELU_SCALE * (x + GELU_CUBE * x * x * x))
     return x * s, s
@@ -150,7 +153,7 @@ def exp_shifted(x: mx.array) -> tuple[mx.array, mx.array]:
     return exp_nonpositive(_spread(mx.subtract, x, top)), top
 
 
-@mx.custom_function
+@custom_function
 def _blocked_attention(q: mx.array, k: mx.array, v: mx.array):
     """Scores are kept as keys x queries, so that softmax reduces over axis -2; only blocks on the diagonal are masked.
 
@@ -181,7 +184,9 @@ def _blocked_attention_backward(primals, cotangents, outputs):
     queries, keys, values, d_outs, outs = map(_cut, (*primals, cotangents[0], outputs[0]))
     n = len(queries)
     totals, kept = outputs[1 : 1 + n], iter(outputs[1 + n :])
-    dq, dk, dv = [], [[] for _ in range(n)], [[] for _ in range(n)]
+    dq: list[mx.array] = []
+    dk: list[list[mx.array]] = [[] for _ in range(n)]
+    dv: list[list[mx.array]] = [[] for _ in range(n)]
     for i in range(n):
         d = _alone(d_outs[i] / totals[i])
         inner = (d * outs[i]).sum(axis=-1)[:, :, None]
@@ -196,7 +201,7 @@ def _blocked_attention_backward(primals, cotangents, outputs):
     return _join(dq), *(_join([functools.reduce(mx.add, parts) for parts in d]) for d in (dk, dv))
 
 
-@mx.custom_function
+@custom_function
 def added(x: mx.array, bias: mx.array) -> mx.array:
     """x + bias in the dtype of x, for x [..., d] and an fp32 bias [d], whose gradient is summed in fp32: autodiff would
     sum that of x over all tokens in bf16."""
@@ -208,7 +213,7 @@ def _added_backward(primals, cotangent, _):
     return cotangent, _over_tokens(cotangent).astype(primals[1].dtype)
 
 
-@mx.custom_function
+@custom_function
 def scaled(x: mx.array, weight: mx.array) -> mx.array:
     """x * weight in the dtype of x, for x [..., d] and an fp32 weight [d], whose gradient is summed in fp32."""
     return x * weight.astype(x.dtype)

@@ -14,9 +14,9 @@ from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slm.errors import SlmError
+from mlx_slm.machine.trees import flat, nested
 from mlx_slm.models.families import FAMILIES
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import initialise, parameter_shapes
@@ -76,7 +76,7 @@ class ProjectedShape:
         small = len(self.matrices) * self.m * self.h + self.k * self.m
         return self.base.num_parameters + self.projected_parameters * (self.h - 1) + small
 
-    def flops_per_token(self, tokens_per_group: int) -> float:
+    def flops_per_token(self, tokens_per_group: float) -> float:
         """Training FLOPs of a token: those of an expert, and 6 h P a group for projecting there and back."""
         return self.base.flops_per_token + 6 * self.h * self.projected_parameters / tokens_per_group
 
@@ -94,7 +94,7 @@ def initialise_network(shape: ProjectedShape, settings: NetworkSettings, seed: i
     tokens, so experts that begin far apart learn less than one model would (NOTES). `random`: E and T as a linear layer
     would have them, with W_i of the usual scale.
     """
-    plain = dict(tree_flatten(start or initialise(shape.base, seed)))
+    plain = flat(start or initialise(shape.base, seed))
     keys = mx.random.split(mx.random.key(seed + 1), 1 + len(shape.matrices))
     h, k, m = shape.h, shape.k, shape.m
     noise = mx.random.normal((k, m), key=keys[0])
@@ -109,7 +109,7 @@ def initialise_network(shape: ProjectedShape, settings: NetworkSettings, seed: i
         rest = (h - 1, *first.shape)
         scale = 0.0 if anchored else float(np.std(np.array(first), dtype=np.float64))
         T[name] = mx.concatenate([first[None], scale * mx.random.normal(rest, key=key)])
-    return {"shared": tree_unflatten(list(plain.items())), "E": E, "M": M, "T": T}
+    return {"shared": nested(plain), "E": E, "M": M, "T": T}
 
 
 def network_shapes(shape: ProjectedShape) -> dict[str, tuple[int, ...]]:
@@ -124,7 +124,7 @@ def network_shapes(shape: ProjectedShape) -> dict[str, tuple[int, ...]]:
 
 def network_of(tree: dict) -> dict:
     """A network's parameters (or moments) as they are after loading, with the matrices of M and T by name again."""
-    return tree | {part: dict(tree_flatten(tree[part])) for part in "MT"}
+    return tree | {part: flat(tree[part]) for part in "MT"}
 
 
 def tensor_rate(parameters: dict) -> float:
@@ -132,7 +132,7 @@ def tensor_rate(parameters: dict) -> float:
     rate * sum_r |c_ir|. With this factor on the rate of T, experts move as fast as a plain matrix does."""
     found = coefficients(parameters, parameters["E"])
     sums = mx.stack([mx.abs(c).sum(axis=1).mean() for c in found.values()])
-    return 1 / sums.mean().item()
+    return 1 / float(np.array(sums.mean()))
 
 
 def coefficients(parameters: dict, experts: mx.array) -> dict[str, mx.array]:
@@ -151,8 +151,8 @@ def stacked(parameters: dict, ids: mx.array) -> dict:
     ids: int [groups], the expert of each group. The rows of a batch are then the groups, one after the other.
     """
     found = coefficients(parameters, parameters["E"][ids])
-    weights = [(name, combined(parameters["T"][name], c)) for name, c in found.items()]
-    return tree_unflatten(tree_flatten(parameters["shared"]) + weights)
+    weights = {name: combined(parameters["T"][name], c) for name, c in found.items()}
+    return nested(flat(parameters["shared"]) | weights)
 
 
 def expert(parameters: dict, which: int | np.ndarray) -> dict:
@@ -168,8 +168,8 @@ def expert(parameters: dict, which: int | np.ndarray) -> dict:
     else:
         row = mx.array(checked_histogram(which, len(E)).astype(np.float32)) @ E
     found = coefficients(parameters, row[None])
-    weights = [(name, combined(parameters["T"][name], c)[0]) for name, c in found.items()]
-    return tree_unflatten(tree_flatten(parameters["shared"]) + weights)
+    weights = {name: combined(parameters["T"][name], c)[0] for name, c in found.items()}
+    return nested(flat(parameters["shared"]) | weights)
 
 
 def checked_histogram(histogram: np.ndarray, k: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_slm.models import llama
 from mlx_slm.models.family import Family
@@ -20,11 +21,11 @@ class Attention(llama.Attention):
         self.q_norm = RMSNorm(shape.head_dims, eps=shape.norm_eps)
         self.k_norm = RMSNorm(shape.head_dims, eps=shape.norm_eps)
 
-    def queries(self, x: mx.array) -> mx.array:
-        return self.q_norm(super().queries(x))
+    def project_queries(self, x: mx.array) -> mx.array:
+        return self.q_norm(super().project_queries(x))
 
-    def keys(self, x: mx.array) -> mx.array:
-        return self.k_norm(super().keys(x))
+    def project_keys(self, x: mx.array) -> mx.array:
+        return self.k_norm(super().project_keys(x))
 
 
 class Body(llama.Body):
@@ -33,8 +34,11 @@ class Body(llama.Body):
 
 class Qwen3(llama.Llama):
     name, summary = "qwen3", "as llama, with normalised queries and keys and head_dims of its own"
-    body, architecture = Body, "Qwen3ForCausalLM"
+    architecture = "Qwen3ForCausalLM"
     computes: ClassVar = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
+
+    def body(self, shape: Shape) -> nn.Module:
+        return Body(shape)
 
     def check(self, of: Heads) -> None:
         head_dims = of.head_dims or of.dims // of.num_heads

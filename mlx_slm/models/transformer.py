@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_map_with_path
 
+from mlx_slm.machine.trees import flat, nested
 from mlx_slm.models.families import FAMILIES
 from mlx_slm.models.shape import Shape
 
@@ -69,7 +70,7 @@ def run_checkpointed(layer: nn.Module, x: mx.array) -> mx.array:
 
 def parameter_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Shapes of a transformer's parameters by their flat names."""
-    return {name: value.shape for name, value in tree_flatten(Transformer(shape).parameters())}
+    return {name: value.shape for name, value in flat(Transformer(shape).parameters()).items()}
 
 
 def initialise(shape: Shape, seed: int) -> dict:
@@ -79,7 +80,7 @@ def initialise(shape: Shape, seed: int) -> dict:
     into_residual = FAMILIES[shape.family].into_residual
     key = mx.random.key(seed)
     found = []
-    for name, value in sorted(tree_flatten(Transformer(shape).parameters())):
+    for name, value in sorted(flat(Transformer(shape).parameters()).items(), key=lambda item: item[0]):
         module, kind = name.split(".")[-2:]
         if kind == "bias":
             made = mx.zeros(value.shape)
@@ -90,4 +91,4 @@ def initialise(shape: Shape, seed: int) -> dict:
             scale = 0.02 / ((2 * shape.num_layers) ** 0.5 if module in into_residual else 1.0)
             made = mx.random.normal(value.shape, scale=scale, key=use)
         found.append((name, made))
-    return tree_unflatten(found)
+    return nested(found)

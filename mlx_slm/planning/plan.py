@@ -74,8 +74,11 @@ def make_plan(project: Project, budgets: Budgets, domain: str | None = None) -> 
     memory = {method.name: method.memory(models) for method in METHODS}
     allowed = _largest_allowed(budgets, models.small, models.large, report)
     shapes = {method.name: method.shape(models) for method in METHODS}
-    against = {name: _against(shapes[name], costs[name], memory[name], allowed, budgets) for name in costs}
-    against = {name: reason for name, reason in against.items() if reason}
+    against = {
+        name: reason
+        for name in costs
+        if (reason := _against(shapes[name], costs[name], memory[name], allowed, budgets))
+    }
     chosen, reason = recommend(costs, budgets.domains, against)
     rows = [
         {

@@ -30,7 +30,7 @@ def recommend(costs: dict[str, Cost], domains: int, against: dict[str, str]) -> 
         if Small.name in against:
             raise SlmError(f"no method fits: {against[Small.name]}; give more, or choose a smaller model")
         return Small.name, f"{NAMES[sampled]}: {against[sampled]}; {NAMES[network]}: {against[network]}"
-    if sampled in against:
+    if sampled in against and shared:
         return shared, f"{NAMES[sampled]}: {against[sampled]}; {NAMES[shared]} serves every domain (Fig. 1)"
     if shared is None:
         return sampled, f"{NAMES[network]}: {against[network]}; {NAMES[sampled]} needs the small model alone (Fig. 1)"

@@ -91,7 +91,7 @@ def _horizon_tokens(project: Project, path: Path, shape: Shape, slowdown: float,
         return training.steps * training.batch_rows * shape.context_length
     if training.tokens:
         return training.tokens
-    if training.passes:
+    if training.hours is None:
         return None
     file = path.parent / f".{path.name}.horizons.json"
     key = f"{training.hours:g} {fingerprint([shape.to_dict(), slowdown])[:12]}"

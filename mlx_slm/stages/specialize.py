@@ -21,6 +21,7 @@ from mlx_slm.finetuning.finetune import Finetuning, choose_recipe, schedule_of
 from mlx_slm.methods import METHODS, find_method
 from mlx_slm.methods.plain import Small
 from mlx_slm.methods.requests import SCRATCH, Specialisation
+from mlx_slm.methods.scratch import Scratch
 from mlx_slm.methods.starts import Start
 from mlx_slm.models.shape import Shape
 from mlx_slm.project import Project
@@ -44,12 +45,12 @@ def specialize(project: Project, request: Specialisation) -> Run:
     start, tokens = _resolved(project, request)
     named = sources_of(name, list(request.sources), workspace, config)
     domain = domain_set(project, name, tokens, named if request.sources else [])
-    for pretrained in start.runs(project):
+    for pretrained in start.runs():
         _require_fit(pretrained, domain, report)
     start = start.ready(lambda teacher, run: _tuned_teacher(project, domain, teacher, run))
     tokenizer = open_tokenizer(workspace.tokenizer)
     shape = start.shape(config, tokenizer.vocab_size, domain.store.context_length)
-    recipe = choose_recipe(config.finetuning, tokens or domain.num_tokens, start.source is None)
+    recipe = choose_recipe(config.finetuning, tokens or domain.num_tokens, start.is_from_scratch)
     rate = start.rate * (config.finetuning.learning_rate or config.training.learning_rate * recipe.rate)
     inputs = {
         "method": start.method,
@@ -81,13 +82,12 @@ def specialize(project: Project, request: Specialisation) -> Run:
 def _resolved(project: Project, request: Specialisation) -> tuple[Start, int | None]:
     """(what it starts from, the size of the domain set)."""
     workspace = project.workspace
-    from_scratch = request.source == SCRATCH
-    source = None if from_scratch else find_source(workspace, request.source or default_run(workspace, Small.name))
     claiming = next((method for method in reversed(METHODS) if method.claims(request)), None)
-    method = claiming or find_method(source.record["method"])
-    start = method.start(project, request, source)
-    tokens = _sampled_tokens(source, request, project.report) if source else request.tokens
-    return start, tokens
+    if request.source == SCRATCH:
+        return (claiming or find_method(Scratch.name)).start(project, request, None), request.tokens
+    source = find_source(workspace, request.source or default_run(workspace, Small.name))
+    start = (claiming or find_method(source.record["method"])).start(project, request, source)
+    return start, _sampled_tokens(source, request, project.report)
 
 
 def _job(project: Project, domain: DomainSet, shape: Shape, recipe: Recipe, rate: float) -> tuple[Finetuning, str]:

@@ -6,23 +6,23 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slm.files import require_safetensors, write_arrays
+from mlx_slm.machine.trees import flat, nested
 
 
 def save_arrays(path: Path, tree: dict, metadata: dict[str, str] | None = None) -> None:
     """Write a nested dict of arrays as safetensors; raises OSError where the disk does not take it."""
-    arrays = {name: np.ascontiguousarray(np.array(value, copy=False)) for name, value in tree_flatten(tree)}
+    arrays = {name: np.ascontiguousarray(np.array(value, copy=False)) for name, value in flat(tree).items()}
     write_arrays(path, arrays, metadata)
 
 
 def load_arrays(path: Path) -> dict:
     """Read safetensors as a nested dict of arrays."""
-    return tree_unflatten(list(read_safetensors(path).items()))
+    return nested(read_safetensors(path))
 
 
 def read_safetensors(path: Path) -> dict[str, mx.array]:
     """Arrays by name; raises SlmError, naming the file, for one that cannot be read."""
     require_safetensors(path)
-    return mx.load(str(path))
+    return dict(mx.load(str(path)))  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ class FileEntry(BaseModel):
     def one_checksum(self) -> FileEntry:
         if (self.sha256 is None) == (self.crc32 is None) or (self.crc32 is None) != (self.block is None):
             raise ValueError("a file has a sha256, or a crc32 for each block")
-        if self.crc32 is not None and len(self.crc32) != -(-self.bytes // self.block):
+        if self.crc32 is not None and self.block and len(self.crc32) != -(-self.bytes // self.block):
             raise ValueError("the number of checksums is not that of the blocks")
         return self
 

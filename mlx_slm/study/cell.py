@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cached_property
@@ -48,7 +49,8 @@ class Study:
 
     def prepare(self) -> None:
         """Prepare and cluster what was not; raises SlmError, before any training, for cells that cannot be done."""
-        config, sizes = self.config, {}
+        config = self.config
+        sizes: dict[str, int] = {}
         for cell in self.cells:
             sizes[cell.domain] = max(cell.domain_tokens, sizes.get(cell.domain, 0))
         self._check(sizes)
@@ -130,12 +132,10 @@ class Study:
         method = find_method(cell.method)
         if method.teaches:
             name = name_of_teacher(find_run(self.workspace, starts[0]), cell.domain, cell.domain_tokens)
-        more = {"tokens": cell.domain_tokens, "name": name, "select": cell.select}
-        more |= method.specialisation(self.config, starts)
-        tuned = specialize(
-            Project(self.workspace, self._config(cell), self.report),
-            Specialisation(cell.domain, starts[0] if starts else SCRATCH, **more),
-        )
+        start = starts[0] if starts else SCRATCH
+        request = Specialisation(cell.domain, start, cell.domain_tokens, name, select=cell.select)
+        request = dataclasses.replace(request, **method.specialisation(self.config, starts))
+        tuned = specialize(Project(self.workspace, self._config(cell), self.report), request)
         generic = before = None
         if starts:
             generic = self._score(starts[0], self.config.data.generic, "valid", self.config.training.eval_tokens)
@@ -148,7 +148,7 @@ class Study:
             "generic": generic,
             "pretrained": before,
             "specialized": self._score(tuned.name, cell.domain, "test"),
-            "pretraining": _sum([_cost_at(run, budget) for run, budget in bases]),
+            "pretraining": _sum([_cost_at(run, budget) for run, budget in bases]) if bases else None,
             "specialization": _specialization_cost(self.workspace, tuned),
             "curve": _curve(tuned),
             "selection": tuned.record.get("selection"),
@@ -159,8 +159,8 @@ class Study:
         """The configuration for a cell, and for the pretraining of `method`: one long run with the budgets as its
         milestones."""
         config, seed = self.config, {"seed": cell.seed}
-        changes = {"finetuning": config.finetuning.model_copy(update=seed)}
-        horizon = {}
+        changes: dict = {"finetuning": config.finetuning.model_copy(update=seed)}
+        horizon: dict = {}
         if method:
             budgets = self.budgets[method]
             horizon = dict.fromkeys(("steps", "passes", "hours")) | {"tokens": budgets[-1]}
@@ -221,8 +221,8 @@ def _expert(tuned: Run) -> str | None:
 COSTS = ("tokens", "seconds", "flops")
 
 
-def _sum(costs: list[dict]) -> dict | None:
-    return {key: sum(cost[key] for cost in costs) for key in COSTS} if costs else None
+def _sum(costs: list[dict]) -> dict:
+    return {key: sum(cost[key] for cost in costs) for key in COSTS}
 
 
 def _cost_at(run: Run, budget: int | None) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_slm.fields import format_size
 from mlx_slm.figures import new_figure, save_figure
 from mlx_slm.methods import Method, find_method
-from mlx_slm.study.tables import DOMAINS_SHOWN, by_method, cost_of, grouped, label, macro, size_of_all
+from mlx_slm.study.tables import DOMAINS_SHOWN, by_method, cost_of, grouped, label, of_seeds, size_of_all
 
 DASHES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 
@@ -98,7 +98,7 @@ def _against(rows: list[dict], name: str, results: Path, what: str, x_label: str
         at = _on_all_domains([row for row in rows if row["domain_tokens"] == size])
         for method, of_method in grouped(at, label).items():
             points = grouped(of_method, lambda row: row["budget"] or 0)
-            found = [macro(points[budget], "specialized") for budget in sorted(points)]
+            found = [of_seeds(points[budget], "specialized") for budget in sorted(points)]
             if not of_method[0]["budget"]:
                 axis.axhline(found[0][0], **looks[method] | {"marker": None})
                 continue
@@ -137,7 +137,7 @@ def _by_domains(rows: list[dict], name: str, results: Path) -> Path:
         for method, of_method in grouped(at, label).items():
             points = grouped(of_method, lambda row: row["budget"])
             xs = [cost_of(points[budget], "flops").total(count) / 1e12 for budget in sorted(points)]
-            ys = [macro(points[budget], "specialized")[0] for budget in sorted(points)]
+            ys = [of_seeds(points[budget], "specialized")[0] for budget in sorted(points)]
             axis.plot(xs, ys, **looks[method])
         axis.set(xscale="log", yscale="log", xlabel="TFLOPs for all of them (Eq. 1)")
         _plain_numbers(axis)
@@ -169,7 +169,7 @@ def _by_clusters(of_method: list[dict], name: str, results: Path, method: Method
     figure, axes = _panels([method.label], "perplexity, fine-tuned")
     for (domain, size, select, budget), found in shown.items():
         points = grouped(found, lambda row: row["k"])
-        scores = [macro(points[k], "specialized") for k in sorted(points)]
+        scores = [of_seeds(points[k], "specialized") for k in sorted(points)]
         text = ", ".join(filter(None, [domain, f"{format_size(size)} tokens", select, f"after {format_size(budget)}"]))
         axes[0].errorbar(
             sorted(points), [s[0] for s in scores], [s[1] for s in scores], marker="o", capsize=2, label=text

@@ -31,9 +31,11 @@ class Cell:
     @property
     def name(self) -> str:
         """Tells it from the others of its study."""
-        parts = [self.method, self.k and f"k{self.k}", self.select, self.budget and format_size(self.budget)]
-        parts += [self.teacher_budget and f"t{format_size(self.teacher_budget)}", self.domain]
-        return "-".join([*filter(None, parts), format_size(self.domain_tokens), f"s{self.seed}"])
+        parts = [self.method, f"k{self.k}" if self.k else "", self.select or ""]
+        parts.append(format_size(self.budget) if self.budget else "")
+        parts.append(f"t{format_size(self.teacher_budget)}" if self.teacher_budget else "")
+        parts += [self.domain, format_size(self.domain_tokens), f"s{self.seed}"]
+        return "-".join(part for part in parts if part)
 
     @property
     def pretrained(self) -> dict[str, int]:

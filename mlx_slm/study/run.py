@@ -42,7 +42,7 @@ def run_study(study: Study, jobs: int = 1, command: list[str] | None = None) -> 
     if todo := _left(study):
         _announce(study, todo)
     if jobs > 1 and todo:
-        _share(study, min(jobs, len(todo)), command)
+        _share(study, min(jobs, len(todo)), command or [])
     else:
         _work(study)
     rows = read_rows(study)
@@ -119,14 +119,15 @@ def _announce(study: Study, todo: list[Cell]) -> None:
 def _share(study: Study, jobs: int, command: list[str]) -> None:
     """Let `jobs` processes do the cells, each on its part of the cores, and tell of each row that comes in."""
     workers: dict[Path, subprocess.Popen] = {}
-    told, ended = set(read_rows(study)), []
+    told = set(read_rows(study))
+    ended: list[Path] = []
     try:
         for number, cores in enumerate(_parts_of_cores(jobs), 1):
             path = study.file.with_name(f"{study.name}-job{number}.log")
-            with open(path, "w") as log, _on_cores(cores):
+            with open(path, "w") as output, _on_cores(cores):
                 workers[path] = subprocess.Popen(
                     [sys.executable, "-m", "mlx_slm", *command],
-                    stdout=log,
+                    stdout=output,
                     stderr=subprocess.STDOUT,
                     env=os.environ | runtime.same_blas() | {runtime.PARENT: str(os.getpid())},
                 )

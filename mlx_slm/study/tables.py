@@ -24,13 +24,16 @@ def label(row: dict) -> str:
 
 
 def macro(rows: Iterable[dict], stage: str) -> tuple[float, float, int] | None:
-    """(mean, half the range, seeds) of the macro perplexity over domains; None for a stage that was not scored."""
+    """`of_seeds` of the rows that have the stage; None for a stage that was not scored."""
+    scored = [row for row in rows if row[stage]]
+    return of_seeds(scored, stage) if scored else None
+
+
+def of_seeds(rows: Iterable[dict], stage: str) -> tuple[float, float, int]:
+    """(mean, half the range, seeds) of the macro perplexity over domains."""
     by_seed = defaultdict(list)
     for row in rows:
-        if row[stage]:
-            by_seed[row["seed"]].append(row[stage]["nll"])
-    if not by_seed:
-        return None
+        by_seed[row["seed"]].append(row[stage]["nll"])
     found = [perplexity(statistics.fmean(nll)) for nll in by_seed.values()]
     return statistics.fmean(found), (max(found) - min(found)) / 2, len(found)
 

@@ -36,7 +36,7 @@ class Documents:
     """
 
     def __init__(self, sources: list[Source], config: Config, reading: Reading, training: bytes | None = None):
-        self.sources = sorted(sources, key=lambda s: {"test": 0, "valid": 1}.get(s.split, 2))
+        self.sources = sorted(sources, key=lambda s: {"test": 0, "valid": 1}.get(s.split or "", 2))
         self.reading, self.counts = reading, Counts()
         self._config, self._data, self._training = config, config.data, training
         self._nearest: bytes | None = None

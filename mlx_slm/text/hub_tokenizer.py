@@ -13,13 +13,13 @@ from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged, load_tokenizer_json, read_json
 from mlx_slm.storage.artifacts import load_manifest, new_artifact, sha256, verify
 from mlx_slm.storage.forms import ConfigForm, TokenizerSettings
-from mlx_slm.text.tokenizer import FILES, KIND, MODEL_FILE, SPACE, Tokenizer
+from mlx_slm.text.tokenizer import FILES, KIND, MODEL_FILE, SPACE, Tokenizer, TrainedTokenizer
 
 JSON_FILE, CONFIG_FILE = FILES
 
 
-class HuggingFaceTokenizer:
-    """The same interface as `Tokenizer`. Special tokens that are written out in a text are encoded as text."""
+class HuggingFaceTokenizer(Tokenizer):
+    """One that came with a model. Special tokens that are written out in a text are encoded as text."""
 
     files = FILES
 
@@ -39,14 +39,12 @@ class HuggingFaceTokenizer:
         self.token_bytes = self._token_bytes()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, without special ids."""
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def decode_all(self, batch: list[list[int]]) -> list[str]:
-        """Texts of many lists of ids."""
         return self._tokenizer.decode_batch(batch, skip_special_tokens=True)
 
     def _token_bytes(self) -> np.ndarray:
@@ -69,15 +67,15 @@ class HuggingFaceTokenizer:
         return found
 
 
-def open_tokenizer(directory: Path) -> Tokenizer | HuggingFaceTokenizer:
+def open_tokenizer(directory: Path) -> Tokenizer:
     """The workspace's tokenizer, trained or taken from a model."""
     files = load_manifest(directory, KIND)["files"]
     if JSON_FILE not in files or not all("sha256" in entry for entry in files.values()):
         raise Damaged(f"{directory} is not a tokenizer with its {JSON_FILE}; remove it and make it again")
-    return Tokenizer(directory) if MODEL_FILE in files else HuggingFaceTokenizer(directory)
+    return TrainedTokenizer(directory) if MODEL_FILE in files else HuggingFaceTokenizer(directory)
 
 
-def import_tokenizer(model: Path, directory: Path, inputs: dict) -> Tokenizer | HuggingFaceTokenizer:
+def import_tokenizer(model: Path, directory: Path, inputs: dict) -> Tokenizer:
     """Write the tokenizer of a model directory to `directory`; one that we exported stays a sentencepiece model.
 
     Raises SlmError if there is no tokenizer.json, or no end-of-text token.

@@ -66,6 +66,14 @@ def kind_of(path: Path) -> Kind | None:
     return Kind(SUFFIXES[last], compression, DELIMITERS.get(last))
 
 
+def known_kind(path: Path) -> Kind:
+    """The kind of a file that is read; raises SlmError for another one."""
+    found = kind_of(path)
+    if found is None:
+        raise SlmError(f"{path}: not a kind of file that is read ({known_kinds()})")
+    return found
+
+
 def known_kinds() -> str:
     return " ".join(sorted(SUFFIXES)) + ", each but parquet also .gz and .zst"
 
@@ -83,7 +91,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     A stream that ends early raises EOFError. Raises SlmError, with what it looks like, for another encoding.
     """
     with io.BufferedReader(open_regular(path), 1 << 18) as raw:
-        compression = kind_of(path).compression
+        compression = known_kind(path).compression
         _require_compression(path, compression, raw.peek(4)[:4])
         stream: io.BufferedIOBase = raw
         if compression == ".gz":

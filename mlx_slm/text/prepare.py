@@ -91,7 +91,7 @@ def ensure_set(project: Project, name: str, limit: int | None = None) -> None:
             f"{', '.join(sources)}: how much of it? set data.limit (such as --set data.limit=5G), or prepare it first: "
             f"mlx-slm prepare {name} --limit 5G"
         )
-    if streamed:
+    if streamed and limit:
         report.line(f"streaming {limit / 1e9:.2g} GB of text")
         if limit > 1e9 and not report.confirm("start the download?"):
             raise Interrupted("not started; nothing was downloaded")

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from mlx_slm.errors import SlmError
 from mlx_slm.files import parse_json
-from mlx_slm.text.kinds import FOREIGN, kind_of, looks_like, not_utf8, opened
+from mlx_slm.text.kinds import FOREIGN, known_kind, looks_like, not_utf8, opened
 
 LONG_TEXT, TEXT_PART = 100_000, 20_000
 MAX_DOCUMENT = 16 << 20
@@ -67,7 +67,7 @@ def read_file(path: Path, reading: Reading) -> Iterator[str]:
 
     reader = {"text": _read_text, "json": _read_json, "table": _read_table, "parquet": _read_parquet}
     try:
-        for document in reader[kind_of(path).reader](path, reading):
+        for document in reader[known_kind(path).reader](path, reading):
             if document and not document.isspace():
                 yield document
         reading.bytes_read += path.stat().st_size
@@ -229,7 +229,7 @@ def _bounded(lines: Iterator[str], path: Path, reading: Reading) -> Iterator[str
 
 def _delimiter(header: str, path: Path, reading: Reading) -> str:
     """The delimiter that the name says, or the one of , ; tab | with which the header has the field."""
-    named = kind_of(path).delimiter
+    named = known_kind(path).delimiter or ","
     for delimiter in (named, ",", ";", "\t", "|"):
         if reading.text_field in next(csv.reader([header.rstrip("\r\n")], delimiter=delimiter), []):
             return delimiter

@@ -116,6 +116,7 @@ def _start_worker(directory: Path, parent: int) -> None:
 
 
 def _write_shard_in_worker(texts: list[str], path: Path) -> None:
+    assert _worker_tokenizer is not None
     write_shard(texts, _worker_tokenizer, path)
 
 

@@ -10,8 +10,10 @@ import heapq
 import io
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import sentencepiece
@@ -30,8 +32,32 @@ PIECE_BYTES = 4000
 MODEL_BYTES = 256 << 20
 
 
-class Tokenizer:
-    """A trained tokenizer. `token_bytes` is uint8 [vocab_size]: the UTF-8 bytes of text that each id stands for."""
+class Tokenizer(ABC):
+    """Text <-> ids. `token_bytes` is uint8 [vocab_size]: the UTF-8 bytes of text that each id stands for."""
+
+    files: ClassVar[tuple[str, ...]]
+    directory: Path
+    manifest: dict
+    fingerprint: str
+    vocab_size: int
+    eos_id: int
+    token_bytes: np.ndarray
+
+    @abstractmethod
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, without special ids."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids."""
+
+    @abstractmethod
+    def decode_all(self, batch: list[list[int]]) -> list[str]:
+        """Texts of many lists of ids."""
+
+
+class TrainedTokenizer(Tokenizer):
+    """sentencepiece's, trained on the generic set."""
 
     files = (MODEL_FILE, *FILES)
 
@@ -54,14 +80,12 @@ class Tokenizer:
         self.token_bytes = np.array([self._bytes(i) for i in range(self.vocab_size)], np.uint8)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, without special ids."""
         return self._model.encode(texts, out_type=int, num_threads=1)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids])
 
     def decode_all(self, batch: list[list[int]]) -> list[str]:
-        """Texts of many lists of ids."""
         return self._model.decode(batch)
 
     def _bytes(self, index: int) -> int:
@@ -97,7 +121,8 @@ def pieces(text: str, limit: int = PIECE_BYTES) -> Iterator[str]:
 
     sentencepiece's trainer silently skips anything longer than its `max_sentence_length`.
     """
-    part, size = [], 0
+    part: list[str] = []
+    size = 0
     for unit in re.findall(r"[^\n ]*[\n ]+|[^\n ]+", text):
         for chunk in (unit[i : i + limit // 4] for i in range(0, len(unit), limit // 4)):
             length = len(chunk.encode())
@@ -148,7 +173,7 @@ def train_tokenizer(directory: Path, texts: list[str], config: TokenizerConfig, 
         (path / MODEL_FILE).write_bytes(buffer.getvalue())
         write_huggingface(model, path)
         info.update(vocab_size=model.get_piece_size(), trained_on_bytes=sum(len(text.encode()) for text in texts))
-    return Tokenizer(directory)
+    return TrainedTokenizer(directory)
 
 
 def _explain_training(message: str, vocab_size: int, size: int) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlx_slm.machine import runtime, sums
-from mlx_slm.models.ops import exp_shifted
+from mlx_slm.models.ops import custom_function, exp_shifted
 from mlx_slm.models.transformer import Transformer
 
 CHUNK_LOGITS, CHUNK_ROWS, CHUNK_ROWS_ON_GPU = 2 << 20, 256, 2048
@@ -52,13 +52,14 @@ def chunked_loss(chunk: Callable, hidden: mx.array, head: mx.array, sliced: tupl
     h of hidden [N, D], parts of `sliced` (arrays of N rows). Head and `fixed` are whole.
     """
 
-    @mx.custom_function
+    @custom_function
     def run(hidden, head, *others):
         head, fixed = head.astype(hidden.dtype), others[len(sliced) :]
-        loss, d_head, d_hidden = mx.zeros((), mx.float32), None, []
+        loss, d_head = mx.zeros((), mx.float32), None
+        d_hidden: list[mx.array] = []
         for start in range(0, len(hidden), rows):
             h, *parts = (each[start : start + rows] for each in (hidden, *others[: len(sliced)]))
-            if d_hidden:  # without this the scheduler keeps the logits of all chunks
+            if d_head is not None:  # without this the scheduler keeps the logits of all chunks
                 h, *parts = mx.depends([h, *parts], [d_head, d_hidden[-1], loss])
             value, dh, dw = chunk(h, head, *parts, *fixed)
             loss = loss + value
@@ -90,7 +91,7 @@ def _chunk(h: mx.array, head: mx.array, t: mx.array, w: mx.array) -> tuple[mx.ar
 def token_nll(hidden: mx.array, head: mx.array, targets: mx.array, rows: int | None = None) -> mx.array:
     """Negative log-likelihood in nats of each target, fp32 [N], to 2e-6; forward only. Shapes as above."""
     rows = rows or chunk_rows(len(targets), len(head))
-    head, found = head.astype(hidden.dtype), []
+    head, found = head.astype(hidden.dtype), list[mx.array]()
     for start in range(0, len(targets), rows):
         h, t = hidden[start : start + rows], targets[start : start + rows]
         if found:

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from mlx_slm.config.schema import TrainingConfig
 from mlx_slm.machine import sums
+from mlx_slm.machine.trees import flat
 
 OPTIMIZER_FIELDS = ("betas", "eps", "weight_decay", "clip_norm")
 """The fields of the section `training` that specialisation takes over."""
@@ -75,9 +76,10 @@ class AdamW:
 
     def moved_tree(self, parameters: dict, m: dict, v: dict, gradients: dict, now: dict) -> tuple[dict, dict, dict]:
         """`moved` for every tensor of a tree: (parameters, m, v)."""
-        moved = tree_map(lambda *leaves: self.moved(*leaves, now), parameters, m, v, gradients)
+        moved = tree_map(lambda p, m, v, g: self.moved(p, m, v, g, now), parameters, m, v, gradients)
         is_leaf = lambda x: isinstance(x, tuple)  # noqa: E731
-        return tuple(tree_map(lambda x, i=i: x[i], moved, is_leaf=is_leaf) for i in range(3))
+        p, m, v = (tree_map(lambda x, i=i: x[i], moved, is_leaf=is_leaf) for i in range(3))
+        return p, m, v
 
     def moved(self, p: mx.array, m: mx.array, v: mx.array, g: mx.array, now: dict, factor: float = 1.0) -> tuple:
         """(parameter, moments) of one tensor after its step, at `factor` times the rate; as they were if not `good`."""
@@ -90,7 +92,7 @@ class AdamW:
 
 def global_norm(tree: dict) -> mx.array:
     """L2 norm over all tensors, the same to the bit whatever their order in the tree; exact to 1e-5 (`sums`)."""
-    return mx.sqrt(sums.sum_of_squares(g for _, g in sorted(tree_flatten(tree), key=lambda item: item[0])))
+    return mx.sqrt(sums.sum_of_squares(g for _, g in sorted(flat(tree).items(), key=lambda item: item[0])))
 
 
 def learning_rate(step: int, base: float, warmup: int, schedule: str, steps: int) -> float:

@@ -11,13 +11,14 @@ dT of all matrices would double the memory of the network; of one matrix at a ti
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slm.config.schema import ProjectionConfig, TrainingConfig
 from mlx_slm.machine import runtime, sums
+from mlx_slm.machine.trees import flat, nested
 from mlx_slm.models.projected import ProjectedShape, coefficients, combined, network_of
 from mlx_slm.models.transformer import Transformer, for_products
 from mlx_slm.training.loss import next_token_loss
@@ -64,7 +65,8 @@ class ProjectedStep:
         ids = mx.array(clusters)
         E, M, T = (self.parameters[part] for part in "EMT")
         C = coefficients(self.parameters, E[ids])
-        loss = shared = None
+        loss: Any = None
+        shared: Any = None
         stacks: dict[str, list[mx.array]] = {name: [] for name in T}
         for start in range(0, groups, self.micro_groups):
             chosen = np.arange(start, min(start + self.micro_groups, groups))
@@ -83,15 +85,20 @@ class ProjectedStep:
                 mx.async_eval(loss, shared, stacks)
         dW = {name: mx.concatenate(parts) for name, parts in stacks.items()}
         dE, dM, norm = self._chain({"E": E, "M": M, "T": T}, C, dW, ids, shared)
-        total, rate = mx.array(float(weights.sum())), mx.array(rate)
+        total = mx.array(float(weights.sum()))
         gradients = {"shared": shared, "E": dE, "M": dM}
         mx.async_eval(dW, dE, dM, shared, norm, loss)
         small, moments, norm, now = self._small(
-            self._without_tensors(self.parameters), self._small_moments(), gradients, norm, (total, loss, rate)
+            self._without_tensors(self.parameters),
+            self._small_moments(),
+            gradients,
+            norm,
+            (total, loss, mx.array(rate)),
         )
         mx.async_eval(small, moments, now)
         m, v = (self.moments[part]["T"] for part in "mv")
-        names, before = list(T), []
+        names = list(T)
+        before: list[tuple] = []
         for first in range(0, len(names), len(self._tensor_lanes)):
             together = names[first : first + len(self._tensor_lanes)]
             for name, (stream, moved) in zip(together, self._tensor_lanes, strict=False):
@@ -124,7 +131,7 @@ class ProjectedStep:
 
     def _loss_and_gradients(self, shared: dict, T: dict, C: dict, tokens: mx.array, weights: mx.array):
         def loss(shared, stacks):
-            parameters = tree_unflatten(tree_flatten(shared) + list(stacks.items()))
+            parameters = nested(flat(shared) | stacks)
             self.model.update(for_products(parameters, self.dtype))
             return next_token_loss(self.model, tokens, weights)
 
@@ -181,6 +188,12 @@ def resolved(config: ProjectionConfig, training: TrainingConfig, shape: Projecte
     """The section with its defaults written out: h, and the groups of rows in a step."""
     groups = config.clusters_per_step or _most_groups(training, shape)
     return config.model_copy(update={"h": shape.h, "clusters_per_step": groups})
+
+
+def resolved_groups(config: ProjectionConfig) -> int:
+    """Groups of rows in a step, of a section that is `resolved`."""
+    assert config.clusters_per_step is not None
+    return config.clusters_per_step
 
 
 def _most_groups(training: TrainingConfig, shape: ProjectedShape) -> int:

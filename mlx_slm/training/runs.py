@@ -140,6 +140,7 @@ class Run:
         """Parameters of that step, checked. If they are damaged the run counts as unfinished: its command mends it."""
         step = self.weights_step()
         try:
+            assert step is not None, "a mixture has no weights of its own"
             return checkpoint.load_weights(self.path, step)
         except SlmError as error:
             what = f"run {self.name}: {error.args[0].split('; ')[0]}; "
@@ -241,6 +242,14 @@ def open_expert(run: Run, expert: int) -> Run | None:
     """One model of a run of several; None where it was not begun."""
     path = expert_path(run.path, expert)
     return Run(path, read_run(path)) if (path / RECORD).exists() else None
+
+
+def require_expert(run: Run, expert: int) -> Run:
+    """One model of a run of several; raises SlmError where it was not begun."""
+    found = open_expert(run, expert)
+    if found is None:
+        raise SlmError(f"run {run.name} has no expert {expert} yet: run its command again, it goes on")
+    return found
 
 
 def milestone_step(tokens: int, batch_rows: int, context_length: int) -> int:

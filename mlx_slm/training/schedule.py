@@ -45,9 +45,9 @@ class State:
 
     @classmethod
     def from_json(cls, found: dict) -> State:
-        state = cls(**{k: math.inf if v is None and k in ("best_nll", "last_nll") else v for k, v in found.items()})
-        state.fall = state.fall and tuple(state.fall)
-        return state
+        values: dict = {k: math.inf if v is None and k in ("best_nll", "last_nll") else v for k, v in found.items()}
+        begun, end = values.get("fall") or (None, None)
+        return cls(**values | {"fall": None if begun is None else (begun, end)})
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -67,7 +68,8 @@ class TrainingStep:
         objective: Objective = Objective(),
     ):
         self.model, self.micro_rows, self.objective, self.optimizer = model, micro_rows, objective, optimizer
-        self.restart(parameters, moments)
+        self.parameters = parameters
+        self.moments: dict = moments or optimizer.init(parameters)
         self.dtype = runtime.compute_dtype()
         self._lanes = compiled_lanes(self._loss_and_gradients, micro_rows)
         self._update = mx.compile(optimizer.update)
@@ -80,7 +82,8 @@ class TrainingStep:
         The rows' clusters make no difference here. Returns (sum of losses, norm of the mean gradient, non-finite steps
         in a row) as arrays in flight.
         """
-        loss = gradients = None
+        loss: Any = None
+        gradients: Any = None
         for start in range(0, len(tokens), self.micro_rows):
             rows = np.arange(start, min(start + self.micro_rows, len(tokens)))
             for part, stream, gradients_of in shared_out(rows, self._lanes):
@@ -89,14 +92,14 @@ class TrainingStep:
                 loss, gradients = found if loss is None else (loss + found[0], add_trees(gradients, found[1]))
             if self.micro_rows < len(tokens):
                 mx.async_eval(loss, gradients)
-        total, rate = mx.array(float(weights.sum())), mx.array(rate)
-        self.parameters, self.moments, norm = self._update(self.parameters, self.moments, gradients, total, loss, rate)
+        total, now = mx.array(float(weights.sum())), mx.array(rate)
+        self.parameters, self.moments, norm = self._update(self.parameters, self.moments, gradients, total, loss, now)
         mx.async_eval(self.parameters, self.moments, loss, norm)
         return loss, norm, self.moments["bad"]
 
-    def restart(self, parameters: dict, moments: dict | None = None) -> None:
-        """Go on from other parameters; moments None: new ones."""
-        self.parameters, self.moments = parameters, moments or self.optimizer.init(parameters)
+    def restart(self, parameters: dict) -> None:
+        """Go on from other parameters, with new moments."""
+        self.parameters, self.moments = parameters, self.optimizer.init(parameters)
 
     def sharing_cores(self) -> AbstractContextManager:
         """Enter this around a run of steps."""

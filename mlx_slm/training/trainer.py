@@ -153,10 +153,12 @@ class Trainer:
         if not self.schedule.begin_fall(state):
             return False
         if state.second:
+            assert isinstance(self.step, TrainingStep) and self._start is not None
             self.step.restart(self._start)
-        if state.fall[1] > state.step:
+        _, end = state.fall or (0, 0)
+        if end > state.step:
             how = "again from the start, with a rate that" if state.second else "from here on the rate"
-            self.report.line(f"{how} falls to zero by step {state.fall[1]:,}")
+            self.report.line(f"{how} falls to zero by step {end:,}")
         return True
 
     def _collect(self) -> None:
@@ -239,7 +241,8 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_step == self.state.step:
             return
-        keep = {self.state.best_step, *self.schedule.milestones}
+        best = self.state.best_step
+        keep = {*self.schedule.milestones, *([] if best is None else [best])}
         checkpoint.save_checkpoint(
             self.run_directory, self.state.step, self.step.parameters, self.step.moments, self.state.to_json(), keep
         )

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from mlx_slm.errors import SlmError
-from mlx_slm.storage import workspace as w
+from mlx_slm.files import Damaged
+from mlx_slm.storage import artifacts as w
 from mlx_slm.storage.mapped import MappedFile
+from mlx_slm.storage.workspace import Workspace
 
 
 def make(path, content=b"abc", inputs=None, mapped=()):
@@ -43,7 +45,7 @@ def test_damage_is_noticed_and_named(tmp_path, harm):
         (path / "manifest.json").write_text((path / "manifest.json").read_text().replace('"n": 1', '"n": 2'))
     else:
         file.write_bytes(b"abcdeF")
-    with pytest.raises(w.Damaged, match="manifest.json" if harm == "manifest" else "a.bin"):
+    with pytest.raises(Damaged, match="manifest.json" if harm == "manifest" else "a.bin"):
         w.verify(path, w.load_manifest(path, "thing"))
 
 
@@ -64,9 +66,9 @@ def test_mapped_blocks_are_checked_when_first_touched(tmp_path):
     block = w.BLOCK // 4
     assert (mapped[: 2 * block] == values[: 2 * block]).all()
     assert mapped[-1] == values[-1]
-    with pytest.raises(w.Damaged, match="a.bin is damaged in bytes"):
+    with pytest.raises(Damaged, match="a.bin is damaged in bytes"):
         mapped[2 * block - 1 : 2 * block + 1]
-    with pytest.raises(w.Damaged):
+    with pytest.raises(Damaged):
         w.verify(tmp_path / "x", manifest)
 
 
@@ -77,7 +79,7 @@ def test_an_empty_file_can_be_mapped(tmp_path):
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "", ".", "..", "-x", ".hidden"])
 def test_names_are_not_paths(tmp_path, name):
-    made = w.Workspace(tmp_path)
+    made = Workspace(tmp_path)
     for place in (made.run, made.model, lambda n: made.data(n, "train")):
         with pytest.raises(SlmError, match="is not a name"):
             place(name)
@@ -85,7 +87,7 @@ def test_names_are_not_paths(tmp_path, name):
 
 def test_a_disk_that_ignores_case_has_one_directory_for_two_names(tmp_path, monkeypatch):
     """Imitated: the directory is found under a name that its folder does not list."""
-    workspace = w.Workspace(tmp_path)
+    workspace = Workspace(tmp_path)
     for folder in ("runs", "models", "adapters", "data"):
         (tmp_path / folder / "SLM").mkdir(parents=True)
     assert workspace.run("SLM").name == "SLM" and workspace.run("slm").name == "slm", "two where case counts"

@@ -20,7 +20,7 @@ from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text import prepare as p
 from mlx_slm.text import shards as sh
 from mlx_slm.text.store import Store, cut_windows, first_windows
-from mlx_slm.text.tokenizer import Tokenizer
+from mlx_slm.text.tokenizer import TrainedTokenizer
 
 SPLITS = ("train", "valid", "test")
 
@@ -33,7 +33,7 @@ def workspace(tmp_path, prepared) -> Workspace:
     return made
 
 
-def decoded(store: Store, tokenizer: Tokenizer) -> list[str]:
+def decoded(store: Store, tokenizer: TrainedTokenizer) -> list[str]:
     windows = store.windows[:]
     texts = []
     for document in range(store.num_documents):
@@ -121,7 +121,7 @@ def test_another_tokenizer_is_refused(workspace, tmp_path, texts, prepared):
         p.Preparation("generic", [str(source)], fresh=True),
     )
     with pytest.raises(SlmError, match=r"made by another tokenizer .*mlx-slm prepare notes --fresh"):
-        Store(prepared.data("notes", "train")).require_tokenizer(Tokenizer(workspace.tokenizer))
+        Store(prepared.data("notes", "train")).require_tokenizer(TrainedTokenizer(workspace.tokenizer))
 
 
 def test_a_domain_before_the_generic_set(tmp_path, texts, config):
@@ -172,7 +172,7 @@ def shards_of(workspace, monkeypatch):
             written.append(path.name)
             future = sh.Future()
             try:
-                future.set_result(real(texts, Tokenizer(workspace.tokenizer), path))
+                future.set_result(real(texts, TrainedTokenizer(workspace.tokenizer), path))
             except BaseException as error:
                 future.set_exception(error)
             return future

@@ -3,7 +3,7 @@ from conftest import read_jsonl
 
 from mlx_slm.config.schema import TokenizerConfig
 from mlx_slm.errors import SlmError
-from mlx_slm.text.tokenizer import Tokenizer, pieces, sample_documents, train_tokenizer
+from mlx_slm.text.tokenizer import TrainedTokenizer, pieces, sample_documents, train_tokenizer
 
 PROBES = [
     "a  b",
@@ -121,4 +121,4 @@ def test_a_damaged_tokenizer_is_noticed(tmp_path, texts):
     raw[100] ^= 1
     path.write_bytes(raw)
     with pytest.raises(SlmError, match=r"tokenizer\.json is damaged"):
-        Tokenizer(tmp_path / "t")
+        TrainedTokenizer(tmp_path / "t")
