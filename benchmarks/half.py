@@ -19,7 +19,7 @@ VOCABULARY = 1024
 
 
 def words_of_sources(files: int = 60):
-    """Ids of the words and signs of so many files of the standard library, int32; 0 for a rare one."""
+    """Ids of the words and signs of this many files of the standard library, int32; 0 for a rare one."""
     import numpy as np
 
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:files]

@@ -10,7 +10,7 @@ from benchmarks.sizes import Size
 
 
 def training(size: Size, rows: int) -> Case:
-    """A training step of the small model on so many rows."""
+    """A training step of the small model on this many rows."""
     import mlx.core as mx
 
     from mlx_slm.models.transformer import Transformer, initialise

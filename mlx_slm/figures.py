@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def new_figure(width: float, height: float):
-    """An empty figure of so many inches."""
+    """An empty figure of this many inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

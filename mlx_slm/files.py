@@ -168,7 +168,7 @@ def require_safetensors(path: Path, links: bool = True) -> None:
 
 
 def read_arrays(path: Path, wanted: dict[str, int] | None = None) -> dict[str, np.ndarray]:
-    """Arrays of a safetensors file; raises Damaged unless those of `wanted` are there, fp32 with so many axes."""
+    """Arrays of a safetensors file; raises Damaged unless those of `wanted` are there, fp32 with this many axes."""
     from safetensors.numpy import load_file
 
     require_safetensors(path)

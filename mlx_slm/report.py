@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mlx_slm.errors import Interrupted
+
 
 class Report:
     """Silent. A subclass shows stages, lines, warnings and progress."""
@@ -18,13 +20,23 @@ class Report:
 
     @contextmanager
     def progress(self, title: str, total: float | None, unit: str) -> Iterator[Callable[..., None]]:
-        """A running task; yields `advance(amount, total=None)`: so many more units are done, of a total that may have
-        been estimated anew."""
+        """A running task; yields `advance(amount, total=None)`: this many more units are done, of a total that may have
+        been estimated again."""
         yield lambda amount, total=None: None
 
     def confirm(self, question: str) -> bool:
         """Ask before long or large work. Only a terminal can say no."""
         return True
+
+
+LONG = 600
+"""Seconds of work that a user is asked about first."""
+
+
+def require_agreement(report: Report, seconds: float) -> None:
+    """Ask before work that takes long; raises Interrupted for a no."""
+    if seconds > LONG and not report.confirm("start?"):
+        raise Interrupted("not started; nothing was lost")
 
 
 class Agreed(Report):

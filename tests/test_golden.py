@@ -1,7 +1,7 @@
 """The first 20 losses of every method on fixed text and seeds, against those that are committed.
 
 On the processor and with the versions that wrote them they are the same bits; elsewhere 1e-3 apart at the most. To
-write them anew after a change that is meant to change them: `python tests/test_golden.py`.
+write them again after a change that is meant to change them: `python tests/test_golden.py`.
 """
 
 import json

@@ -94,7 +94,7 @@ def test_the_best_checkpoint_is_the_model(trained, prepared):
 def test_a_finished_run_is_not_trained_again_and_another_configuration_is_refused(own, config, report):
     before = (own.run("slm") / "run.json").stat().st_mtime_ns
     pretrain(Project(own, config, report), Pretraining("slm"))
-    assert "run slm is finished (12 steps); --fresh trains it anew" in report.lines
+    assert "run slm is finished (12 steps); --fresh trains it again" in report.lines
     assert (own.run("slm") / "run.json").stat().st_mtime_ns == before
     faster = config.model_copy(update={"training": config.training.model_copy(update={"learning_rate": 1e-2})})
     with pytest.raises(SlmError, match=r"another configuration \(training\.learning_rate 0\.003 -> 0\.01\).* --fresh"):

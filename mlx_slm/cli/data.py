@@ -11,9 +11,9 @@ from mlx_slm.cli.common import SIZE, Session, common
 @click.argument("name")
 @click.argument("sources", nargs=-1)
 @click.option("--field", help="The field that holds the text. [default: text]")
-@click.option("--limit", type=SIZE, help="Stop after so many bytes of training text, such as 500M.")
+@click.option("--limit", type=SIZE, help="Stop after this many bytes of training text, such as 500M.")
 @click.option("--strict", is_flag=True, help="Fail on invalid UTF-8 instead of replacing it.")
-@click.option("--fresh", is_flag=True, help="Make it anew, even if its inputs changed.")
+@click.option("--fresh", is_flag=True, help="Rebuild it, even if its inputs changed.")
 @common
 def prepare(session: Session, name, sources, **how) -> None:
     """Read the text of set NAME, split it by document, and tokenise it.
@@ -49,7 +49,7 @@ def prepare(session: Session, name, sources, **how) -> None:
 @click.option("--k", "counts", type=click.IntRange(1), multiple=True, help="Number of clusters; may be repeated.")
 @click.option("--encoder", help="lsi, static, a directory, or a repository on the Hub. [default: clusters.encoder]")
 @click.option("--show", is_flag=True, help="List the clusters and draw the histograms into results/.")
-@click.option("--fresh", is_flag=True, help="Cluster anew, even if the inputs changed.")
+@click.option("--fresh", is_flag=True, help="Cluster again, even if the inputs changed.")
 @common
 def cluster(session: Session, counts, encoder, show, fresh) -> None:
     """Embed the windows of the generic set, cluster them, and assign every prepared set to the clusters.

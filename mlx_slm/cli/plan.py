@@ -9,7 +9,7 @@ from mlx_slm.cli.common import HOURS, PLACE, SIZE, Session, common
 
 @click.command()
 @click.option("--generic-hours", type=HOURS, help="Hours of this machine for pretraining, shared by all domains.")
-@click.option("--specialization-hours", type=HOURS, help="At most so many hours per domain. [default: no limit]")
+@click.option("--specialization-hours", type=HOURS, help="At most this many hours per domain. [default: no limit]")
 @click.option("--sampling-hours", type=HOURS, help="Of them for an SLM-is. [default: a fifth of --generic-hours]")
 @click.option("--domains", type=click.IntRange(1), default=1, show_default=True, help="How many domains there will be.")
 @click.option("--domain-tokens", type=SIZE, default="1M", show_default=True, help="Text that a domain has.")
@@ -84,7 +84,7 @@ def _perplexity(row: dict) -> str:
     type=click.IntRange(1, 64),
     default=1,
     show_default=True,
-    help="So many processes share the cells, each on its part of the cores, and each takes memory as if it were alone. "
+    help="This many processes share the cells, each on its part of the cores, each with memory as if it were alone. "
     "On a CPU with small models one per core is fastest.",
 )
 @common

@@ -14,7 +14,7 @@ from mlx_slm.cli.common import HOURS, METHOD, NUMBERS, PLACE, SIZE, MethodOption
 
 
 @click.command()
-@click.option("--fresh", is_flag=True, help="Begin anew instead of going on from an earlier quickstart.")
+@click.option("--fresh", is_flag=True, help="Start over instead of going on from an earlier quickstart.")
 @common
 def quickstart(session: Session, fresh) -> None:
     """The whole path on text that every machine has, in minutes on two CPU cores.
@@ -60,7 +60,7 @@ def quickstart(session: Session, fresh) -> None:
     show_default=True,
 )
 @click.option("--domain", help="With --method is: the set that the generic set is resampled to look like.")
-@click.option("--domain-tokens", type=SIZE, help="Use so many tokens of the domain, such as 1M. [default: all]")
+@click.option("--domain-tokens", type=SIZE, help="Use this many tokens of the domain, such as 1M. [default: all]")
 @click.option(
     "--weights",
     type=PLACE,
@@ -76,10 +76,10 @@ def quickstart(session: Session, fresh) -> None:
     metavar="MODEL",
     help="Start from this model: a gpt2- or llama-family directory, with its tokenizer, or one of the workspace's.",
 )
-@click.option("--tokens", type=SIZE, help="Train on so many tokens (replaces the configured horizon).")
-@click.option("--hours", type=HOURS, help="Train for about so many hours on this machine.")
+@click.option("--tokens", type=SIZE, help="Train on this many tokens (replaces the configured horizon).")
+@click.option("--hours", type=HOURS, help="Train for about this many hours on this machine.")
 @click.option("--name", help="Name of the run. [default: the method, or is-<domain>-<its tokens>]")
-@click.option("--fresh", is_flag=True, help="Start anew, throwing an earlier run of this name away.")
+@click.option("--fresh", is_flag=True, help="Start over, throwing an earlier run of this name away.")
 @common
 def pretrain(session: Session, method, domain, weights, k, **given) -> None:
     """Pretrain a model on the generic set. The same command again resumes.
@@ -157,9 +157,9 @@ def pretrain(session: Session, method, domain, weights, k, **given) -> None:
     metavar="RUN",
     help="Distil (SLM-d): fine-tune this pretrained run on the domain first, then learn from it too.",
 )
-@click.option("--tokens", type=SIZE, help="Use so many tokens of the domain, such as 1M. [default: all]")
+@click.option("--tokens", type=SIZE, help="Use this many tokens of the domain, such as 1M. [default: all]")
 @click.option("--name", help="Name of the run and the model. [default: <domain>-<method>[-<select>]-<tokens>]")
-@click.option("--fresh", is_flag=True, help="Start anew, throwing an earlier run of this name away.")
+@click.option("--fresh", is_flag=True, help="Start over, throwing an earlier run of this name away.")
 @common
 def specialize(session: Session, **given) -> None:
     """Fine-tune a pretrained model on a domain and write it as an mlx-lm model directory (or adapter, with --lora).

@@ -30,7 +30,9 @@ ROUTED = {
     help="For projected networks and mixtures: one expert reads all. [default: each window that of its cluster]",
 )
 @click.option(
-    "--domain-tokens", type=SIZE, help="--expert frequent and histogram look at so many tokens of a set. [default: all]"
+    "--domain-tokens",
+    type=SIZE,
+    help="--expert frequent and histogram look at this many tokens of a set. [default: all]",
 )
 @common
 def evaluate(session: Session, models, domains, split, expert, domain_tokens) -> None:

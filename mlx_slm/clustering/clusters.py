@@ -22,7 +22,7 @@ from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged, append_array, read_arrays, read_json, write_arrays
 from mlx_slm.project import Project
 from mlx_slm.report import Report
-from mlx_slm.storage.artifacts import MANIFEST, load_manifest, new_artifact, verify
+from mlx_slm.storage.artifacts import MANIFEST, is_made, load_manifest, new_artifact, verify
 from mlx_slm.storage.forms import CountsForm
 from mlx_slm.storage.locks import alone
 from mlx_slm.storage.mapped import MappedFile
@@ -211,7 +211,7 @@ def _ensure_centroids(
 ) -> Clusters:
     path = workspace.clusters(k)
     inputs = _inputs(embeddings.manifest["inputs"], settings)
-    if (path / MANIFEST).exists() and load_manifest(path, KIND)["inputs"] == inputs and not fresh:
+    if not fresh and is_made(path, KIND, inputs):
         return Clusters(workspace, k)
     rng = np.random.default_rng((settings.seed, k))
     points = embeddings.sample(settings.points_per_centroid * k, rng)
@@ -276,7 +276,7 @@ def _assignment_inputs(clusters: Clusters, store: Store) -> dict:
 def _is_assigned(clusters: Clusters, name: str, split: str, store: Store) -> bool:
     path = clusters.directory / name / split
     wanted = _assignment_inputs(clusters, store)
-    return (path / MANIFEST).exists() and load_manifest(path, ASSIGNED)["inputs"] == wanted
+    return is_made(path, ASSIGNED, wanted)
 
 
 def _assign(clusters: Clusters, name: str, split: str, store: Store, vectors: Embeddings, report: Report) -> None:

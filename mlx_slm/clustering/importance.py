@@ -31,11 +31,6 @@ def smoothed(counts: np.ndarray, generic: np.ndarray, smoothing: float) -> np.nd
     return (counts + smoothing * generic) / (counts.sum() + smoothing)
 
 
-def importance_weights(target: np.ndarray, generic: np.ndarray) -> np.ndarray:
-    """w_c = P(c | target) / P(c | generic), float64 [k]; 0 for a cluster that neither has."""
-    return np.divide(target, generic, out=np.where(target > 0, np.inf, 0.0), where=generic > 0)
-
-
 def capped(target: np.ndarray, generic: np.ndarray, limits: np.ndarray) -> np.ndarray:
     """The distribution nearest to `target` with no more than `limits` [k] in a cluster: what is over goes to the
     clusters below their limit, in proportion to `generic`. Needs sum(limits) >= 1."""

@@ -20,7 +20,7 @@ from mlx_slm.machine import runtime
 SUMMED_POINTS = 8192
 """Points that are added up at once in fp32; the sums of those are added in float64."""
 SEEDING_POINTS = 64
-"""k-means++ looks at so many points per centroid."""
+"""k-means++ looks at this many points per centroid."""
 
 
 def chunk_scores() -> int:

@@ -81,7 +81,7 @@ def importance_of(
 
 
 def inputs_of(config: Config, target: SamplingTarget, clusters: Clusters, aim: Importance) -> dict:
-    """What tells one run by importance sampling from another, for its record."""
+    """What a run by importance sampling is made from, for its record."""
     knobs = ("k", "smoothing", "generic_fraction", "max_passes")
     return {
         "domain": target.domain,

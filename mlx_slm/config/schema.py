@@ -54,7 +54,7 @@ class DataConfig(Section):
     max_document_bytes: PositiveSize = 16 << 20
     """A longer document is an error: it would take some fifty times its size in memory."""
     limit: PositiveSize | None = None
-    """Stop reading a set after so many bytes of training text. Not specified by the paper."""
+    """Stop reading a set after this many bytes of training text. Not specified by the paper."""
     seed: Seed = 0
     """Seed of the order of a domain's documents, of which `--tokens` takes the first."""
 
@@ -92,9 +92,9 @@ class ClustersConfig(Section):
     long_windows: Literal["mean", "start"] = "mean"
     """What represents a window longer than the encoder reads: the mean over its parts, or its start."""
     points_per_centroid: PositiveSize = 256
-    """k-means learns from a sample of so many windows per cluster. Not specified by the paper."""
+    """k-means learns from a sample of this many windows per cluster. Not specified by the paper."""
     iterations: Rounds = 50
-    """At most so many iterations of Lloyd's algorithm. Not specified by the paper."""
+    """At most this many iterations of Lloyd's algorithm. Not specified by the paper."""
     tolerance: Real = Field(1e-4, ge=0)
     """Stop when the inertia falls by less than this part of itself. Not specified by the paper."""
     restarts: Rounds = 1
@@ -105,7 +105,7 @@ class ClustersConfig(Section):
     generic_fraction: Fraction = 0.0
     """Share of the rows that are drawn from the generic distribution instead. Paper: 0."""
     max_passes: Multiple | None = None
-    """Expect no cluster to be drawn more often than so many passes; what is over goes to the generic distribution.
+    """Expect no cluster to be drawn more often than this many passes; what is over goes to the generic distribution.
     Paper: no limit."""
 
 
@@ -238,12 +238,12 @@ class Recipe(Section):
     rate: Multiple
     """The learning rate as a multiple of the pretraining rate."""
     steps: Steps
-    """At most so many steps."""
+    """At most this many steps."""
 
 
 class FinetuningConfig(Section):
     """Specialisation: a first try at a constant rate finds out how many steps the domain's text is worth, a second one
-    from the start lets the rate fall to zero within about so many; the best evaluation of all is kept."""
+    from the start lets the rate fall to zero within about this many; the best evaluation of all is kept."""
 
     recipes: list[Recipe] = Field(
         [
@@ -325,7 +325,7 @@ class StudyConfig(Section):
     lora_rank: PositiveSize = 64
     """Paper: 64."""
     test_tokens: PositiveSize | None = None
-    """Score on so many tokens of a domain's test split. Default: all."""
+    """Score on this many tokens of a domain's test split. Default: all."""
 
 
 class Config(Section):

@@ -28,7 +28,7 @@ ACTIVATIONS = {"gelu": gelu_exact, "gelu_new": gelu, "gelu_pytorch_tanh": gelu, 
 LIMITS = (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length"))
 """Where a directory says how many word pieces it reads at most: the first that does counts."""
 LENGTH_STEP = 16
-"""Texts are padded to a multiple of so many word pieces, so that few shapes occur."""
+"""Texts are padded to a multiple of this many word pieces, so that few shapes occur."""
 
 
 def first_position(config: dict) -> int:

@@ -13,7 +13,7 @@ from mlx_slm.embedding.encoder import Choice, window_texts
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.files import Damaged, append_array
 from mlx_slm.report import Report, duration
-from mlx_slm.storage.artifacts import MANIFEST, load_manifest, new_artifact
+from mlx_slm.storage.artifacts import is_made, load_manifest, new_artifact
 from mlx_slm.storage.mapped import MappedFile
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.hub_tokenizer import open_tokenizer
@@ -66,7 +66,7 @@ def embed(workspace: Workspace, name: str, split: str, choice: Choice, report: R
     store, tokenizer = Store(workspace.data(name, split)), open_tokenizer(workspace.tokenizer)
     path = workspace.embeddings(choice.key, name, split)
     inputs = {"store": store.fingerprint, **choice.facts}
-    if (path / MANIFEST).exists() and load_manifest(path, KIND)["inputs"] == inputs:
+    if is_made(path, KIND, inputs):
         return Embeddings(path)
     partial = path.with_name(f".{split}.partial")
     start_shards(partial, inputs, report)
@@ -105,7 +105,7 @@ def _read(shard: Path) -> np.ndarray:
         return read_shard(shard, "embeddings")[0]
     except Damaged as error:
         shard.unlink()
-        raise Damaged(f"{shard} was damaged and is removed: run the same command again, it makes it anew") from error
+        raise Damaged(f"{shard} was damaged and is removed: run the same command again, it rebuilds it") from error
 
 
 def _require_finite(found: np.ndarray, start: int, store: Store) -> None:

@@ -19,7 +19,7 @@ from mlx_slm.embedding.bert import SentenceEncoder
 from mlx_slm.errors import SlmError
 from mlx_slm.files import read_json
 from mlx_slm.report import Report
-from mlx_slm.storage.artifacts import MANIFEST, is_litter, load_manifest, new_artifact, sha256, verify
+from mlx_slm.storage.artifacts import MANIFEST, is_litter, is_made, load_manifest, new_artifact, sha256, verify
 from mlx_slm.storage.records import fingerprint
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.store import Store
@@ -99,7 +99,7 @@ def recorded_encoder(workspace: Workspace, facts: dict, name: str) -> Choice:
 def _fitted(workspace: Workspace, facts: dict, generic: Store, tokenizer: Tokenizer, report: Report) -> Encoder:
     name = facts["encoder"]
     path = workspace.root / "encoder" / key_of(facts)
-    if not (path / MANIFEST).exists():
+    if not is_made(path, KIND):
         source = SentenceEncoder(find_directory(DEFAULT_ENCODER)) if name == "static" else None
         sample = sample_texts(generic, tokenizer, facts["seed"])
         report.line(f"fitting the encoder {name} on {len(sample):,} windows of the generic set")

@@ -87,7 +87,7 @@ class Evaluated:
         domain_tokens: int | None = None,
         limit: int | None = None,
     ) -> tuple[Score, dict]:
-        """(score on a split, how its windows were routed). `limit`: score on about so many tokens of it (None: all)."""
+        """(score on a split, how its windows were routed). `limit`: score on about this many tokens (None: all)."""
         store = Store(self.project.workspace.require_set(set_name, split))
         store.require_fit(self.name, self.model.shape.context_length, self.tokenizer, shorter=True)
         windows = np.arange(store.num_windows)

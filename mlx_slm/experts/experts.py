@@ -105,8 +105,8 @@ class Experts:
         clusters = Clusters(workspace, self.k)
         if clusters.fingerprint != fingerprint:
             raise SlmError(
-                f"clusters/{self.k} was made anew since run {self.run.name} was trained, so its experts belong to "
-                f"other clusters: bring the old clusters back, or train it anew with --fresh"
+                f"clusters/{self.k} was rebuilt since run {self.run.name} was trained, so its experts belong to "
+                f"other clusters: bring the old clusters back, or train it again with --fresh"
             )
         return clusters
 

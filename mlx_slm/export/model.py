@@ -65,7 +65,7 @@ def weights_of(workspace: Workspace, run: Run) -> dict:
     base = find_run(workspace, origin["run"])
     if base.identity != origin["is"]:
         raise SlmError(
-            f"run {base.name} was trained anew since {run.name} adapted it: specialise it again with --lora and --fresh"
+            f"run {base.name} was trained again since {run.name} adapted it: specialise it again, with --lora --fresh"
         )
     start = weights_of(workspace, dataclasses.replace(base, milestone=origin["step"]))
     return lora.applied(start, run.weights())

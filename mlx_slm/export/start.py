@@ -79,6 +79,6 @@ def _shape(config: dict, directory: Path, context_length: int) -> Shape:
     if longest < context_length:
         raise SlmError(
             f"--init-from {directory}: it reads {longest} tokens, data.context_length is {context_length}: "
-            f"set data.context_length={longest} and prepare the text anew"
+            f"set data.context_length={longest} and prepare the text again"
         )
     return shape

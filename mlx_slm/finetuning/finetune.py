@@ -120,7 +120,7 @@ def schedule_of(config: Config, recipe: Recipe, rate: float, per_pass: float, pe
 
 
 def choose_recipe(finetuning: FinetuningConfig, tokens: int, scratch: bool) -> Recipe:
-    """The paper's recipe for a domain set of so many tokens; from scratch the rate is the pretraining rate."""
+    """The paper's recipe for a domain set of this many tokens; from scratch the rate is the pretraining rate."""
     recipes = sorted(finetuning.recipes, key=lambda recipe: recipe.tokens)
     recipe = next((r for r in recipes if tokens <= r.tokens), recipes[-1])
     return recipe.model_copy(update={"rate": 1.0}) if scratch else recipe

@@ -64,7 +64,7 @@ class Blas:
 
 
 def find(cores: int) -> Blas | None:
-    """The library to load for so many cores, or None for MLX's own: the one that $MLX_SLM_BLAS names, else the fastest
+    """The library to load for some cores, or None for MLX's own: the one that $MLX_SLM_BLAS names, else the fastest
     that is here."""
     named = os.path.expanduser(os.environ.get(VARIABLE, ""))
     if named == NONE:

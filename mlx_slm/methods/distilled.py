@@ -106,8 +106,8 @@ class Distilled(Method):
         return Cost(spending.generic_hours, teacher + spending.tokens(self.name) * (rates.slm + rates.llm_forward))
 
     def memory(self, models: Models) -> float:
-        again = models.config.training.checkpoint_layers is not False
-        small, large = (training_bytes(shape, 1, again) for shape in (models.small, models.large))
+        recompute = models.config.training.checkpoint_layers is not False
+        small, large = (training_bytes(shape, 1, recompute) for shape in (models.small, models.large))
         return max(large, small + 4 * models.large.num_parameters)
 
     def pretrained(self, budget: int | None, teacher_budget: int | None) -> dict[str, int]:

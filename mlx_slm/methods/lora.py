@@ -88,8 +88,8 @@ class LowRank(Method):
         return Cost(spending.generic_hours, spending.tokens(self.name) * spending.rates.lora)
 
     def memory(self, models: Models) -> float:
-        again = models.config.training.checkpoint_layers is not False
-        return training_bytes(models.large, 1, again) - adapters_of(models.large).bytes_spared
+        recompute = models.config.training.checkpoint_layers is not False
+        return training_bytes(models.large, 1, recompute) - adapters_of(models.large).bytes_spared
 
     def rate(self, rates: Rates) -> float:
         return rates.llm

@@ -61,7 +61,7 @@ class Mixture(Method):
             raise SlmError(f"--experts {empty[0]}: cluster {empty[0]} of the generic set is empty; it has no expert")
         jobs = expert_jobs(setup, clusters, inputs, wanted)
         whole = request.fresh and experts is None
-        remedy = "start the whole mixture anew with --fresh and without --experts" if request.fresh else REMEDY
+        remedy = "start the whole mixture over with --fresh and without --experts" if request.fresh else REMEDY
         with alone_in(path):
             old = Run(path, read_run(path)) if (path / RECORD).exists() and not request.fresh else None
             done = _finished_experts(old, possible) if old else {}

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_slm.config.schema import TrainingConfig
-from mlx_slm.errors import Interrupted
 from mlx_slm.export.model import export_run
 from mlx_slm.fields import format_size
 from mlx_slm.machine.runtime import likely_flops
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.project import Project
-from mlx_slm.report import Report, duration
+from mlx_slm.report import Report, duration, require_agreement
 from mlx_slm.storage.locks import in_use
 from mlx_slm.storage.records import write_record
 from mlx_slm.text.rows import Sampler, Stream
@@ -139,5 +138,4 @@ def announce_jobs(jobs: list[TrainingJob], training: TrainingConfig, report: Rep
         f"{several}{jobs[0].num_parameters:,} parameters ({jobs[0].inputs['shape']['family']}), {tokens:,} tokens, "
         f"{passes:.2g} passes; about {duration(seconds)} on this machine, {disk / 1e9:.1f} GB of checkpoints"
     )
-    if seconds > 600 and not report.confirm("start?"):
-        raise Interrupted("not started; nothing was lost")
+    require_agreement(report, seconds)

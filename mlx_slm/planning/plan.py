@@ -218,7 +218,7 @@ def _perplexity(workspace: Workspace, method: Method, domain: str | None, budget
 
 
 def _recorded_perplexities(workspace: Workspace, method: str, domain: str, tokens: int) -> list[float]:
-    """The newest perplexity of each run of a method that was specialised to the domain on so many tokens."""
+    """The newest perplexity of each run of a method that was specialised to the domain on this many tokens."""
     found = {}
     for row in read_json_lines(workspace.results / EVALUATIONS, keys=("set", "split", "model", "perplexity")):
         if row["set"] == domain and row["split"] == "test" and row["model"] in workspace.runs():

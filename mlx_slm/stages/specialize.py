@@ -125,7 +125,7 @@ def _tuned_teacher(project: Project, domain: DomainSet, teacher: str, run: Run) 
             raise
         size = f" --tokens {format_size(domain.tokens)}" if domain.tokens else ""
         raise SlmError(
-            f"the fine-tuned teacher: {error}; to make it anew: mlx-slm specialize --domain {domain.name} --from "
+            f"the fine-tuned teacher: {error}; to rebuild it: mlx-slm specialize --domain {domain.name} --from "
             f"{teacher}{size} --name {name} --fresh"
         ) from error
 

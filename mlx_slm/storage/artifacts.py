@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged, open_regular, read_json, require_form
-from mlx_slm.storage import forms
+from mlx_slm.storage import formats, forms
 from mlx_slm.storage.records import fingerprint, write_json
 
 MANIFEST = "manifest.json"
@@ -60,7 +60,8 @@ def new_artifact(path: Path, kind: str, inputs: dict, mapped: tuple[str, ...] = 
             digest = {"crc32": block_checksums(file), "block": BLOCK} if name in mapped else {"sha256": sha256(file)}
             files[name] = {"bytes": file.stat().st_size, **digest}
             _sync(file)
-        manifest = {"kind": kind, "inputs": inputs, "info": info, "files": files}
+        numbered = inputs | {formats.KEY: formats.FORMATS.get(kind, 1)}
+        manifest = {"kind": kind, "inputs": numbered, "info": info, "files": files}
         manifest["fingerprint"] = fingerprint([kind, files])
         manifest["checksum"] = fingerprint(manifest)
         write_json(temporary / MANIFEST, manifest)
@@ -89,8 +90,16 @@ def recover(path: Path) -> None:
         os.rename(old, path)
 
 
-def load_manifest(path: Path, kind: str) -> dict:
-    """Return the manifest at `path` after checking form, kind, names and sizes; raises SlmError or Damaged."""
+def is_made(path: Path, kind: str, inputs: dict | None = None) -> bool:
+    """Whether there is an artifact at `path`, in the format of this version, and made from `inputs` where given."""
+    try:
+        return (path / MANIFEST).exists() and inputs in (None, load_manifest(path, kind)["inputs"])
+    except formats.OtherFormat:
+        return False
+
+
+def load_manifest(path: Path, kind: str, any_format: bool = False) -> dict:
+    """Return the manifest at `path` after checking form, kind, format, names and sizes; raises SlmError or Damaged."""
     recover(path)
     if not (path / MANIFEST).exists():
         raise SlmError(f"{path} holds no {kind} (no {MANIFEST})")
@@ -101,6 +110,9 @@ def load_manifest(path: Path, kind: str) -> dict:
     if fingerprint(body) != manifest.get("checksum"):
         raise Damaged(f"{path / MANIFEST} was changed after it was written; remove {path} and make it again")
     require_form(manifest, forms.Manifest, path / MANIFEST)
+    number = manifest["inputs"].pop(formats.KEY, 1)
+    if not any_format:
+        formats.require_format(path, kind, number)
     for part, known in (("info", forms.INFO), ("inputs", forms.INPUTS)):
         if kind in known:
             require_form(manifest[part], known[kind], f"{path / MANIFEST}, {part}")

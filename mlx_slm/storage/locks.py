@@ -34,7 +34,7 @@ def alone(lock: Path, busy: str, waiting: Callable[[], None] | None = None) -> I
 
 @contextlib.contextmanager
 def in_use(workspace: Workspace, name: str) -> Iterator[None]:
-    """While a training reads a set nobody makes it anew. Several may read it."""
+    """While a training reads a set nobody rebuilds it. Several may read it."""
     with _set_lock(workspace, name) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield

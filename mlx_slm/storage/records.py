@@ -85,7 +85,7 @@ def read_record(path: Path, form: type | None = None) -> dict:
     found = read_json(path)
     checksum = found.pop("checksum", None) if isinstance(found, dict) else None
     if checksum != fingerprint(found):
-        raise Damaged(f"{path} was changed after it was written; bring it back, or begin anew with --fresh")
+        raise Damaged(f"{path} was changed after it was written; bring it back, or start over with --fresh")
     if form is not None:
         require_form(found, form, path)
     return found

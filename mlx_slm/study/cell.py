@@ -119,7 +119,7 @@ class Study:
         except OtherSettings as error:
             raise SlmError(
                 f"{error.what}: put it back, give the study's file another name, or remove that run from "
-                f"{self.workspace.root / 'runs'}, to have it trained anew"
+                f"{self.workspace.root / 'runs'}, to have it trained again"
             ) from error
 
     def _work(self, cell: Cell) -> dict:

@@ -128,7 +128,7 @@ def _plain_numbers(axis) -> None:
 
 
 def _by_domains(rows: list[dict], name: str, results: Path) -> Path:
-    """Figure 6: one size of the domain set, with the cost of so many domains."""
+    """Figure 6: one size of the domain set, with the cost of this many domains."""
     looks, size = styles(rows), size_of_all(rows)
     at = _on_all_domains([row for row in rows if row["domain_tokens"] == size and row["budget"]])
     titles = [f"{count} domain{'s' if count > 1 else ''}" for count in DOMAINS_SHOWN]

@@ -30,7 +30,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Tells it from the others of its study."""
+        """Unique in its study."""
         parts = [self.method, f"k{self.k}" if self.k else "", self.select or ""]
         parts.append(format_size(self.budget) if self.budget else "")
         parts.append(f"t{format_size(self.teacher_budget)}" if self.teacher_budget else "")

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from mlx_slm.errors import Busy, Interrupted, SlmError
+from mlx_slm.errors import Busy, SlmError
 from mlx_slm.machine import runtime
 from mlx_slm.machine.runtime import likely_flops
 from mlx_slm.methods import find_method
 from mlx_slm.methods.base import Models
-from mlx_slm.report import Agreed, duration
+from mlx_slm.report import Agreed, duration, require_agreement
 from mlx_slm.storage.records import append_json, read_json_lines
 from mlx_slm.study.cell import Study
 from mlx_slm.study.grid import Cell
@@ -111,8 +111,7 @@ def _announce(study: Study, todo: list[Cell]) -> None:
         f"{duration(flops / likely_flops())} on this machine, and {len(todo)} fine-tunings; {disk / 1e9:.1f} GB of "
         "models and checkpoints"
     )
-    if flops / likely_flops() > 600 and not report.confirm("start?"):
-        raise Interrupted("not started; nothing was lost")
+    require_agreement(report, flops / likely_flops())
     study.report = Agreed(report)
 
 

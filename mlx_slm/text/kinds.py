@@ -42,7 +42,7 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 WESTERN = 0.5
-"""Up to so many accented letters for each plain one a text is of western Europe."""
+"""Up to this many accented letters for each plain one a text is of western Europe."""
 FOREIGN = 0.1
 """A text in which more than this part of the characters is no UTF-8 is of another encoding."""
 

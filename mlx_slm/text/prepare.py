@@ -12,7 +12,7 @@ from mlx_slm.config.schema import Config
 from mlx_slm.errors import Interrupted, SlmError, nearest
 from mlx_slm.project import Project
 from mlx_slm.report import Report
-from mlx_slm.storage.artifacts import MANIFEST, load_manifest
+from mlx_slm.storage.artifacts import MANIFEST, is_made, load_manifest
 from mlx_slm.storage.locks import alone, unused
 from mlx_slm.storage.records import fingerprint, write_text
 from mlx_slm.storage.workspace import Workspace
@@ -28,7 +28,7 @@ from mlx_slm.text.tokenizer import Tokenizer, sample_documents, train_tokenizer
 READ_WITH = ("field", "limit", "valid_fraction", "test_fraction", "max_document_bytes")
 """Settings of the reading, beside the tokenizer's and the context."""
 BYTES_PER_TOKEN = 4.7
-"""Of English text at 32k pieces (4.3), with room to spare: how much text so many tokens need."""
+"""Of English text at 32k pieces (4.3), with room to spare: how much text this many tokens need."""
 STREAMED_TOKENS = 8_000_000
 """Tokens of a domain that are streamed from the Hub where `--tokens` does not say."""
 
@@ -39,7 +39,7 @@ def sources_of(name: str, given: list[str], workspace: Workspace, config: Config
         return given
     domains = known_domains()
     if (workspace.data(name, "train") / MANIFEST).exists():
-        return load_manifest(workspace.data(name, "train"), KIND)["inputs"]["sources"]
+        return load_manifest(workspace.data(name, "train"), KIND, any_format=True)["inputs"]["sources"]
     if name in config.data.sets:
         return config.data.sets[name]
     if name in domains:
@@ -206,8 +206,8 @@ def ensure_tokenizer(project: Project, request: Preparation, sources: list[Sourc
     workspace, config, report = project.workspace, project.config, project.report
     name, fresh = request.name, request.fresh
     settings = config.tokenizer.model_dump(exclude_none=True)
-    exists = (workspace.tokenizer / MANIFEST).exists()
-    if exists:
+    remake = fresh and name == config.data.generic and not is_made(workspace.tokenizer, TOKENIZER)
+    if (workspace.tokenizer / MANIFEST).exists() and not remake:
         tokenizer = open_tokenizer(workspace.tokenizer)
         made = tokenizer.manifest["inputs"]
         recorded = {key: value for key, value in made["settings"].items() if key != "path" or "path" in settings}

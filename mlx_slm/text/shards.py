@@ -30,7 +30,7 @@ SHARD_BYTES = 4 << 20
 
 
 def start_shards(partial: Path, plan: dict, report: Report) -> None:
-    """Keep the shards of an interrupted run if they are of the same text, tokenizer and settings; else begin anew."""
+    """Keep the shards of an interrupted run if they are of the same text, tokenizer and settings; else start over."""
     record, before = partial / "plan.json", None
     with contextlib.suppress(Damaged):
         before = read_json(record)

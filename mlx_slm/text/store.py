@@ -72,7 +72,7 @@ class Store:
         context. `shorter`: windows may be shorter than the context."""
         if self.manifest["inputs"]["tokenizer"] != tokenizer:
             raise SlmError(
-                f"{reader} and data/{self.name} were made with different tokenizers: prepare or train one anew"
+                f"{reader} and data/{self.name} were made with different tokenizers: prepare or train one again"
             )
         if self.context_length > context_length or (not shorter and self.context_length < context_length):
             raise SlmError(

@@ -81,7 +81,7 @@ def load_newest(run: Path, report: Report) -> tuple[dict, dict, dict] | None:
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(checkpoint_path(run, step), aside)
     if damaged:
-        raise SlmError(f"{run}: every checkpoint is damaged (steps {damaged}); start anew with --fresh")
+        raise SlmError(f"{run}: every checkpoint is damaged (steps {damaged}); start over with --fresh")
     return None
 
 

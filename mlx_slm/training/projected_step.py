@@ -215,5 +215,5 @@ def groups_that_fit(
 ) -> tuple[int, bool]:
     """(groups of a micro-batch, whether layers are computed again in the backward pass): see `largest_that_fits`."""
     advice = ", a smaller projection.h, or more projection.clusters_per_step with fewer rows each"
-    bytes_of = lambda micro, again: network_bytes(shape, groups, rows, micro, again)  # noqa: E731
+    bytes_of = lambda micro, recompute: network_bytes(shape, groups, rows, micro, recompute)  # noqa: E731
     return largest_that_fits(groups, bytes_of, given, checkpoint_layers, shape.num_parameters, advice)

@@ -20,6 +20,7 @@ from mlx_slm.fields import parse_size
 from mlx_slm.files import Damaged
 from mlx_slm.machine import runtime
 from mlx_slm.models.shape import Shape
+from mlx_slm.storage import formats
 from mlx_slm.storage.artifacts import sha256
 from mlx_slm.storage.forms import RunForm
 from mlx_slm.storage.locks import alone
@@ -59,7 +60,7 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """Tells this run from one of the same name that was trained anew or differently."""
+        """Another one for a run of the same name that was trained again, or differently."""
         return fingerprint([self.record["inputs"], self.record["started"]])
 
     def finish(self, state: State, flops: float) -> None:
@@ -81,7 +82,7 @@ class Run:
     @property
     def already_finished(self) -> str:
         """To say where there is nothing left to do."""
-        return f"run {self.name} is finished ({self.record['step']:,} steps); --fresh trains it anew"
+        return f"run {self.name} is finished ({self.record['step']:,} steps); --fresh trains it again"
 
     def save(self) -> None:
         """Write the record."""
@@ -95,7 +96,7 @@ class Run:
         """The configuration that this run began with; raises Damaged where the file was changed since."""
         path = self.path / CONFIG
         if sha256(path) != self.record.get("config"):
-            raise Damaged(f"{path} was changed after it was written; bring it back, or begin anew with --fresh")
+            raise Damaged(f"{path} was changed after it was written; bring it back, or start over with --fresh")
         return load_config(path)
 
     @property
@@ -148,7 +149,7 @@ class Run:
                 raise SlmError(f"{what}get the bundle again") from error
             if self.milestone is not None:
                 raise SlmError(
-                    f"{what}only pretraining it anew (--fresh, with training.milestones) brings this milestone back"
+                    f"{what}only pretraining it again (--fresh, with training.milestones) brings this milestone back"
                 ) from error
             if self.finished:
                 self.record["status"] = "running"
@@ -164,7 +165,8 @@ def alone_in(path: Path) -> contextlib.AbstractContextManager[None]:
     return alone(path.with_name(f".{path.name}.lock"), busy)
 
 
-REMEDY = "start anew with --fresh"
+ROWS_KEY = "rows"
+REMEDY = "start over with --fresh"
 
 
 @dataclass(frozen=True)
@@ -191,15 +193,22 @@ def open_run(workspace: Workspace, asked: RunRequest, announce: Callable[[], Non
     """
     path, inputs, fresh = asked.path, asked.inputs, asked.fresh
     record = read_run(path) if (path / RECORD).exists() and not fresh else None
-    if record and record["inputs"] != inputs:
-        changed = sorted(k for k in {*inputs, *record["inputs"]} if record["inputs"].get(k) != inputs.get(k))
-        what = ", ".join(_difference(k, record["inputs"].get(k), inputs.get(k)) for k in changed)
+    inputs = inputs | {ROWS_KEY: formats.ROWS}
+    before = {ROWS_KEY: 1} | record["inputs"] if record else inputs
+    if before[ROWS_KEY] != inputs[ROWS_KEY]:
+        raise SlmError(
+            f"run {path.name} was begun with rows in the layout {before[ROWS_KEY]}, and this version lays them out as "
+            f"{inputs[ROWS_KEY]}: train it again with --fresh"
+        )
+    if record and before != inputs:
+        changed = sorted(k for k in {*inputs, *before} if before.get(k) != inputs.get(k))
+        what = ", ".join(_difference(k, before.get(k), inputs.get(k)) for k in changed)
         raise OtherSettings(
             f"run {path.name} was started with another configuration ({what})",
             f"put it back, give another --name, or {asked.remedy}",
         )
     if not record and not fresh and checkpoint.checkpoint_steps(path):
-        raise SlmError(f"run {path.name} has checkpoints but no run.json that says of what: start anew with --fresh")
+        raise SlmError(f"run {path.name} has checkpoints but no run.json that says of what: start over with --fresh")
     if not record or record["status"] != "finished":
         announce()
     if record:

@@ -100,7 +100,7 @@ class Schedule:
         return state.fall is not None
 
     def is_due(self, every: int, state: State) -> bool:
-        """Whether something that is done every so many steps is to be done after this one."""
+        """Whether something that is done every this many steps is to be done after this one."""
         return state.step % every == 0 or state.step == self.end(state)
 
     def evaluates(self, state: State) -> bool:

@@ -21,7 +21,7 @@ from mlx_slm.text.store import Store, first_windows, length_batches
 from mlx_slm.training.loss import token_nll
 
 LENGTHS = 8
-"""Windows are padded to one of so many lengths, so that few graphs are compiled."""
+"""Windows are padded to one of this many lengths, so that few graphs are compiled."""
 BATCH_TOKENS = 4096
 
 

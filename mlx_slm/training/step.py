@@ -140,7 +140,7 @@ def rows_that_fit(
     extra_bytes: int = 0,
 ) -> tuple[int, bool]:
     """(rows of a micro-batch, whether layers are computed again in the backward pass): see `largest_that_fits`."""
-    bytes_of = lambda rows, again: training_bytes(shape, rows, again) + extra_bytes  # noqa: E731
+    bytes_of = lambda rows, recompute: training_bytes(shape, rows, recompute) + extra_bytes  # noqa: E731
     return largest_that_fits(batch_rows, bytes_of, given, checkpoint_layers, shape.num_parameters)
 
 
@@ -159,11 +159,11 @@ def largest_that_fits(
     """
     memory, wishes = runtime.memory_bytes(), (False, True) if checkpoint_layers is None else (checkpoint_layers,)
     if given:
-        return given, next((again for again in wishes if bytes_of(given, again) <= 0.8 * memory), wishes[-1])
-    for again in wishes:
+        return given, next((wish for wish in wishes if bytes_of(given, wish) <= 0.8 * memory), wishes[-1])
+    for recompute in wishes:
         for part in range(whole, 0, -1):
-            if whole % part == 0 and bytes_of(part, again) <= 0.8 * memory:
-                return part, again
+            if whole % part == 0 and bytes_of(part, recompute) <= 0.8 * memory:
+                return part, recompute
     if checkpoint_layers is False:
         advice += ", or leave training.checkpoint_layers out"
     raise SlmError(

@@ -176,12 +176,12 @@ class Trainer:
                 if self.state.skipped == step + 1:
                     raise SlmError(
                         f"no step was finite, of {step + 1}: the weights that it starts from are damaged; make them "
-                        "again, and start anew with --fresh"
+                        "again, and start over with --fresh"
                     )
                 raise SlmError(
                     f"{BAD_STEPS} steps in a row were not finite, the last is step {step:,} (rows {step * rows:,} to "
                     f"{(step + 1) * rows - 1:,} of the sampler); the weights are those before them: lower the "
-                    "learning rate and start anew with --fresh"
+                    "learning rate and start over with --fresh"
                 )
             return
         window = self.state.window

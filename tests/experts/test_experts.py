@@ -300,7 +300,7 @@ def test_a_mixture_is_announced_as_a_whole_and_a_no_keeps_it(own, expert_config,
     assert find_run(own, "mix").finished
 
 
-def test_an_expert_that_is_trained_anew_is_missing_until_it_is_done(own, expert_config, tmp_path, report):
+def test_an_expert_that_is_trained_again_is_missing_until_it_is_done(own, expert_config, tmp_path, report):
     arguments = ["pretrain", "--method", "mix", "--fresh", "--experts", "2", "--workspace", str(own.root)]
     started = find_run(own, "mix").identity
     interrupt = KILLED.format(calls=2).replace("SIGKILL", "SIGINT")
@@ -315,7 +315,7 @@ def test_an_expert_that_is_trained_anew_is_missing_until_it_is_done(own, expert_
     pretrain(Project(own, expert_config, report), Pretraining("mix"))
     assert find_run(own, "mix").finished
     other = expert_config.model_copy(update={"training": expert_config.training.model_copy(update={"seed": 3})})
-    with pytest.raises(SlmError, match="start the whole mixture anew with --fresh and without --experts"):
+    with pytest.raises(SlmError, match="start the whole mixture over with --fresh and without --experts"):
         pretrain(Project(own, other, report), Pretraining("mix", fresh=True, experts=[1]))
 
 
@@ -389,12 +389,12 @@ def test_experts_geometry_against_plain_numpy(with_experts, capsys):
     assert code == 1 and "run mix is a mixture" in err
 
 
-def test_clusters_that_were_made_anew_are_refused(own, expert_config, capsys):
+def test_clusters_that_were_rebuilt_are_refused(own, expert_config, capsys):
     changed = ("--set", "clusters.seed=7", "--set", "clusters.dims=8", "--set", "clusters.encoder=lsi")
     assert call(capsys, own, "cluster", "--k", "4", "--fresh", *changed)[0] == 0
     for command in (("specialize", "--domain", "notes", "--from", "pn"), ("evaluate", "mix", "--domain", "notes")):
         code, _, err = call(capsys, own, *command)
-        assert code == 1 and "clusters/4 was made anew since run" in err and "--fresh" in err
+        assert code == 1 and "clusters/4 was rebuilt since run" in err and "--fresh" in err
     shutil.rmtree(own.clusters(4))
     code, _, err = call(capsys, own, "specialize", "--domain", "notes", "--from", "pn")
     assert code == 1 and "run `mlx-slm cluster --k 4`" in err

@@ -97,7 +97,7 @@ def test_lora_trains_adapters_alone_and_mlx_lm_reads_them(source, own, large_con
 def test_an_adapter_knows_its_base(own, large_config, report):
     tuned = specialize(Project(own, large_config, report), Specialisation("notes", source="slm", tokens=4000, lora=2))
     pretrain(Project(own, large_config, report), Pretraining("slm", fresh=True))
-    with pytest.raises(SlmError, match="run slm was trained anew since notes-lora-4k adapted it"):
+    with pytest.raises(SlmError, match="run slm was trained again since notes-lora-4k adapted it"):
         weights_of(own, tuned)
 
 

@@ -45,7 +45,7 @@ def test_a_store_that_is_cut_off_in_use_is_noticed(name, keep, prepared, tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "a list of pickles"])
-def test_a_damaged_shard_of_an_interrupted_run_is_made_anew(damage, tmp_path, texts, monkeypatch, report):
+def test_a_damaged_shard_of_an_interrupted_run_is_rebuilt(damage, tmp_path, texts, monkeypatch, report):
     config, source = small_config(), write_jsonl(tmp_path / "a.jsonl", texts)
     monkeypatch.setattr("mlx_slm.text.shards.SHARD_BYTES", 40_000)
     whole, own = Workspace(tmp_path / "whole"), Workspace(tmp_path / "w")

@@ -342,7 +342,7 @@ def test_two_terminals_prepare_one_workspace(tmp_path, texts, config):
     assert Store(own.data("one", "train")).fingerprint == Store(own.data("two", "train")).fingerprint
 
 
-def test_a_set_in_use_is_not_made_anew(workspace, tmp_path, texts, config, report):
+def test_a_set_in_use_is_not_rebuilt(workspace, tmp_path, texts, config, report):
     source = write_jsonl(tmp_path / "a.jsonl", texts[:300])
     p.prepare(Project(workspace, config, report), p.Preparation("d", [str(source)]))
     before = Store(workspace.data("d", "train")).fingerprint

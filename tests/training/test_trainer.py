@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(prepared, tmp_pa
     assert_same(run, uninterrupted)
     for step in checkpoint_steps(run):
         (run / "checkpoints" / f"step-{step}" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(SlmError, match="every checkpoint is damaged .* start anew with --fresh"):
+    with pytest.raises(SlmError, match="every checkpoint is damaged .* start over with --fresh"):
         make_trainer(prepared.data("generic", "train"), run)
 
 

@@ -1,0 +1,56 @@
+"""The number of each format: what is written has it, what has another one is not read but built again.
+
+Raise a number where a reader of before would misread what is written now. What was written before there were numbers
+has format 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_slm.errors import SlmError
+
+KEY = "format"
+FORMATS = {
+    "tokenizer": 1,
+    "token store": 1,
+    "encoder": 1,
+    "embeddings": 1,
+    "clusters": 1,
+    "assignments": 1,
+    "k-means state": 1,
+    "checkpoint": 1,
+    "model": 1,
+    "adapter": 1,
+    "bundle": 1,
+}
+"""Of each kind of artifact."""
+ROWS = 1
+"""How windows are laid out in the rows of a step (`text.rows`): part of what a run is made from."""
+
+
+class OtherFormat(SlmError):
+    """An artifact in a format of another version."""
+
+
+def require_format(path: Path, kind: str, found: int) -> None:
+    """Raise OtherFormat, with the command that builds it again, for an artifact that this version does not read."""
+    known = FORMATS.get(kind, 1)
+    if found != known:
+        raise OtherFormat(f"{path} has format {found} of a {kind}, this version reads {known}: {_remedy(path, kind)}")
+
+
+def _remedy(path: Path, kind: str) -> str:
+    if kind == "token store":
+        return f"run `mlx-slm prepare {path.parent.name} --fresh`"
+    if kind == "tokenizer":
+        return "run `mlx-slm prepare generic --fresh`, and then every set"
+    if kind == "clusters":
+        return f"run `mlx-slm cluster --k {path.name} --fresh`"
+    if kind in ("encoder", "embeddings", "assignments", "k-means state"):
+        return f"remove {path} and run `mlx-slm cluster`"
+    if kind == "checkpoint":
+        return f"train run {path.parents[1].name} again, with --fresh"
+    if kind in ("model", "adapter"):
+        return f"remove {path} and run the command of run {path.name} again, which writes it"
+    return "get it again, or read it with the version that wrote it"
