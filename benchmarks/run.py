@@ -36,7 +36,7 @@ def present_devices() -> list[str]:
 
 
 def measure(name: str, size: Size, devices: list[str], rounds: int, peers: bool = False) -> list[dict]:
-    """A record for each device and peer (DESIGN, "The commands"); `ratio`: how many times as fast the first device is.
+    """A record for each device and peer; `ratio`: how many times as fast the first device is.
 
     Records of peers have the FLOPs and bytes of the same work in ours.
     """

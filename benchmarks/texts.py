@@ -71,13 +71,13 @@ def points_and_start(size: Size):
 
 def kmeans(size: Size) -> Case:
     """Ten iterations from given centroids, on embeddings of real texts."""
-    from mlx_slm.clustering.kmeans import State
+    from mlx_slm.clustering.kmeans import KMeansState, Lloyd
     from mlx_slm.clustering.kmeans import kmeans as run
 
     points, start = points_and_start(size)
 
     def work():
-        run(points, size.clusters, iterations=ITERATIONS, tolerance=-1, state=State(centroids=start))
+        run(points, size.clusters, Lloyd(iterations=ITERATIONS, tolerance=-1), KMeansState(centroids=start))
 
     return Case(work, len(points) * ITERATIONS, "points/s", 2 * start.size * len(points) * ITERATIONS)
 

@@ -1,4 +1,4 @@
-"""The benchmarks run: every case once at the smallest size, and a record as DESIGN has it."""
+"""The benchmarks run: every case once at the smallest size, and gives a record."""
 
 import importlib.util
 import json

@@ -14,7 +14,7 @@ SHORT = [
     "training.tokens=60k",
     "training.warmup_steps=10",
     "training.eval_every=30",
-    "finetuning.max_steps=20",
+    "finetuning.max_steps=40",
 ]
 
 

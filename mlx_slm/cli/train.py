@@ -19,8 +19,8 @@ from mlx_slm.cli.common import HOURS, METHOD, NUMBERS, PLACE, SIZE, MethodOption
 def quickstart(session: Session, fresh) -> None:
     """The whole path on text that every machine has, in minutes on two CPU cores.
 
-    Trains a tokenizer and a small model on docstrings of the installed packages, specialises it to the docstrings of
-    one package that it has not seen, and shows what that gains.
+    Trains a tokenizer and a small model on docstrings of the installed packages, specialises it to those of the
+    standard library, of which it knows a little, and shows what each method gains.
     """
     from mlx_slm.quickstart import run_quickstart
     from mlx_slm.storage.workspace import Workspace
@@ -74,7 +74,7 @@ def quickstart(session: Session, fresh) -> None:
     "--init-from",
     type=PLACE,
     metavar="MODEL",
-    help="Start from this model: a gpt2- or llama-family directory, with its tokenizer, or one of the workspace's.",
+    help="Start from this model: a directory of gpt2, llama or qwen3 with its tokenizer, or one of the workspace's.",
 )
 @click.option("--tokens", type=SIZE, help="Train on this many tokens (replaces the configured horizon).")
 @click.option("--hours", type=HOURS, help="Train for about this many hours on this machine.")

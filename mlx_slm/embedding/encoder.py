@@ -1,4 +1,4 @@
-"""Which encoder turns a window into a vector, and where its weights come from (DESIGN, "Encoder").
+"""Which encoder turns a window into a vector, and where its weights come from.
 
 `lsi` is fitted on the generic set; `static` is distilled from the default sentence encoder; anything else names a
 directory (sentence-transformers or model2vec) or a repository on the Hub. Fitted ones are kept in `encoder/`.

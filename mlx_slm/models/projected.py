@@ -91,7 +91,7 @@ def initialise_network(shape: ProjectedShape, settings: NetworkSettings, seed: i
 
     `anchored`: every expert has coefficient 1 on T[0], which is the plain small model, and small random ones on T[1..],
     which are zero: at step 0 every expert is the small model, and training pulls them apart. An expert alone sees few
-    tokens, so experts that begin far apart learn less than one model would (NOTES). `random`: E and T as a linear layer
+    tokens, so experts that begin far apart learn less than one model would. `random`: E and T as a linear layer
     would have them, with W_i of the usual scale.
     """
     plain = flat(start or initialise(shape.base, seed))
