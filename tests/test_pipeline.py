@@ -16,7 +16,6 @@ from mlx_slm.config.files import dump_config, load_config
 from mlx_slm.config.schema import ModelConfig, Recipe
 from mlx_slm.errors import SlmError
 from mlx_slm.export.model import export_model
-from mlx_slm.finetuning.finetune import choose_recipe
 from mlx_slm.methods.requests import Pretraining, Specialisation
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import initialise
@@ -202,12 +201,6 @@ def test_nopt_trains_from_scratch_on_the_same_subset(own, config):
     assert made.name == "notes-nopt-4k" and made.record["method"] == "nopt" and own.model("notes-nopt-4k").is_dir()
     assert made.record["inputs"]["data"] == find_run(own, "notes-slm-4k").record["inputs"]["data"]
     assert made.record["valid_nll"] > find_run(own, "notes-slm-4k").record["valid_nll"]
-
-
-def test_recipes_of_the_paper(config):
-    chosen = [choose_recipe(config.finetuning, tokens, False) for tokens in (250_000, 10**6, 8 * 10**6, 10**7, 10**9)]
-    assert [(r.rate, r.steps) for r in chosen] == [(1 / 3, 2000), (1 / 3, 2000), (1, 4000), (1, 30_000), (1, 30_000)]
-    assert choose_recipe(config.finetuning, 10**6, scratch=True) == Recipe(tokens=10**6, rate=1, steps=2000)
 
 
 def test_pretrain_on_an_empty_workspace_prepares_first(tmp_path, texts, config, capsys):

@@ -1,102 +1,68 @@
+"""Perplexity of runs with experts, each window through one of them, or all through one."""
+
 import math
 
-import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import copy_of, experts_of
 
-from mlx_slm.config.schema import ModelConfig
-from mlx_slm.errors import SlmError
-from mlx_slm.evaluation.evaluate import macro_perplexity
-from mlx_slm.models.shape import Shape
-from mlx_slm.models.transformer import Transformer, initialise
+from mlx_slm.evaluation.evaluate import evaluate, macro_perplexity
+from mlx_slm.methods.requests import Specialisation
+from mlx_slm.models.transformer import Transformer
+from mlx_slm.project import Project
+from mlx_slm.stages.specialize import specialize
+from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.store import Store
-from mlx_slm.training.scoring import Score, Scorer, validation_windows
+from mlx_slm.training.scoring import Score, Scorer
 
 
-@pytest.fixture(scope="module")
-def model(store):
-    shape = Shape.of(ModelConfig(family="gpt2", num_layers=2, dims=32, num_heads=4), 400, store.context_length)
-    made = Transformer(shape)
-    made.update(initialise(shape, 3))
-    return made
+@pytest.fixture
+def own(with_experts, tmp_path) -> Workspace:
+    """A copy to write into."""
+    return copy_of(with_experts, tmp_path / "w")
 
 
-@pytest.fixture(scope="module")
-def valid(prepared) -> Store:
-    return Store(prepared.data("generic", "valid"))
+@pytest.mark.parametrize("name", ["pn", "mix"])
+def test_evaluation_routes_each_window_through_its_clusters_expert(name, own, expert_config, report):
+    experts, store = experts_of(own, name), Store(own.data("notes", "test"))
+    found = evaluate(Project(own, expert_config, report), [name], domains=["notes"], split="test")["results"][0]
+    place = experts.clusters.assigned("notes", "test").clusters[:]
+    assert len(np.unique(place)) > 1
+    total = 0.0
+    for cluster in np.unique(place):
+        model = Transformer(experts.run.shape)
+        model.update(experts.parameters(int(cluster)))
+        total += Scorer(model).window_nll(store, np.flatnonzero(place == cluster)).sum()
+    assert found["routing"] == "cluster" and found["tokens"] == store.num_tokens
+    assert found["nll"] == pytest.approx(total / store.num_tokens, rel=1e-6)
+    one = evaluate(Project(own, expert_config, report), [name], domains=["notes"], split="test", expert="2")["results"][
+        0
+    ]
+    model.update(experts.parameters(2))
+    assert one["nll"] == pytest.approx(Scorer(model)(store, np.arange(store.num_windows)).nll, rel=1e-6)
+    frequent = evaluate(
+        Project(own, expert_config, report), [name], domains=["notes"], split="test", expert="frequent"
+    )["results"][0]
+    shares = experts.histogram(expert_config, "notes", np.arange(Store(own.data("notes", "train")).num_windows), report)
+    assert (frequent["routing"], frequent["expert"]) == ("frequent", shares.argmax())
+    if name == "pn":
+        mixed = evaluate(
+            Project(own, expert_config, report), [name], domains=["notes"], split="test", expert="histogram"
+        )["results"][0]
+        model.update(experts.parameters(shares))
+        assert mixed["nll"] == pytest.approx(Scorer(model)(store, np.arange(store.num_windows)).nll, rel=1e-6)
 
 
-def test_perplexity_does_not_depend_on_the_batch(model, valid):
-    windows = np.arange(valid.num_windows)
-    scores = [Scorer(model)(valid, windows, rows) for rows in (1, 3, 16, None)]
-    for score in scores[1:]:
-        assert abs(score.perplexity / scores[0].perplexity - 1) < 1e-6
-        assert score.tokens == valid.num_tokens
-
-
-def test_against_a_slow_loop_in_float64(model, valid):
-    windows = np.array([3, 0, 11, 40, 41])
-    total, per_document = 0.0, {}
-    for index in windows:
-        ids = valid.window_tokens(index).tolist()
-        logits = np.array(model.logits(mx.array([[valid.eos_id, *ids[:-1]]]))[0], np.float64)
-        nll = [math.log(np.exp(row - row.max()).sum()) + row.max() - row[t] for row, t in zip(logits, ids, strict=True)]
-        total += sum(nll)
-        document = int(valid.windows[int(index)]["document"])
-        found = per_document.setdefault(document, [0.0, 0])
-        found[0], found[1] = found[0] + sum(nll), found[1] + len(ids)
-    score = Scorer(model)(valid, windows)
-    count = sum(n for _, n in per_document.values())
-    assert score.tokens == count and score.documents == len(per_document)
-    assert abs(score.nll * count / total - 1) < 1e-6
-    text_bytes = int(valid.windows[:]["bytes"][windows].sum())
-    assert score.bits_per_byte == pytest.approx(total / math.log(2) / text_bytes, rel=1e-6)
-    mean = total / count
-    spread = sum((s - mean * n) ** 2 for s, n in per_document.values()) * len(per_document) / (len(per_document) - 1)
-    assert score.stderr == pytest.approx(math.sqrt(spread) / count, rel=1e-5)
-
-
-def test_windows_are_scored_once_each_in_their_own_place(model, valid):
-    scorer, every = Scorer(model), np.arange(valid.num_windows)
-    nll = scorer.window_nll(valid, every)
-    order = np.random.default_rng(0).permutation(every)
-    assert np.allclose(scorer.window_nll(valid, order), nll[order], rtol=1e-6)
-    assert (nll > 0).all()
-
-
-def test_the_scorer_reads_the_present_weights(model, valid):
-    scorer, windows = Scorer(model), np.arange(20)
-    before = scorer(valid, windows).nll
-    kept = model.parameters()
-    model.update(initialise(model.shape, 4))
-    assert scorer(valid, windows).nll != before
-    model.update(kept)
-    assert scorer(valid, windows).nll == before
-
-
-def test_standard_error_shrinks_as_documents_grow():
-    rng = np.random.default_rng(0)
-    scores = [Score.of(rng.normal(50, 5, n), np.full(n, 10), np.arange(n), 100) for n in (100, 10_000)]
-    assert scores[0].stderr == pytest.approx(0.5 / 10, rel=0.2)
-    assert scores[1].stderr == pytest.approx(0.5 / 100, rel=0.05)
+def test_one_expert_for_all_is_chosen_as_specialising_chooses_it(own, expert_config, report):
+    tuned = specialize(
+        Project(own, expert_config, report), Specialisation("notes", source="pn", tokens=4000, select="frequent")
+    )
+    row = evaluate(
+        Project(own, expert_config, report), ["pn"], domains=["notes"], split="test", expert="frequent", tokens=4000
+    )["results"][0]
+    assert row["expert"] == tuned.record["selection"]["expert"]
 
 
 def test_macro_average_weighs_sets_alike():
     one, two = (Score(tokens, nll, 0.0, math.exp(nll), 1.0, 1) for tokens, nll in ((10, 2.0), (10**6, 4.0)))
     assert macro_perplexity([one, two]) == pytest.approx(math.exp(3))
-
-
-def test_validation_windows_are_the_same_each_time_and_enough(prepared, store, valid):
-    chosen = validation_windows(valid, 500, 0)
-    assert chosen.tolist() == validation_windows(valid, 500, 0).tolist()
-    assert 500 <= valid.windows[:]["length"][chosen].sum() < 532
-    assert len(validation_windows(valid, 10**9, 0)) == valid.num_windows
-
-
-def test_a_validation_set_below_one_window_is_refused(prepared):
-    short = Store(prepared.data("generic", "valid"))
-    short.context_length = short.num_tokens + 1
-    with pytest.raises(
-        SlmError, match=r"validation set of generic has [\d,]+ tokens, less than one window .* valid=PATH"
-    ):
-        validation_windows(short, 100, 0)

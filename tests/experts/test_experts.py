@@ -11,21 +11,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import KILLED, call, copy_of, experts_of
-from mlx.utils import tree_flatten
 from training.test_trainer import assert_same, everything
 
 from mlx_slm.cli import run
-from mlx_slm.clustering.importance import histogram
 from mlx_slm.config.schema import MixtureConfig
 from mlx_slm.errors import Interrupted, SlmError
-from mlx_slm.evaluation.evaluate import evaluate
-from mlx_slm.experts.bundle import find_source
-from mlx_slm.experts.experts import Experts
-from mlx_slm.experts.geometry import geometry
 from mlx_slm.experts.handover import export_bundle
 from mlx_slm.export.model import load_exported
-from mlx_slm.finetuning.domain import domain_set
-from mlx_slm.finetuning.selection import score_experts, select_expert
+from mlx_slm.finetuning.selection import score_experts
 from mlx_slm.methods import mixture
 from mlx_slm.methods.requests import Pretraining, Specialisation
 from mlx_slm.models.transformer import Transformer
@@ -34,10 +27,8 @@ from mlx_slm.report import Report
 from mlx_slm.stages.pretrain import pretrain
 from mlx_slm.stages.specialize import specialize
 from mlx_slm.storage.artifacts import load_manifest
-from mlx_slm.storage.records import write_record
 from mlx_slm.storage.workspace import Workspace
-from mlx_slm.text.store import Store, first_windows
-from mlx_slm.training.checkpoint import checkpoint_steps
+from mlx_slm.text.store import Store
 from mlx_slm.training.runs import alone_in, find_run, open_expert
 from mlx_slm.training.scoring import Scorer, validation_windows
 
@@ -92,79 +83,6 @@ def test_a_mixture_of_many_opens_no_more_files(own, expert_config, report, monke
     assert len(opened) > 40 and max(opened) - opened[0] <= 2, opened
 
 
-def test_an_expert_of_a_mixture_can_start_from_the_generic_run(own, expert_config, report):
-    budget = expert_config.model_copy(update={"mixture": MixtureConfig(k=4, tokens=256)})
-    pretrain(Project(own, budget, report), Pretraining("mix", name="upcycled", init_from=own.model("slm"), experts=[2]))
-    record = open_expert(find_run(own, "upcycled"), 2).record
-    assert record["step"] == 1 and record["inputs"]["init_from"]
-    start = dict(tree_flatten(load_exported(own.model("slm"))[0].parameters()))
-    moved = dict(tree_flatten(open_expert(find_run(own, "upcycled"), 2).weights()))
-    change = max(mx.abs(moved[name] - start[name]).max().item() for name in start)
-    assert 0 < change < 1.1 * expert_config.training.learning_rate / 4, "one Adam step of the warm-up away"
-
-
-def test_a_network_can_start_from_the_generic_run(own, expert_config, report):
-    longer = expert_config.model_copy(update={"training": expert_config.training.model_copy(update={"steps": 1})})
-    pretrain(Project(own, longer, report), Pretraining("pn", name="grown", init_from=own.model("slm")))
-    start = dict(tree_flatten(load_exported(own.model("slm"))[0].parameters()))
-    network, step = experts_of(own, "grown").network, expert_config.training.learning_rate / 4
-    for name, T in network["T"].items():
-        assert mx.abs(T[0] - start[name]).max().item() < 1.1 * step, "one Adam step of the warm-up away"
-        assert mx.abs(T[1:]).max().item() < 1.1 * step
-    for name, value in tree_flatten(network["shared"]):
-        assert mx.abs(value - start[name]).max().item() < 1.1 * step
-
-
-def test_the_clusters_of_a_step_stay_as_a_run_began_with_them(own, expert_config, report, monkeypatch):
-    from mlx_slm.training import projected_step
-
-    auto = expert_config.projection.model_copy(update={"clusters_per_step": None})
-    config = expert_config.model_copy(update={"projection": auto})
-    for groups, fresh, expected in ((4, False, 4), (2, False, 4), (2, True, 2)):
-        monkeypatch.setattr(projected_step, "_most_groups", lambda *_, g=groups: g)
-        record = pretrain(Project(own, config, report), Pretraining("pn", name="auto", fresh=fresh)).record
-        assert record["inputs"]["projection"]["clusters_per_step"] == expected
-    with pytest.raises(SlmError, match=r"run slm was started with another configuration"):
-        pretrain(Project(own, config, report), Pretraining("pn", name="slm"))
-    fewer = config.model_copy(update={"training": config.training.model_copy(update={"batch_rows": 3})})
-    with pytest.raises(SlmError, match=r"run auto was started with another configuration .*batch_rows 8 -> 3"):
-        monkeypatch.setattr(projected_step, "_most_groups", lambda *_: 3)
-        pretrain(Project(own, fewer, report), Pretraining("pn", name="auto"))
-
-
-def test_frequent_and_histogram_are_those_of_the_tokens(with_experts, expert_config):
-    experts, store = experts_of(with_experts, "pn"), Store(with_experts.data("notes", "train"))
-    project = Project(with_experts, expert_config)
-    windows, domain = first_windows(store, 4000, 0), domain_set(project, "notes", 4000, [])
-    place = experts.clusters.assigned("notes", "train").clusters[:]
-    lengths = store.windows[:]["length"]
-    counts = np.zeros(4)
-    for window in windows:
-        counts[place[window]] += lengths[window]
-    found = select_expert(project, experts, "histogram", domain)
-    np.testing.assert_allclose(found["histogram"], counts / counts.sum())
-    assert np.allclose(counts, histogram(place[windows], lengths[windows], 4))
-    frequent = select_expert(project, experts, "frequent", domain)
-    assert frequent["expert"] == counts.argmax() and frequent["share"] == pytest.approx(counts.max() / counts.sum())
-
-
-@pytest.mark.parametrize("name", ["pn", "mix"])
-def test_pretrained_takes_the_lowest_loss_on_the_domain_set(name, with_experts, expert_config):
-    experts, store = experts_of(with_experts, name), Store(with_experts.data("notes", "train"))
-    finetuning = expert_config.finetuning.model_copy(update={"select_tokens": 1500})
-    project = Project(with_experts, expert_config).having(finetuning=finetuning)
-    found = select_expert(project, experts, "pretrained", domain_set(project, "notes", 4000, []))
-    sample = first_windows(store, 1500, 0)
-    by_hand = {}
-    for i in range(4):
-        model = Transformer(experts.run.shape)
-        model.update(experts.parameters(i))
-        by_hand[i] = Scorer(model)(store, sample).nll
-    assert found["expert"] == min(by_hand, key=by_hand.get) and len(set(by_hand.values())) == 4
-    assert found["scores"] == pytest.approx(by_hand, rel=1e-6)
-    assert found["cost"]["tokens"] == 4 * store.windows[:]["length"][sample].sum()
-
-
 @pytest.mark.parametrize(("name", "select"), [("pn", "frequent"), ("pn", "histogram"), ("mix", "pretrained")])
 def test_a_specialised_expert_is_a_plain_model(name, select, own, expert_config, report):
     tuned = specialize(
@@ -217,37 +135,6 @@ def test_finetuned_tries_all_and_keeps_the_best_and_goes_on_after_a_kill(own, ex
     assert again["scores"] == json.loads(json.dumps(selection["scores"])) and again["expert"] == selection["expert"]
 
 
-@pytest.mark.parametrize("name", ["pn", "mix"])
-def test_evaluation_routes_each_window_through_its_clusters_expert(name, own, expert_config, report):
-    experts, store = experts_of(own, name), Store(own.data("notes", "test"))
-    found = evaluate(Project(own, expert_config, report), [name], domains=["notes"], split="test")["results"][0]
-    place = experts.clusters.assigned("notes", "test").clusters[:]
-    assert len(np.unique(place)) > 1
-    total = 0.0
-    for cluster in np.unique(place):
-        model = Transformer(experts.run.shape)
-        model.update(experts.parameters(int(cluster)))
-        total += Scorer(model).window_nll(store, np.flatnonzero(place == cluster)).sum()
-    assert found["routing"] == "cluster" and found["tokens"] == store.num_tokens
-    assert found["nll"] == pytest.approx(total / store.num_tokens, rel=1e-6)
-    one = evaluate(Project(own, expert_config, report), [name], domains=["notes"], split="test", expert="2")["results"][
-        0
-    ]
-    model.update(experts.parameters(2))
-    assert one["nll"] == pytest.approx(Scorer(model)(store, np.arange(store.num_windows)).nll, rel=1e-6)
-    frequent = evaluate(
-        Project(own, expert_config, report), [name], domains=["notes"], split="test", expert="frequent"
-    )["results"][0]
-    shares = experts.histogram(expert_config, "notes", np.arange(Store(own.data("notes", "train")).num_windows), report)
-    assert (frequent["routing"], frequent["expert"]) == ("frequent", shares.argmax())
-    if name == "pn":
-        mixed = evaluate(
-            Project(own, expert_config, report), [name], domains=["notes"], split="test", expert="histogram"
-        )["results"][0]
-        model.update(experts.parameters(shares))
-        assert mixed["nll"] == pytest.approx(Scorer(model)(store, np.arange(store.num_windows)).nll, rel=1e-6)
-
-
 def test_validation_in_training_is_the_routed_one(with_experts, expert_config):
     record = find_run(with_experts, "pn").record
     experts, store = experts_of(with_experts, "pn"), Store(with_experts.data("generic", "valid"))
@@ -259,31 +146,6 @@ def test_validation_in_training_is_the_routed_one(with_experts, expert_config):
         model.update(experts.parameters(int(cluster)))
         total += Scorer(model).window_nll(store, windows[place == cluster]).sum()
     assert record["valid_nll"] == pytest.approx(total / store.windows[:]["length"][windows].sum(), rel=1e-6)
-
-
-def test_milestones_are_kept_and_stand_for_the_run(own, expert_config, tmp_path, report):
-    milestones = {"milestones": [512, 2048], "checkpoint_every": 2}
-    training = expert_config.training.model_copy(update=milestones)
-    config = expert_config.model_copy(update={"training": training})
-    pretrain(Project(own, config, report), Pretraining("pn", name="kept"))
-    whole = find_run(own, "kept")
-    assert checkpoint_steps(whole.path) == [2, 8, 10, 12], "512 and 2,048 tokens, and the last two"
-    early = find_run(own, "kept@512")
-    assert early.weights_step() == 2 and whole.weights_step() == 12
-    tuned = specialize(Project(own, config, report), Specialisation("notes", source="kept@512", tokens=4000))
-    assert tuned.record["inputs"]["from"]["step"] == 2
-    assert tuned.record["selection"]["select"] == "histogram", "a network's default"
-    with pytest.raises(
-        SlmError, match=r"keeps no checkpoint after 1k tokens \(step 4; it has the steps 2, 8, 10, 12\)"
-    ):
-        find_run(own, "kept@1k")
-    with pytest.raises(SlmError, match="a mixture has no milestones"):
-        find_run(own, "mix@512")
-    export_bundle(own, early, tmp_path / "bundle")
-    handed = find_source(own, str(tmp_path / "bundle"))
-    assert handed.record["tokens"] < 520 and handed.finished
-    for name, value in tree_flatten(Experts(own, handed).parameters(1)):
-        assert mx.array_equal(value, dict(tree_flatten(Experts(own, early).parameters(1)))[name])
 
 
 class Declines(Report):
@@ -323,70 +185,6 @@ def test_two_processes_do_not_train_one_mixture(own, expert_config, report):
     with alone_in(own.run("mix")), pytest.raises(SlmError, match="run mix is being trained by another process"):
         pretrain(Project(own, expert_config, report), Pretraining("mix", fresh=True))
     assert find_run(own, "mix").finished
-
-
-def test_a_choice_from_more_experts_is_another_run(own, expert_config, report):
-    shutil.rmtree(own.run("mix"))
-    pretrain(Project(own, expert_config, report), Pretraining("mix", experts=[1]))
-    first = specialize(
-        Project(own, expert_config, report), Specialisation("notes", source="mix", tokens=4000, select="pretrained")
-    )
-    assert set(first.record["selection"]["scores"]) == {1}
-    pretrain(Project(own, expert_config, report), Pretraining("mix"))
-    with pytest.raises(SlmError, match="another configuration"):
-        specialize(
-            Project(own, expert_config, report), Specialisation("notes", source="mix", tokens=4000, select="pretrained")
-        )
-    shutil.rmtree(own.run("mix"))
-    (own.run("mix")).mkdir()
-    shutil.copyfile(own.run("pn") / "config.yaml", own.run("mix") / "config.yaml")
-    record = find_run(own, "notes-mix-pretrained-4k").record
-    inputs = find_run(own, "pn").record["inputs"] | {"method": "mix", "mixture": {"k": 4}}
-    del inputs["projection"]
-    changes = {"method": "mix", "status": "running", "inputs": inputs}
-    write_record(own.run("mix") / "run.json", record | changes)
-    with pytest.raises(SlmError, match="run mix has no trained expert yet"):
-        specialize(
-            Project(own, expert_config, report),
-            Specialisation("notes", source="mix", tokens=4000, select="finetuned", name="y"),
-        )
-
-
-def test_a_domain_of_few_tokens_is_scored_whole(own, expert_config, report):
-    store = Store(own.data("notes", "train"))
-    finetuning = expert_config.finetuning.model_copy(update={"select_tokens": store.num_tokens + 1, "max_steps": 2})
-    few = expert_config.model_copy(update={"finetuning": finetuning})
-    tuned = specialize(Project(own, few, report), Specialisation("notes", source="pn", select="pretrained"))
-    assert tuned.record["selection"]["cost"]["tokens"] == 4 * store.num_tokens
-
-
-def test_one_expert_for_all_is_chosen_as_specialising_chooses_it(own, expert_config, report):
-    tuned = specialize(
-        Project(own, expert_config, report), Specialisation("notes", source="pn", tokens=4000, select="frequent")
-    )
-    row = evaluate(
-        Project(own, expert_config, report), ["pn"], domains=["notes"], split="test", expert="frequent", tokens=4000
-    )["results"][0]
-    assert row["expert"] == tuned.record["selection"]["expert"]
-
-
-def test_experts_geometry_against_plain_numpy(with_experts, capsys):
-    experts = experts_of(with_experts, "pn")
-    facts = geometry(experts)
-    E = np.array(experts.network["E"], np.float64)
-    own = [np.array(M, np.float64) for name, M in experts.network["M"].items() if ".0." in name]
-    c = np.concatenate([E @ M for M in own], axis=1)
-    c -= c.mean(axis=0)
-    expected = [[c[i] @ c[j] / np.sqrt((c[i] @ c[i]) * (c[j] @ c[j])) for j in range(4)] for i in range(4)]
-    np.testing.assert_allclose(facts["layers"][0]["cosines"], expected, atol=1e-6)
-    pairs = [(i, j) for i in range(4) for j in range(i)]
-    r = np.corrcoef([expected[i][j] for i, j in pairs], [facts["centroids"][i][j] for i, j in pairs])[0, 1]
-    assert facts["layers"][0]["correlation"] == pytest.approx(r, abs=1e-6)
-    assert sorted(facts["order"]) == [0, 1, 2, 3]
-    code, out, _ = call(capsys, with_experts, "info", "pn", "--json")
-    assert code == 0 and os.path.getsize(json.loads(out)["figure"]) > 10_000
-    code, _, err = call(capsys, with_experts, "info", "mix")
-    assert code == 1 and "run mix is a mixture" in err
 
 
 def test_clusters_that_were_rebuilt_are_refused(own, expert_config, capsys):
