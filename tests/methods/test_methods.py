@@ -56,6 +56,7 @@ def own(prepared, expert_config, tmp_path, monkeypatch):
     """A workspace to write into, and the soup among the methods."""
     monkeypatch.setattr("mlx_slm.methods.METHODS", [*METHODS, Soup()])
     monkeypatch.setattr("mlx_slm.planning.plan.METHODS", [*METHODS, Soup()])
+    monkeypatch.setattr("mlx_slm.planning.plan.calibrated_speed", lambda *_: 1000.0)
     workspace = copy_of(prepared, tmp_path / "w")
     grid = Grid(methods=["slm", "soup"], budgets=[1024], domains=["notes"], domain_tokens=[2000])
     workspace.config_file.write_text(dump_config(expert_config.model_copy(update={"study": StudyConfig(grids=[grid])})))
