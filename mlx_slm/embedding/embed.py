@@ -63,14 +63,14 @@ class Embeddings:
 
 def embed(workspace: Workspace, name: str, split: str, choice: Choice, report: Report) -> Embeddings:
     """Return the embeddings of a split by an encoder, computing them where they are missing or the text changed."""
-    store, tokenizer = Store(workspace.data(name, split)), open_tokenizer(workspace.tokenizer)
+    store = Store(workspace.data(name, split))
     path = workspace.embeddings(choice.key, name, split)
     inputs = {"store": store.fingerprint, **choice.facts}
     if is_made(path, KIND, inputs):
         return Embeddings(path)
     partial = path.with_name(f".{split}.partial")
     start_shards(partial, inputs, report)
-    encoder = choice.open()
+    encoder, tokenizer = choice.open(), open_tokenizer(workspace.tokenizer)
     size, total, shards, made = encoder.shard_windows, store.num_windows, [], 0
     with report.progress(f"embedding {name}/{split}", total, " windows") as advance:
         for start in range(0, total, size):
