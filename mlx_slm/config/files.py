@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from mlx_slm.config.schema import Config
+from mlx_slm.config.schema import RENAMED, Config
 from mlx_slm.errors import SlmError, nearest
 from mlx_slm.files import parse_yaml, read_yaml
 
@@ -60,7 +60,8 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
-HORIZON = {"steps", "tokens", "passes", "hours"}
+EITHER = ({"steps", "tokens", "passes", "hours"}, *map(set, RENAMED.items()))
+"""Keys of `training` that stand in each other's place."""
 
 
 def _override(raw: dict, override: str) -> None:
@@ -72,9 +73,10 @@ def _override(raw: dict, override: str) -> None:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):
             raise SlmError(f"--set {override}: {section} is a value, not a section")
-    if sections == ["training"] and last in HORIZON:
-        for other in HORIZON:
-            raw.pop(other, None)
+    for keys in EITHER:
+        if sections == ["training"] and last in keys:
+            for other in keys:
+                raw.pop(other, None)
     raw[last] = parse_yaml(value, f"--set {override}")
 
 

@@ -5,7 +5,7 @@ What the paper does not specify is an explicit field whose docstring says so. Si
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -172,6 +172,10 @@ class MixtureConfig(Section):
     """Tokens that each expert trains on. Default: an equal part of the training horizon."""
 
 
+RENAMED = {"checkpoint_layers": "recompute_layers"}
+"""Former names of keys of `training`."""
+
+
 class TrainingConfig(Section):
     """Pretraining. Exactly one of steps, tokens, passes and hours is the horizon."""
 
@@ -199,7 +203,7 @@ class TrainingConfig(Section):
     """Rows of context_length tokens per step. Inferred from the paper: 57k tokens a step."""
     micro_rows: Dimension | None = None
     """Rows per forward and backward; the step accumulates gradients. Default: as many as fit the memory."""
-    checkpoint_layers: bool | None = None
+    recompute_layers: bool | None = None
     """Recompute each layer in the backward pass: less memory, a fifth more time. Default: where a step would not fit
     the memory otherwise."""
     report_every: PositiveSize = 10
@@ -215,6 +219,16 @@ class TrainingConfig(Section):
     milestones: list[PositiveSize] = []
     """Tokens after which a checkpoint is kept for good: `specialize --from RUN@5M` starts from it."""
     seed: Seed = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_former_keys(cls, given: Any) -> Any:
+        """Configurations that were written before a key was renamed hold."""
+        former = {key: now for key, now in RENAMED.items() if isinstance(given, dict) and key in given}
+        for key, now in former.items():
+            if now in given:
+                raise ValueError(f"{key} is the former name of {now}: give one of them")
+        return {former.get(key, key): value for key, value in given.items()} if former else given
 
     @model_validator(mode="after")
     def check_horizon(self) -> TrainingConfig:

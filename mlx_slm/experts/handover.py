@@ -37,7 +37,7 @@ def export_bundle(workspace: Workspace, run: Run, directory: Path) -> dict:
     if not run.finished and run.milestone is None:
         raise SlmError(f"run {run.name} is not finished: run its command again, it goes on")
     _require_ours(directory)
-    experts, inputs = Experts(workspace, run), {"run": run.name, "is": run.identity}
+    experts, inputs = Experts(workspace, run), {"run": run.name, "identity": run.identity}
     missing = sorted({i for i, tokens in enumerate(experts.generic) if tokens} - set(experts.trained))
     if missing:
         raise SlmError(f"expert {missing[0]} of run {run.name} is not trained: run its command again, it goes on")

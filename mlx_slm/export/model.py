@@ -63,7 +63,7 @@ def weights_of(workspace: Workspace, run: Run) -> dict:
         return run.weights()
     origin = run.record["inputs"]["from"]
     base = find_run(workspace, origin["run"])
-    if base.identity != origin["is"]:
+    if base.identity != origin["identity"]:
         raise SlmError(
             f"run {base.name} was trained again since {run.name} adapted it: specialise it again, with --lora --fresh"
         )

@@ -46,7 +46,7 @@ class Finetuning:
         """Fine-tune in the directory of `run`, and record the outcome."""
         tuning, training = self.config.finetuning, self.config.training
         fit, recompute = rows_that_fit(
-            self.shape, tuning.batch_rows, tuning.micro_rows, training.checkpoint_layers, self.extra_bytes
+            self.shape, tuning.batch_rows, tuning.micro_rows, training.recompute_layers, self.extra_bytes
         )
         model, optimizer = Transformer(self.shape, recompute), AdamW.of(training)
         start = partial(TrainingStep, model, optimizer, fit, objective=self.objective)

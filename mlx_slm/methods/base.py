@@ -234,7 +234,7 @@ class Method:
 
     def memory(self, models: Models) -> float:
         """Bytes that training takes at the least, one row at a time."""
-        return training_bytes(self.shape(models), 1, models.config.training.checkpoint_layers is not False)
+        return training_bytes(self.shape(models), 1, models.config.training.recompute_layers is not False)
 
     # Study
 

@@ -65,7 +65,7 @@ class WithTeacher(Start):
 
     def inputs(self, config: Config) -> dict:
         tuned = self.tuned_teacher
-        teacher = {"run": tuned.name, "step": tuned.weights_step(), "is": tuned.identity}
+        teacher = {"run": tuned.name, "step": tuned.weights_step(), "identity": tuned.identity}
         return {"teacher": teacher, "distillation": config.distillation.model_dump(mode="json")}
 
     def train(self, project: Project, run: Run, job: Finetuning, domain: DomainSet) -> None:
@@ -106,7 +106,7 @@ class Distilled(Method):
         return Cost(spending.generic_hours, teacher + spending.tokens(self.name) * (rates.slm + rates.llm_forward))
 
     def memory(self, models: Models) -> float:
-        recompute = models.config.training.checkpoint_layers is not False
+        recompute = models.config.training.recompute_layers is not False
         small, large = (training_bytes(shape, 1, recompute) for shape in (models.small, models.large))
         return max(large, small + 4 * models.large.num_parameters)
 

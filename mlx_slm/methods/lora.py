@@ -88,7 +88,7 @@ class LowRank(Method):
         return Cost(spending.generic_hours, spending.tokens(self.name) * spending.rates.lora)
 
     def memory(self, models: Models) -> float:
-        recompute = models.config.training.checkpoint_layers is not False
+        recompute = models.config.training.recompute_layers is not False
         return training_bytes(models.large, 1, recompute) - adapters_of(models.large).bytes_spared
 
     def rate(self, rates: Rates) -> float:

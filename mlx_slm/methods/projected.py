@@ -54,7 +54,7 @@ class ProjectedNetwork(Method):
         groups = resolved_groups(projection)
         rows = training.batch_rows // groups
         given = training.micro_rows and training.micro_rows // rows
-        micro, recompute = groups_that_fit(shape, groups, rows, given, training.checkpoint_layers)
+        micro, recompute = groups_that_fit(shape, groups, rows, given, training.recompute_layers)
         clusters = generic_clusters(setup, projection.k)
         assigned = clusters.assigned(generic, "train")
         sampler = Sampler(assigned.streams(setup.store), assigned.tokens, training.batch_rows, training.seed, rows)
@@ -89,7 +89,7 @@ class ProjectedNetwork(Method):
     def memory(self, models: Models) -> float:
         training, groups = models.config.training, models.groups
         rows = max(1, training.batch_rows // groups)
-        return network_bytes(models.network, groups, rows, 1, training.checkpoint_layers is not False)
+        return network_bytes(models.network, groups, rows, 1, training.recompute_layers is not False)
 
     def check_study(self, config: Config) -> None:
         check_groups(config)

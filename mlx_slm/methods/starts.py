@@ -83,7 +83,7 @@ class FromRun(Start):
 
     @property
     def origin(self) -> dict | str:
-        return {"run": self.source.name, "step": self.source.weights_step(), "is": self.source.identity}
+        return {"run": self.source.name, "step": self.source.weights_step(), "identity": self.source.identity}
 
     def shape(self, config: Config, vocab_size: int, context_length: int) -> Shape:
         return self.source.shape

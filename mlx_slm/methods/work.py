@@ -59,7 +59,7 @@ def plain_job(
     Without `steps` among them it trains on the horizon of the setup.
     """
     shape, training = setup.shape, setup.project.config.training
-    micro_rows, recompute = rows_that_fit(shape, training.batch_rows, training.micro_rows, training.checkpoint_layers)
+    micro_rows, recompute = rows_that_fit(shape, training.batch_rows, training.micro_rows, training.recompute_layers)
     model = Transformer(shape, recompute)
     job = TrainingJob(
         path=setup.path,

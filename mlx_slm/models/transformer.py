@@ -17,13 +17,13 @@ from mlx_slm.models.shape import Shape
 class Transformer(nn.Module):
     """tokens int [B, L] -> hidden states [B, L, dims], in the dtype of its matrices (`for_products`)."""
 
-    def __init__(self, shape: Shape, checkpoint_layers: bool = False):
+    def __init__(self, shape: Shape, recompute_layers: bool = False):
         super().__init__()
         self.shape = shape
         self.model = FAMILIES[shape.family].body(shape)
         if not shape.tied:
             self.lm_head = nn.Linear(shape.dims, shape.vocab_size, bias=False)
-        self._run_layer = run_checkpointed if checkpoint_layers else run_plain
+        self._run_layer = run_recomputed if recompute_layers else run_plain
 
     def __call__(self, tokens: mx.array) -> mx.array:
         return self.model(tokens, self._run_layer)
@@ -58,7 +58,7 @@ def run_plain(layer: nn.Module, x: mx.array) -> mx.array:
     return layer(x)
 
 
-def run_checkpointed(layer: nn.Module, x: mx.array) -> mx.array:
+def run_recomputed(layer: nn.Module, x: mx.array) -> mx.array:
     """Keep only the layer's input; the backward pass computes the rest again."""
 
     def inner(parameters, x):

@@ -109,7 +109,7 @@ def _horizon_tokens(project: Project, path: Path, shape: Shape, slowdown: float,
 
 def calibrated_speed(shape: Shape, training: TrainingConfig, seconds: float) -> float:
     """Tokens per second of training, measured in about `seconds` on as many rows as memory and time allow."""
-    fit, recompute = rows_that_fit(shape, training.batch_rows, training.micro_rows, training.checkpoint_layers)
+    fit, recompute = rows_that_fit(shape, training.batch_rows, training.micro_rows, training.recompute_layers)
     in_ten_seconds = 10 * likely_flops() / (shape.flops_per_token * shape.context_length)
     rows = min(fit, max(len(runtime.lanes()), int(in_ten_seconds)))
     return measure_speed(shape, rows, seconds, recompute)

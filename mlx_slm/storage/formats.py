@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlx_slm.config import schema
 from mlx_slm.errors import SlmError
 
 KEY = "format"
@@ -27,6 +28,21 @@ FORMATS = {
 """Of each kind of artifact."""
 ROWS = 1
 """How windows are laid out in the rows of a step (`text.rows`): part of what a run is made from."""
+
+RENAMED = {"training": schema.RENAMED, "from": {"is": "identity"}, "teacher": {"is": "identity"}}
+"""Former names of keys, by section, of what a run was made from."""
+
+
+def renamed(inputs: dict, back: bool = False) -> dict:
+    """What a run was made from with the keys of today; `back`: with the former ones, of which fingerprints are taken so
+    that a run keeps its identity."""
+
+    def keyed(section: str, values):
+        former = RENAMED.get(section, {})
+        names = {now: key for key, now in former.items()} if back else former
+        return {names.get(key, key): value for key, value in values.items()} if isinstance(values, dict) else values
+
+    return {section: keyed(section, values) for section, values in inputs.items()}
 
 
 class OtherFormat(SlmError):

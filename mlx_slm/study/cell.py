@@ -22,6 +22,7 @@ from mlx_slm.project import Project
 from mlx_slm.report import perplexity
 from mlx_slm.stages.pretrain import pretrain
 from mlx_slm.stages.specialize import name_of_teacher, specialize
+from mlx_slm.storage import formats
 from mlx_slm.storage.records import fingerprint, read_json_lines
 from mlx_slm.storage.workspace import EVALUATIONS, Workspace, plain_name
 from mlx_slm.study.grid import Cell, budgets_of, cells
@@ -96,7 +97,7 @@ class Study:
 
     @cached_property
     def _of_all(self) -> list:
-        settings = self.config.model_dump(mode="json", exclude={"study"})
+        settings = formats.renamed(self.config.model_dump(mode="json", exclude={"study"}), back=True)
         return [settings, self.config.study.test_tokens, self._text_of(self.config.data.generic)]
 
     @cached_property

@@ -172,12 +172,12 @@ def _gram(stack: mx.array) -> mx.array:
     return sums.summed(rows @ rows.swapaxes(1, 2))
 
 
-def network_bytes(shape: ProjectedShape, groups: int, rows: int, micro_groups: int, checkpoint_layers: bool) -> int:
+def network_bytes(shape: ProjectedShape, groups: int, rows: int, micro_groups: int, recompute_layers: bool) -> int:
     """Memory of a step of `groups` groups of `rows` rows, an estimate: the plain step's on a micro-batch, the network
     with its moments, the successors of one matrix and a copy of its groups, and each group's stacked weights and their
     gradients in fp32; where the compute dtype is another, those of a micro-batch in it as well."""
     dtype = runtime.compute_dtype()
-    plain = training_bytes(shape.base, micro_groups * rows, checkpoint_layers)
+    plain = training_bytes(shape.base, micro_groups * rows, recompute_layers)
     largest = shape.base.dims * shape.base.hidden_dims
     stacks = shape.projected_parameters * (2 * groups + 2 * micro_groups)
     cast = 0 if dtype == mx.float32 else 2 * dtype.size * micro_groups * shape.projected_parameters
@@ -211,9 +211,9 @@ def _most_groups(training: TrainingConfig, shape: ProjectedShape) -> int:
 
 
 def groups_that_fit(
-    shape: ProjectedShape, groups: int, rows: int, given: int | None = None, checkpoint_layers: bool | None = None
+    shape: ProjectedShape, groups: int, rows: int, given: int | None = None, recompute_layers: bool | None = None
 ) -> tuple[int, bool]:
     """(groups of a micro-batch, whether layers are computed again in the backward pass): see `largest_that_fits`."""
     advice = ", a smaller projection.h, or more projection.clusters_per_step with fewer rows each"
     bytes_of = lambda micro, recompute: network_bytes(shape, groups, rows, micro, recompute)  # noqa: E731
-    return largest_that_fits(groups, bytes_of, given, checkpoint_layers, shape.num_parameters, advice)
+    return largest_that_fits(groups, bytes_of, given, recompute_layers, shape.num_parameters, advice)

@@ -61,7 +61,7 @@ class Run:
     @property
     def identity(self) -> str:
         """Another one for a run of the same name that was trained again, or differently."""
-        return fingerprint([self.record["inputs"], self.record["started"]])
+        return fingerprint([formats.renamed(self.record["inputs"], back=True), self.record["started"]])
 
     def finish(self, state: State, flops: float) -> None:
         """Record the outcome and what it cost."""
@@ -229,7 +229,8 @@ def open_run(workspace: Workspace, asked: RunRequest, announce: Callable[[], Non
 
 def read_run(path: Path) -> dict:
     """The record of the run in a directory; raises Damaged for one that was changed."""
-    return read_record(path / RECORD, RunForm)
+    record = read_record(path / RECORD, RunForm)
+    return record | {"inputs": formats.renamed(record["inputs"])}
 
 
 def expert_path(run: Path, expert: int) -> Path:

@@ -113,7 +113,7 @@ class TrainingStep:
         return mx.value_and_grad(loss)(parameters)
 
 
-def training_bytes(shape: Shape, rows: int, checkpoint_layers: bool = False) -> int:
+def training_bytes(shape: Shape, rows: int, recompute_layers: bool = False) -> int:
     """Memory of a step on `rows` rows in the compute dtype: an estimate, 0.9 to 1.7 times what is measured on a CPU, in
     bf16 as well (with attention that keeps nothing, as the fused one does).
 
@@ -124,7 +124,7 @@ def training_bytes(shape: Shape, rows: int, checkpoint_layers: bool = False) -> 
     dtype, on_gpu = runtime.compute_dtype(), runtime.on_gpu()
     scores = 0 if on_gpu else shape.num_heads * shape.context_length
     per_layer = 11 * shape.dims + 4 * shape.hidden_dims + scores
-    layers = per_layer + shape.num_layers * shape.dims if checkpoint_layers else per_layer * shape.num_layers
+    layers = per_layer + shape.num_layers * shape.dims if recompute_layers else per_layer * shape.num_layers
     tokens = rows * shape.context_length
     logits = chunk_rows(tokens, shape.vocab_size) * shape.vocab_size
     head = (5 if on_gpu else 12) * logits + 6 * shape.vocab_size * shape.dims
@@ -136,46 +136,46 @@ def rows_that_fit(
     shape: Shape,
     batch_rows: int,
     given: int | None = None,
-    checkpoint_layers: bool | None = None,
+    recompute_layers: bool | None = None,
     extra_bytes: int = 0,
 ) -> tuple[int, bool]:
     """(rows of a micro-batch, whether layers are computed again in the backward pass): see `largest_that_fits`."""
     bytes_of = lambda rows, recompute: training_bytes(shape, rows, recompute) + extra_bytes  # noqa: E731
-    return largest_that_fits(batch_rows, bytes_of, given, checkpoint_layers, shape.num_parameters)
+    return largest_that_fits(batch_rows, bytes_of, given, recompute_layers, shape.num_parameters)
 
 
 def largest_that_fits(
     whole: int,
     bytes_of: Callable[[int, bool], int],
     given: int | None,
-    checkpoint_layers: bool | None,
+    recompute_layers: bool | None,
     parameters: int,
     advice: str = "",
 ) -> tuple[int, bool]:
-    """(the largest divisor of `whole` with which `bytes_of` is at most 0.8 of the memory, whether with checkpointing).
+    """(the largest divisor of `whole` with which `bytes_of` is at most 0.8 of the memory, whether layers are recomputed).
 
-    What is `given` is taken, whether it fits or not. Without a wish for `checkpoint_layers` the layers are computed
+    What is `given` is taken, whether it fits or not. Without a wish for `recompute_layers` the layers are computed
     again only where nothing fits otherwise. Raises SlmError if nothing is given and nothing fits.
     """
-    memory, wishes = runtime.memory_bytes(), (False, True) if checkpoint_layers is None else (checkpoint_layers,)
+    memory, wishes = runtime.memory_bytes(), (False, True) if recompute_layers is None else (recompute_layers,)
     if given:
         return given, next((wish for wish in wishes if bytes_of(given, wish) <= 0.8 * memory), wishes[-1])
     for recompute in wishes:
         for part in range(whole, 0, -1):
             if whole % part == 0 and bytes_of(part, recompute) <= 0.8 * memory:
                 return part, recompute
-    if checkpoint_layers is False:
-        advice += ", or leave training.checkpoint_layers out"
+    if recompute_layers is False:
+        advice += ", or leave training.recompute_layers out"
     raise SlmError(
         f"a step of this model ({parameters:,} parameters) needs about {bytes_of(1, wishes[-1]) / 2**30:.1f} GB at the "
         f"least, and {memory / 2**30:.1f} GB are there: choose a smaller model{advice}"
     )
 
 
-def measure_speed(shape: Shape, rows: int, seconds: float, checkpoint_layers: bool = False) -> float:
+def measure_speed(shape: Shape, rows: int, seconds: float, recompute_layers: bool = False) -> float:
     """Tokens per second of training steps on `rows` random rows: the median after the first, in about `seconds`."""
     runtime.configure_device()
-    step = TrainingStep(Transformer(shape, checkpoint_layers), AdamW(), rows, initialise(shape, 0))
+    step = TrainingStep(Transformer(shape, recompute_layers), AdamW(), rows, initialise(shape, 0))
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, shape.vocab_size, (rows, shape.context_length + 1), np.int32)
     weights = np.ones((rows, shape.context_length), np.float32)

@@ -105,6 +105,17 @@ def test_paper_configuration_has_the_papers_parameter_counts():
     assert counts == [121_992_192, 759_365_376]
 
 
+def test_the_former_name_of_a_key_holds_unless_both_are_given(tmp_path):
+    former = write(tmp_path, "training: {tokens: 1M, checkpoint_layers: true}\n")
+    assert load_config(former).training.recompute_layers is True
+    assert "recompute_layers: true" in dump_config(load_config(former))
+    assert load_config(former, ("training.recompute_layers=false",)).training.recompute_layers is False
+    both = write(tmp_path, "training: {tokens: 1M, checkpoint_layers: true, recompute_layers: true}\n")
+    with pytest.raises(SlmError, match=r"training: checkpoint_layers is the former name of recompute_layers: give one"):
+        load_config(both)
+    assert load_config(both, ("training.checkpoint_layers=false",)).training.recompute_layers is False
+
+
 def test_values_that_make_no_sense_are_named(tmp_path):
     path = write(tmp_path, "training: {tokens: 1M}\n")
     for override, message in (

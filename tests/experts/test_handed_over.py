@@ -238,7 +238,7 @@ ATTACKS = {
     "half a head": record("inputs", "shape", "num_heads", value=2.5),
     "a step that is text": record("step", value="../../../.profile"),
     "other clusters' tokens": record("inputs", "generic", value=[1, 2]),
-    "a run that began with another": record("inputs", "from", value={"run": "slm", "step": 1, "is": "x"}),
+    "a run that began with another": record("inputs", "from", value={"run": "slm", "step": 1, "identity": "x"}),
     "importance": record("inputs", "importance", value={}),
     "a projection that is none": record("inputs", "projection", value={"k": 4, "h": "many"}),
     "a model that is garbage": garbage("tokenizer/tokenizer.model", b"garbage" * 99),

@@ -21,9 +21,9 @@ CONFIGS = {
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
-def make(family, vocab_size=400, context=64, checkpoint_layers=False):
+def make(family, vocab_size=400, context=64, recompute_layers=False):
     shape = Shape.of(CONFIGS[family], vocab_size, context)
-    model = Transformer(shape, checkpoint_layers)
+    model = Transformer(shape, recompute_layers)
     parameters = initialise(shape, 1)
     # Norms and biases away from 1 and 0, so that leaving one out shows.
     flat = tree_flatten(parameters)
@@ -146,7 +146,7 @@ def test_initialisation_is_gpts(family):
 
 
 def test_checkpointed_layers_give_the_same_gradients(family):
-    (plain, parameters), (checkpointed, _) = make(family), make(family, checkpoint_layers=True)
+    (plain, parameters), (checkpointed, _) = make(family), make(family, recompute_layers=True)
     tokens = mx.array(tokens_for(plain))
 
     def gradients(model):

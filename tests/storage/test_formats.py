@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 from conftest import call, copy_of
@@ -51,6 +52,54 @@ def test_a_workspace_of_before_there_were_numbers_goes_on(own, capsys):
         assert code == 0 and ("is finished" in out or command[0] == "cluster"), err
     code, out, err = call(capsys, own, "specialize", "--domain", "notes", "--from", "pn", "--tokens", "2k")
     assert code == 0, err
+
+
+def with_former_keys(workspace) -> None:
+    """Turn the records of a workspace into those of before keys of them were renamed."""
+    for file in workspace.root.rglob("run.json"):
+        record = json.loads(file.read_text())
+        del record["checksum"]
+        for section, former, now in (
+            ("training", "checkpoint_layers", "recompute_layers"),
+            ("from", "is", "identity"),
+            ("teacher", "is", "identity"),
+        ):
+            if section in record["inputs"]:
+                record["inputs"][section][former] = record["inputs"][section].pop(now)
+        file.write_text(json.dumps(record | {"checksum": fingerprint(record)}))
+
+
+def test_runs_of_before_keys_were_renamed_are_the_same_runs(own, capsys):
+    adapted = ("specialize", "--domain", "notes", "--from", "slm", "--tokens", "2k", "--lora", "2", "--name", "adapted")
+    taught = ("specialize", "--domain", "notes", "--teacher", "slm", "--from", "slm", "--tokens", "2k", "--name", "d")
+    for command in (adapted, taught):
+        code, _, err = call(capsys, own, *command)
+        assert code == 0, err
+    identities = {name: find_run(own, name).identity for name in own.runs()}
+    with_former_keys(own)
+    for name, identity in identities.items():
+        record = json.loads((own.run(name) / "run.json").read_text())
+        assert "recompute_layers" not in record["inputs"].get("training", {}) and "identity" not in str(record)
+        assert find_run(own, name).identity == identity == fingerprint([record["inputs"], record["started"]])
+    for command in (adapted, taught, ("pretrain",), ("pretrain", "--method", "pn"), ("pretrain", "--method", "mix")):
+        code, out, err = call(capsys, own, *command)
+        assert code == 0 and "is finished" in out, err
+    shutil.rmtree(own.adapter("adapted"))
+    code, _, err = call(capsys, own, *adapted, "--fuse")
+    assert code == 0 and own.model("adapted").exists(), err
+
+
+def test_a_run_of_before_keys_were_renamed_goes_on(own, capsys):
+    identity = find_run(own, "slm").identity
+    with_former_keys(own)
+    run = find_run(own, "slm")
+    run.record["status"] = "running"
+    run.save()
+    assert json.loads((run.path / "run.json").read_text())["inputs"]["training"]["recompute_layers"] is None
+    code, _, err = call(capsys, own, "pretrain", "--set", "training.checkpoint_layers=true")
+    assert code == 1 and "training.recompute_layers None -> True" in err
+    code, _, err = call(capsys, own, "pretrain")
+    assert code == 0 and find_run(own, "slm").finished and find_run(own, "slm").identity == identity, err
 
 
 @pytest.mark.parametrize(

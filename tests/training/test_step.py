@@ -44,13 +44,13 @@ def test_rows_that_fit_divide_the_batch(monkeypatch):
         bigger = [r for r in range(rows + 1, 57) if 56 % r == 0]
         assert not bigger or training_bytes(shape, bigger[0], again) > 0.8 * (gigabytes << 30)
         assert rows_that_fit(shape, 56, given=14)[0] == 14
-        assert rows_that_fit(shape, 56, checkpoint_layers=True)[1]
+        assert rows_that_fit(shape, 56, recompute_layers=True)[1]
     room = training_bytes(shape, 1) - 1
     monkeypatch.setattr(runtime, "memory_bytes", lambda: room * 5 // 4)
     most = max(rows for rows in (1, 2, 4, 7, 8) if training_bytes(shape, rows, True) <= room)
     assert rows_that_fit(shape, 56) == (most, True)
-    with pytest.raises(SlmError, match="or leave training.checkpoint_layers out"):
-        rows_that_fit(shape, 56, checkpoint_layers=False)
+    with pytest.raises(SlmError, match="or leave training.recompute_layers out"):
+        rows_that_fit(shape, 56, recompute_layers=False)
     monkeypatch.setattr(runtime, "memory_bytes", lambda: 2 << 30)
     with pytest.raises(SlmError, match=r"121,992,192 parameters\) needs about .* GB at the least, and 2\.0 GB"):
         rows_that_fit(shape, 56)
