@@ -152,7 +152,7 @@ def largest_that_fits(
     parameters: int,
     advice: str = "",
 ) -> tuple[int, bool]:
-    """(the largest divisor of `whole` with which `bytes_of` is at most 0.8 of the memory, whether layers are recomputed).
+    """(the largest divisor of `whole` with which `bytes_of` is at most 0.8 of the memory, whether to recompute).
 
     What is `given` is taken, whether it fits or not. Without a wish for `recompute_layers` the layers are computed
     again only where nothing fits otherwise. Raises SlmError if nothing is given and nothing fits.
