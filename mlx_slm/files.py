@@ -87,11 +87,11 @@ def parse_json(text: str | bytes):
 
 
 def _without_twins(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         twin = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {twin[:60]!r} is there twice")
-    return found
+    return mapping
 
 
 def read_json(path: Path, form: type[Form] | None = None, links: bool = True):
@@ -100,13 +100,13 @@ def read_json(path: Path, form: type[Form] | None = None, links: bool = True):
     Raises Damaged, naming the file and what is wrong with it.
     """
     try:
-        found = parse_json(read_bytes(path, JSON_BYTES, links))
+        value = parse_json(read_bytes(path, JSON_BYTES, links))
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise Damaged(f"{path} is damaged ({reason}); remove it and run the command again") from error
     if form is not None:
-        require_form(found, form, path)
-    return found
+        require_form(value, form, path)
+    return value
 
 
 def require_form(value, form: Any, where: Path | str) -> Any:
@@ -173,13 +173,13 @@ def read_arrays(path: Path, wanted: dict[str, int] | None = None) -> dict[str, n
 
     require_safetensors(path)
     try:
-        found = load_file(path)
+        arrays = load_file(path)
     except (KeyError, TypeError) as error:  # a dtype that numpy does not have
         raise Damaged(f"{path} has numbers of a type that is not known here: {error}") from error
     for name, axes in (wanted or {}).items():
-        if name not in found or found[name].ndim != axes or found[name].dtype != np.float32:
+        if name not in arrays or arrays[name].ndim != axes or arrays[name].dtype != np.float32:
             raise Damaged(f"{path} has no {name} of {axes} axes in fp32")
-    return found
+    return arrays
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:

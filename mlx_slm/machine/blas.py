@@ -81,16 +81,16 @@ def find(cores: int) -> Blas | None:
 
 def candidates() -> dict[str, str]:
     """Paths of the libraries that are here, by name, the likeliest first."""
-    found = {}
+    paths = {}
     prefixes = dict.fromkeys([sys.prefix, sys.base_prefix, site.getuserbase() or sys.prefix])
     mkl = [str(p) for prefix in prefixes for p in sorted(Path(prefix, "lib").glob("libmkl_rt.so*"))]
     if mkl:
-        found["mkl"] = mkl[0]
+        paths["mkl"] = mkl[0]
     if shim := _with_plain_names():
-        found["scipy-openblas32"] = shim
+        paths["scipy-openblas32"] = shim
     if system := _system_path():
-        found["libopenblas"] = system
-    return found
+        paths["libopenblas"] = system
+    return paths
 
 
 def _system_path() -> str | None:
@@ -190,11 +190,11 @@ def _measured(there: dict[str, str], cores: int) -> dict[str, float]:
                 return known[key]
             temporary = file.with_name(".blas.tmp")
             temporary.touch()
-            found, complete = _tried_all(there)
+            speeds, complete = _tried_all(there)
             if complete:
-                temporary.write_text(json.dumps(known | {key: found}, indent=1))
+                temporary.write_text(json.dumps(known | {key: speeds}, indent=1))
                 os.replace(temporary, file)
-            return found
+            return speeds
     except OSError:
         return {}
 
@@ -209,13 +209,13 @@ def _known(file: Path) -> dict:
 def _tried_all(there: dict[str, str]) -> tuple[dict[str, float], bool]:
     """(GFLOP/s of each, whether no trial took so long that the machine was too busy to tell)."""
     try:
-        found = {name: _tried(path) for name, path in there.items()}
-        for name in found:  # a second turn for those that are close: another process may have disturbed the first
-            if found[name] > 0.75 * max(found.values()):
-                found[name] = max(found[name], _tried(there[name]))
+        speeds = {name: _tried(path) for name, path in there.items()}
+        for name in speeds:  # a second turn for those that are close: another process may have disturbed the first
+            if speeds[name] > 0.75 * max(speeds.values()):
+                speeds[name] = max(speeds[name], _tried(there[name]))
     except subprocess.TimeoutExpired:
         return {}, False
-    return found, True
+    return speeds, True
 
 
 def _tried(path: str) -> float:

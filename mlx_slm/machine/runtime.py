@@ -84,15 +84,15 @@ def notices() -> list[str]:
     """What slows this machine down, one sentence each with its fix. Commands that compute show them once."""
     if sys.platform != "linux" or backend() != "cpu":
         return []
-    found = []
+    sentences = []
     if not blas:
-        found.append(
+        sentences.append(
             "no fast BLAS found, matrix products are 30x slower: pip install scipy-openblas32 (x86-64, needs g++), "
             "or apt install libopenblas0-pthread, or set MLX_SLM_BLAS to a CBLAS library"
         )
     if not shutil.which("g++"):
-        found.append("no g++ found, so mx.compile does nothing on this CPU: install g++ for 5-20 % more speed")
-    return found
+        sentences.append("no g++ found, so mx.compile does nothing on this CPU: install g++ for 5-20 % more speed")
+    return sentences
 
 
 def configure_device() -> None:
@@ -176,13 +176,13 @@ def in_lanes(batches: Iterable, compute: Callable) -> Iterator[tuple]:
     before: tuple = ()
     with sharing_cores(len(streams)):
         while round_ := list(zip(range(len(streams)), batches, strict=False)):
-            found = []
+            results = []
             for lane, batch in round_:
                 with mx.stream(streams[lane]):
-                    found.append(compute(lane, batch))
-            mx.async_eval(found)
+                    results.append(compute(lane, batch))
+            mx.async_eval(results)
             yield from before
-            before = tuple(zip((batch for _, batch in round_), found, strict=True))
+            before = tuple(zip((batch for _, batch in round_), results, strict=True))
         yield from before
 
 
@@ -288,10 +288,10 @@ def arithmetic() -> str:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide results."""
     packages = ("mlx-slm", "mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "datasets")
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in packages:
-        found[package] = metadata.version(package) if _installed(package) else "not installed"
-    return found
+        installed[package] = metadata.version(package) if _installed(package) else "not installed"
+    return installed
 
 
 def describe() -> dict:

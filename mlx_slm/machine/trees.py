@@ -15,6 +15,6 @@ def flat(tree) -> dict[str, mx.array]:
 
 def nested(arrays: dict[str, mx.array] | Iterable[tuple[str, mx.array]]) -> dict:
     """The tree whose leaves have these paths."""
-    found = tree_unflatten(list(arrays.items() if isinstance(arrays, dict) else arrays))
-    assert isinstance(found, dict)
-    return found
+    tree = tree_unflatten(list(arrays.items() if isinstance(arrays, dict) else arrays))
+    assert isinstance(tree, dict)
+    return tree

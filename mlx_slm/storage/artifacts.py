@@ -122,8 +122,8 @@ def load_manifest(path: Path, kind: str, any_format: bool = False) -> dict:
             stat_ = file.stat()
             if stat.S_ISREG(stat_.st_mode) and stat_.st_size == entry["bytes"]:
                 continue
-        found = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
-        raise Damaged(f"{file} {found}, {entry['bytes']} were written; remove {path} and make it again")
+        fault = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
+        raise Damaged(f"{file} {fault}, {entry['bytes']} were written; remove {path} and make it again")
     return manifest
 
 

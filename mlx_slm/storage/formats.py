@@ -49,11 +49,11 @@ class OtherFormat(SlmError):
     """An artifact in a format of another version."""
 
 
-def require_format(path: Path, kind: str, found: int) -> None:
+def require_format(path: Path, kind: str, number: int) -> None:
     """Raise OtherFormat, with the command that builds it again, for an artifact that this version does not read."""
     known = FORMATS.get(kind, 1)
-    if found != known:
-        raise OtherFormat(f"{path} has format {found} of a {kind}, this version reads {known}: {_remedy(path, kind)}")
+    if number != known:
+        raise OtherFormat(f"{path} has format {number} of a {kind}, this version reads {known}: {_remedy(path, kind)}")
 
 
 def _remedy(path: Path, kind: str) -> str:

@@ -53,8 +53,8 @@ class MappedFile:
                 self._check(first, last)
         if not 0 < stop - start <= SHORT:
             return self._array[index]
-        found = np.frombuffer(self._read(start * size, (stop - start) * size), self.dtype)
-        return found if isinstance(index, slice) else found[0]
+        values = np.frombuffer(self._read(start * size, (stop - start) * size), self.dtype)
+        return values if isinstance(index, slice) else values[0]
 
     def _read(self, start: int, size: int) -> bytes:
         data = os.pread(self._file.fileno(), size, start)

@@ -82,13 +82,13 @@ def write_record(path: Path, record: dict) -> None:
 
 def read_record(path: Path, form: type | None = None) -> dict:
     """What `write_record` wrote; raises Damaged where a byte of it changed since, or it is not of a form."""
-    found = read_json(path)
-    checksum = found.pop("checksum", None) if isinstance(found, dict) else None
-    if checksum != fingerprint(found):
+    record = read_json(path)
+    checksum = record.pop("checksum", None) if isinstance(record, dict) else None
+    if checksum != fingerprint(record):
         raise Damaged(f"{path} was changed after it was written; bring it back, or start over with --fresh")
     if form is not None:
-        require_form(found, form, path)
-    return found
+        require_form(record, form, path)
+    return record
 
 
 def write_text(path: Path, text: str) -> None:

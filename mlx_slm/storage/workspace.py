@@ -57,8 +57,8 @@ class Workspace:
 
     def artifacts(self) -> Iterator[Path]:
         """Every directory here that has a manifest."""
-        found = sorted(self.root.rglob(MANIFEST))
-        return (p.parent for p in found if not any(q.startswith(".") for q in p.relative_to(self.root).parts))
+        manifests = sorted(self.root.rglob(MANIFEST))
+        return (p.parent for p in manifests if not any(q.startswith(".") for q in p.relative_to(self.root).parts))
 
     def require_set(self, name: str, split: str = "train") -> Path:
         """Return the directory of a prepared split, or raise with the known sets."""
