@@ -66,30 +66,30 @@ class Lora:
     def initialise(self, seed: int) -> dict:
         """A uniform within 1 / sqrt(in) and B zero, as mlx-lm begins: at first nothing is added."""
         d = self.shape.dims
-        found: dict[str, mx.array] = {}
+        adapters: dict[str, mx.array] = {}
         for (name, *_, rows), key in zip(
             self.targets, mx.random.split(mx.random.key(seed), len(self.targets)), strict=True
         ):
             a = mx.random.uniform(-(d**-0.5), d**-0.5, (d, self.rank), key=key)
-            found |= {f"{name}.a": a, f"{name}.b": mx.zeros((self.rank, rows))}
-        return found
+            adapters |= {f"{name}.a": a, f"{name}.b": mx.zeros((self.rank, rows))}
+        return adapters
 
     def applied(self, base: dict, adapters: dict) -> dict:
         """Parameters of a plain transformer: those of `base` with what the adapters add."""
-        found, adapters = flat(base), flat(adapters)
+        weights, adapters = flat(base), flat(adapters)
         for name, matrix, first, rows in self.targets:
             added = self.scale * (adapters[f"{name}.b"].T @ adapters[f"{name}.a"].T)
-            if rows < len(found[matrix]):
-                below = len(found[matrix]) - first - rows
+            if rows < len(weights[matrix]):
+                below = len(weights[matrix]) - first - rows
                 added = mx.pad(added, [(first, below), (0, 0)])
-            found[matrix] = found[matrix] + added
-        return nested(found)
+            weights[matrix] = weights[matrix] + added
+        return nested(weights)
 
     def to_mlx_lm(self, adapters: dict) -> tuple[dict[str, mx.array], dict]:
         """(arrays, configuration) in mlx-lm's adapter format."""
-        found, keys, ranks = FAMILIES[self.shape.family].lora_to_mlx_lm(self.shape, flat(adapters))
+        arrays, keys, ranks = FAMILIES[self.shape.family].lora_to_mlx_lm(self.shape, flat(adapters))
         parameters = {"rank": ranks * self.rank, "scale": self.scale, "dropout": 0.0, "keys": keys}
-        return found, {
+        return arrays, {
             "fine_tune_type": "lora",
             "num_layers": self.shape.num_layers,
             "lora_parameters": parameters,

@@ -115,11 +115,11 @@ def initialise_network(shape: ProjectedShape, settings: NetworkSettings, seed: i
 def network_shapes(shape: ProjectedShape) -> dict[str, tuple[int, ...]]:
     """The shapes of `initialise_network`'s parameters, by their flat names."""
     plain = parameter_shapes(shape.base)
-    found: dict[str, tuple[int, ...]] = {"E": (shape.k, shape.m)}
+    shapes: dict[str, tuple[int, ...]] = {"E": (shape.k, shape.m)}
     for name in shape.matrices:
-        found[f"M.{name}"] = (shape.m, shape.h)
-        found[f"T.{name}"] = (shape.h, *plain.pop(name))
-    return found | {f"shared.{name}": size for name, size in plain.items()}
+        shapes[f"M.{name}"] = (shape.m, shape.h)
+        shapes[f"T.{name}"] = (shape.h, *plain.pop(name))
+    return shapes | {f"shared.{name}": size for name, size in plain.items()}
 
 
 def network_of(tree: dict) -> dict:
@@ -130,8 +130,8 @@ def network_of(tree: dict) -> dict:
 def tensor_rate(parameters: dict) -> float:
     """1 / mean_i sum_r |c_ir|: Adam moves each number of T[r] by about the rate a step, and so those of W_i by
     rate * sum_r |c_ir|. With this factor on the rate of T, experts move as fast as a plain matrix does."""
-    found = coefficients(parameters, parameters["E"])
-    sums = mx.stack([mx.abs(c).sum(axis=1).mean() for c in found.values()])
+    factors = coefficients(parameters, parameters["E"])
+    sums = mx.stack([mx.abs(c).sum(axis=1).mean() for c in factors.values()])
     return 1 / float(np.array(sums.mean()))
 
 
@@ -150,8 +150,8 @@ def stacked(parameters: dict, ids: mx.array) -> dict:
 
     ids: int [groups], the expert of each group. The rows of a batch are then the groups, one after the other.
     """
-    found = coefficients(parameters, parameters["E"][ids])
-    weights = {name: combined(parameters["T"][name], c) for name, c in found.items()}
+    factors = coefficients(parameters, parameters["E"][ids])
+    weights = {name: combined(parameters["T"][name], c) for name, c in factors.items()}
     return nested(flat(parameters["shared"]) | weights)
 
 
@@ -167,22 +167,22 @@ def expert(parameters: dict, which: int | np.ndarray) -> dict:
         row = E[int(which)]
     else:
         row = mx.array(checked_histogram(which, len(E)).astype(np.float32)) @ E
-    found = coefficients(parameters, row[None])
-    weights = {name: combined(parameters["T"][name], c)[0] for name, c in found.items()}
+    factors = coefficients(parameters, row[None])
+    weights = {name: combined(parameters["T"][name], c)[0] for name, c in factors.items()}
     return nested(flat(parameters["shared"]) | weights)
 
 
 def checked_histogram(histogram: np.ndarray, k: int) -> np.ndarray:
     """A histogram over k clusters, float64 [k], made to sum to 1; raises SlmError where it cannot be one."""
-    found = np.asarray(histogram, np.float64)
-    if not np.isfinite(found).all() or (found < 0).any() or not found.sum():
+    shares = np.asarray(histogram, np.float64)
+    if not np.isfinite(shares).all() or (shares < 0).any() or not shares.sum():
         raise SlmError("a histogram over clusters needs finite numbers of 0 or more that do not all vanish")
-    missing = np.flatnonzero(found[k:]) + k
+    missing = np.flatnonzero(shares[k:]) + k
     if len(missing):
         raise SlmError(
             f"the histogram has mass on cluster {missing[0]}, and the network has the clusters 0 to {k - 1}: "
             "make it from the clusters that the network was trained on"
         )
     padded = np.zeros(k)
-    padded[: len(found)] = found[:k]
+    padded[: len(shares)] = shares[:k]
     return padded / padded.sum()

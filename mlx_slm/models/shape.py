@@ -105,10 +105,10 @@ class Shape:
     def to_dict(self) -> dict:
         """For a record; a size of heads that follows from the rest is left out, as in records of before there was
         another."""
-        found = asdict(self)
+        sizes = asdict(self)
         if self.head_dims * self.num_heads == self.dims:
-            del found["head_dims"]
-        return found
+            del sizes["head_dims"]
+        return sizes
 
 
 class ShapeForm(Form):

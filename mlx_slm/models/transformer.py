@@ -79,7 +79,7 @@ def initialise(shape: Shape, seed: int) -> dict:
     numbers made of them differ in their last digits."""
     into_residual = FAMILIES[shape.family].into_residual
     key = mx.random.key(seed)
-    found = []
+    parameters = []
     for name, value in sorted(flat(Transformer(shape).parameters()).items(), key=lambda item: item[0]):
         module, kind = name.split(".")[-2:]
         if kind == "bias":
@@ -90,5 +90,5 @@ def initialise(shape: Shape, seed: int) -> dict:
             key, use = mx.random.split(key)
             scale = 0.02 / ((2 * shape.num_layers) ** 0.5 if module in into_residual else 1.0)
             made = mx.random.normal(value.shape, scale=scale, key=use)
-        found.append((name, made))
-    return nested(found)
+        parameters.append((name, made))
+    return nested(parameters)

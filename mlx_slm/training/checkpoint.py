@@ -40,8 +40,8 @@ def save_checkpoint(run: Path, step: int, parameters: dict, moments: dict, state
 
 def checkpoint_steps(run: Path) -> list[int]:
     """Steps of the checkpoints at hand, ascending."""
-    found = (run / "checkpoints").glob("step-*/manifest.json")
-    steps = (path.parent.name.removeprefix("step-") for path in found)
+    manifests = (run / "checkpoints").glob("step-*/manifest.json")
+    steps = (path.parent.name.removeprefix("step-") for path in manifests)
     return sorted(int(step) for step in steps if step.isascii() and step.isdecimal() and step == str(int(step)))
 
 

@@ -91,14 +91,14 @@ def _chunk(h: mx.array, head: mx.array, t: mx.array, w: mx.array) -> tuple[mx.ar
 def token_nll(hidden: mx.array, head: mx.array, targets: mx.array, rows: int | None = None) -> mx.array:
     """Negative log-likelihood in nats of each target, fp32 [N], to 2e-6; forward only. Shapes as above."""
     rows = rows or chunk_rows(len(targets), len(head))
-    head, found = head.astype(hidden.dtype), list[mx.array]()
+    head, losses = head.astype(hidden.dtype), list[mx.array]()
     for start in range(0, len(targets), rows):
         h, t = hidden[start : start + rows], targets[start : start + rows]
-        if found:
-            (h,) = mx.depends([h], [found[-1]])
+        if losses:
+            (h,) = mx.depends([h], [losses[-1]])
         _, log_total, chosen = _exp_logits(h, head, t)
-        found.append(log_total - chosen)
-    return mx.concatenate(found)
+        losses.append(log_total - chosen)
+    return mx.concatenate(losses)
 
 
 def _exp_logits(h: mx.array, head: mx.array, t: mx.array) -> tuple[tuple[mx.array, mx.array], mx.array, mx.array]:

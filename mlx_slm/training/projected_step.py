@@ -75,10 +75,10 @@ class ProjectedStep:
                 batch = slice(part[0] * rows, (part[-1] + 1) * rows)
                 own = {name: c[where] for name, c in C.items()}
                 with mx.stream(stream):
-                    one, found, dW = gradients_of(
+                    one, d_shared, dW = gradients_of(
                         self.parameters["shared"], T, own, mx.array(tokens[batch]), mx.array(weights[batch])
                     )
-                loss, shared = (one, found) if loss is None else (loss + one, add_trees(shared, found))
+                loss, shared = (one, d_shared) if loss is None else (loss + one, add_trees(shared, d_shared))
                 for name, value in dW.items():
                     stacks[name].append(value)
             if self.micro_groups < groups:

@@ -256,10 +256,10 @@ def open_expert(run: Run, expert: int) -> Run | None:
 
 def require_expert(run: Run, expert: int) -> Run:
     """One model of a run of several; raises SlmError where it was not begun."""
-    found = open_expert(run, expert)
-    if found is None:
+    opened = open_expert(run, expert)
+    if opened is None:
         raise SlmError(f"run {run.name} has no expert {expert} yet: run its command again, it goes on")
-    return found
+    return opened
 
 
 def milestone_step(tokens: int, batch_rows: int, context_length: int) -> int:
@@ -299,10 +299,10 @@ def _at(run: Run, tokens: str) -> Run:
 def default_run(workspace: Workspace, method: str) -> str:
     """The name of the only pretrained run of a method; raises SlmError if there is none or a choice."""
     records = {name: find_run(workspace, name).record for name in workspace.runs()}
-    found = [name for name, r in records.items() if r["method"] == method and "from" not in r["inputs"]]
-    if len(found) > 1 and method not in found:
-        raise SlmError(f"several pretrained runs of method {method}: {', '.join(found)}; name one with --from")
-    return found[0] if len(found) == 1 else method
+    pretrained = [name for name, r in records.items() if r["method"] == method and "from" not in r["inputs"]]
+    if len(pretrained) > 1 and method not in pretrained:
+        raise SlmError(f"several pretrained runs of method {method}: {', '.join(pretrained)}; name one with --from")
+    return pretrained[0] if len(pretrained) == 1 else method
 
 
 def _difference(key: str, old, new) -> str:

@@ -40,12 +40,12 @@ class State:
     """`runtime.arithmetic()` of the last step."""
 
     def to_json(self) -> dict:
-        found = asdict(self)
-        return {k: None if v == math.inf else v for k, v in found.items()}
+        values = asdict(self)
+        return {k: None if v == math.inf else v for k, v in values.items()}
 
     @classmethod
-    def from_json(cls, found: dict) -> State:
-        values: dict = {k: math.inf if v is None and k in ("best_nll", "last_nll") else v for k, v in found.items()}
+    def from_json(cls, record: dict) -> State:
+        values: dict = {k: math.inf if v is None and k in ("best_nll", "last_nll") else v for k, v in record.items()}
         begun, end = values.get("fall") or (None, None)
         return cls(**values | {"fall": None if begun is None else (begun, end)})
 

@@ -89,9 +89,9 @@ class Scorer:
             return self._lanes[lane](mx.array(tokens), mx.array(targets))
 
         with (report or Report()).progress("evaluating", int(lengths.sum()), " tok") as advance:
-            for (members, _, length), found in runtime.in_lanes(batches, losses):
+            for (members, _, length), nll in runtime.in_lanes(batches, losses):
                 counted = np.arange(length) < lengths[members][:, None]
-                result[members] = (np.array(found, np.float64)[: len(members)] * counted).sum(axis=1)
+                result[members] = (np.array(nll, np.float64)[: len(members)] * counted).sum(axis=1)
                 advance(int(lengths[members].sum()))
         return result
 

@@ -88,8 +88,8 @@ class TrainingStep:
             rows = np.arange(start, min(start + self.micro_rows, len(tokens)))
             for part, stream, gradients_of in shared_out(rows, self._lanes):
                 with mx.stream(stream):
-                    found = gradients_of(self.parameters, mx.array(tokens[part]), mx.array(weights[part]))
-                loss, gradients = found if loss is None else (loss + found[0], add_trees(gradients, found[1]))
+                    both = gradients_of(self.parameters, mx.array(tokens[part]), mx.array(weights[part]))
+                loss, gradients = both if loss is None else (loss + both[0], add_trees(gradients, both[1]))
             if self.micro_rows < len(tokens):
                 mx.async_eval(loss, gradients)
         total, now = mx.array(float(weights.sum())), mx.array(rate)

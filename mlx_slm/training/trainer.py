@@ -58,9 +58,9 @@ class Trainer:
             )
         self.state, moments = State(), None
         self._start = None if schedule.patience is None else parameters  # what a pretraining starts from is freed
-        found = checkpoint.load_newest(run, report)
-        if found:
-            parameters, moments, state = found
+        newest = checkpoint.load_newest(run, report)
+        if newest:
+            parameters, moments, state = newest
             self.state = State.from_json(state)
             report.line(f"resuming {run.name} at step {self.state.step:,} of {schedule.end(self.state):,}")
             self._check_arithmetic()
@@ -69,7 +69,7 @@ class Trainer:
         self.metrics = checkpoint.Metrics(run, self.state.step, report)
         self.step = training.start(parameters, moments)
         self._pending: tuple | None = None
-        self._saved_step, self._saved_at = self.state.step if found else -1, time.perf_counter()
+        self._saved_step, self._saved_at = self.state.step if newest else -1, time.perf_counter()
 
     def run(self) -> State:
         """Train as planned; raises Interrupted after saving on SIGINT or SIGTERM."""
