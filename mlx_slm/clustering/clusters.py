@@ -90,12 +90,12 @@ class Clusters:
 
 def read_centroids(directory: Path, manifest: dict) -> np.ndarray:
     """fp32 [k, dims]; raises Damaged for numbers that are none, or not as many as the manifest says."""
-    found = read_arrays(directory / CENTROIDS, {"centroids": 2})["centroids"]
+    centroids = read_arrays(directory / CENTROIDS, {"centroids": 2})["centroids"]
     with np.errstate(over="ignore", invalid="ignore"):
-        finite = np.isfinite(np.einsum("kd,kd->k", found, found)).all()
-    if found.shape != (manifest["info"]["k"], manifest["info"]["dims"]) or not finite:
+        finite = np.isfinite(np.einsum("kd,kd->k", centroids, centroids)).all()
+    if centroids.shape != (manifest["info"]["k"], manifest["info"]["dims"]) or not finite:
         raise Damaged(f"{directory / CENTROIDS}: not the centroids that its manifest speaks of")
-    return found
+    return centroids
 
 
 def ensure_clusters(
@@ -282,10 +282,10 @@ def _is_assigned(clusters: Clusters, name: str, split: str, store: Store) -> boo
 def _assign(clusters: Clusters, name: str, split: str, store: Store, vectors: Embeddings, report: Report) -> None:
     k, places, distances = clusters.k, [], []
     with report.progress(f"assigning {name}/{split} to {k:,} clusters", len(vectors), " windows") as advance:
-        for found, distance in assign(vectors.chunks(), clusters.centroids):
-            places.append(found)
+        for closest, distance in assign(vectors.chunks(), clusters.centroids):
+            places.append(closest)
             distances.append(distance)
-            advance(len(found))
+            advance(len(closest))
     place = np.concatenate([np.zeros(0, np.int32), *places])
     distance = np.concatenate([np.zeros(0, np.float32), *distances])
     order = np.argsort(place, kind="stable")

@@ -34,16 +34,16 @@ def smoothed(counts: np.ndarray, generic: np.ndarray, smoothing: float) -> np.nd
 def capped(target: np.ndarray, generic: np.ndarray, limits: np.ndarray) -> np.ndarray:
     """The distribution nearest to `target` with no more than `limits` [k] in a cluster: what is over goes to the
     clusters below their limit, in proportion to `generic`. Needs sum(limits) >= 1."""
-    found, full = target.copy(), np.zeros(len(target), bool)
+    distribution, full = target.copy(), np.zeros(len(target), bool)
     while True:
-        over = ~full & (found > limits)
+        over = ~full & (distribution > limits)
         if not over.any():
-            return found
+            return distribution
         full |= over
-        found[full] = limits[full]
+        distribution[full] = limits[full]
         share = np.where(full, 0.0, generic)
-        free = 1.0 - found[full].sum() - target[~full].sum()
-        found[~full] = target[~full] + free * share[~full] / max(share.sum(), 1e-300)
+        free = 1.0 - distribution[full].sum() - target[~full].sum()
+        distribution[~full] = target[~full] + free * share[~full] / max(share.sum(), 1e-300)
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,13 @@ def importance(
             f"{math.ceil(100 * wanted_rows / rows.sum()) / 100:g} or more, "
             "or prepare more generic text"
         )
-    found = capped(target, generic, limits)
-    found = found / found.sum()
-    passes = np.divide(found * wanted_rows, rows, out=np.zeros(len(rows)), where=rows > 0)
-    used = found > 0
+    distribution = capped(target, generic, limits)
+    distribution = distribution / distribution.sum()
+    passes = np.divide(distribution * wanted_rows, rows, out=np.zeros(len(rows)), where=rows > 0)
+    used = distribution > 0
     # Rows hold unequal numbers of targets where a cluster's last row is short: what is drawn, in tokens.
-    resampled = np.divide(found * generic_tokens, rows, out=np.zeros(len(rows)), where=rows > 0)
-    effective = 1.0 / (found[used] ** 2 / generic[used]).sum()
+    resampled = np.divide(distribution * generic_tokens, rows, out=np.zeros(len(rows)), where=rows > 0)
+    effective = 1.0 / (distribution[used] ** 2 / generic[used]).sum()
     facts = {
         "domain": None,
         "domain_tokens": int(counts.sum()),
@@ -141,18 +141,18 @@ def importance(
         "rows": int(wanted_rows),
         "passes_max": float(passes.max()),
         "passes_max_cluster": int(passes.argmax()),
-        "passes_mean": float(found @ passes),
+        "passes_mean": float(distribution @ passes),
         "effective_tokens": int(effective * generic_tokens.sum()),
         "effective_fraction": float(effective),
-        "exp_entropy": math.exp(entropy(found)),
+        "exp_entropy": math.exp(entropy(distribution)),
         "kl_generic": kl(domain, generic),
         "kl_resampled": kl(domain, resampled / resampled.sum()),
-        "moved": float(np.abs(found - target).sum() / 2),
+        "moved": float(np.abs(distribution - target).sum() / 2),
         "smoothing": smoothing,
         "generic_fraction": generic_fraction,
         "max_passes": max_passes,
     }
-    return Importance(found, facts)
+    return Importance(distribution, facts)
 
 
 def entropy(p: np.ndarray) -> float:
@@ -177,9 +177,9 @@ def read_weights(path: Path, k: int) -> np.ndarray:
 
     They need not sum to 1. Returns float64 [k]; raises SlmError naming the file and the entry.
     """
-    found = read_yaml(path)
-    pairs = list(enumerate(found) if isinstance(found, list) else getattr(found, "items", list)())
-    if not pairs or (isinstance(found, list) and len(found) != k):
+    contents = read_yaml(path)
+    pairs = list(enumerate(contents) if isinstance(contents, list) else getattr(contents, "items", list)())
+    if not pairs or (isinstance(contents, list) and len(contents) != k):
         raise SlmError(f"--weights {path}: expected a list of {k} numbers, or a mapping from cluster to number")
     weights = np.zeros(k)
     for key, value in pairs:

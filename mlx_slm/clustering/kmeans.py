@@ -150,8 +150,8 @@ def _sums(
     size = max(1, min(SUMMED_POINTS, -(-count // len(runtime.lanes()))))
     total = np.zeros((k, points.shape[1]))
     chunks = (slice(start, min(start + size, count)) for start in range(0, count, size))
-    for _, found in runtime.in_lanes(chunks, part):
-        total += np.array(found)
+    for _, sums in runtime.in_lanes(chunks, part):
+        total += np.array(sums)
     return total
 
 
@@ -163,9 +163,9 @@ def nearest(points: mx.array, centroids: np.ndarray, with_scores: bool = True) -
     scores = np.empty(len(points) if with_scores else 0, np.float32)
 
     def best(lane: int, where: slice) -> tuple[mx.array, ...]:
-        found = mx.addmm(bias, points[where], turned)
-        place = mx.argmax(found, axis=-1)
-        return (place, mx.take_along_axis(found, place[:, None], axis=-1)[:, 0]) if with_scores else (place,)
+        closeness = mx.addmm(bias, points[where], turned)
+        place = mx.argmax(closeness, axis=-1)
+        return (place, mx.take_along_axis(closeness, place[:, None], axis=-1)[:, 0]) if with_scores else (place,)
 
     chunks = (slice(start, min(start + size, len(points))) for start in range(0, len(points), size))
     for where, (place, *score) in runtime.in_lanes(chunks, best):

@@ -44,14 +44,14 @@ def add_details(facts: dict, workspace: Workspace, clusters: Clusters, generic: 
     tokenizer, store = open_tokenizer(workspace.tokenizer), Store(workspace.data(generic, "train"))
     reference = clusters.assigned(generic, "train")
     tokens = {name: clusters.assigned(name, "train").tokens for name in [generic, *sets]}
-    shares = {name: found / max(1, found.sum()) for name, found in tokens.items()}
+    shares = {name: counts / max(1, counts.sum()) for name, counts in tokens.items()}
     windows = np.diff(reference.bounds)
     facts["clusters"] = [
         {
             "cluster": c,
             "windows": int(windows[c]),
             "tokens": int(reference.tokens[c]),
-            "shares": {name: float(found[c]) for name, found in shares.items()},
+            "shares": {name: float(share[c]) for name, share in shares.items()},
             "nearest": [line(text) for text in window_texts(store, tokenizer, np.array(reference.nearest[c], int))],
         }
         for c in range(clusters.k)
@@ -81,18 +81,18 @@ def table_of(facts: dict, detailed: bool) -> tuple[list[str], list[list[str]]]:
         ]
     names = [row["set"] for row in facts["sets"]]
     rows = []
-    for found in sorted(facts["clusters"], key=lambda found: -found["tokens"]):
-        shares = [f"{found['shares'][name]:.1%}" for name in names]
-        first, *others = found["nearest"] or [""]
-        rows.append([f"{found['cluster']}  {first}", f"{found['windows']:,}", *shares])
-        rows += [[f"{' ' * len(str(found['cluster']))}  {text}", "", *[""] * len(names)] for text in others]
+    for cluster in sorted(facts["clusters"], key=lambda cluster: -cluster["tokens"]):
+        shares = [f"{cluster['shares'][name]:.1%}" for name in names]
+        first, *others = cluster["nearest"] or [""]
+        rows.append([f"{cluster['cluster']}  {first}", f"{cluster['windows']:,}", *shares])
+        rows += [[f"{' ' * len(str(cluster['cluster']))}  {text}", "", *[""] * len(names)] for text in others]
     return ["cluster, nearest windows", "windows", *names], rows
 
 
 def draw(facts: dict, results: Path) -> Path:
     """Draw each domain's histogram over clusters beside the generic one; returns the PNG in `results`."""
     names = [row["set"] for row in facts["sets"]]
-    shares = np.array([[found["shares"][name] for name in names] for found in facts["clusters"]])
+    shares = np.array([[cluster["shares"][name] for name in names] for cluster in facts["clusters"]])
     order = np.argsort(-shares[:, 0], kind="stable")
     domains = names[1:] or names
     figure = new_figure(10, 1.2 + 1.6 * len(domains))

@@ -87,9 +87,9 @@ class Bert(nn.Module):
 
 def rename(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """The Hub's names -> ours; queries, keys and values become one matrix; the pooler and buffers are left out."""
-    found = {name.removeprefix("bert.").removeprefix("roberta."): value for name, value in weights.items()}
+    tensors = {name.removeprefix("bert.").removeprefix("roberta."): value for name, value in weights.items()}
     top = {"word": "words", "position": "positions", "token_type": "types"}
-    named = {f"{ours}.weight": found[f"embeddings.{hub}_embeddings.weight"] for hub, ours in top.items()}
+    named = {f"{ours}.weight": tensors[f"embeddings.{hub}_embeddings.weight"] for hub, ours in top.items()}
     parts = {
         "attention.output.dense": "out",
         "attention.output.LayerNorm": "attention_norm",
@@ -98,12 +98,12 @@ def rename(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         "output.LayerNorm": "output_norm",
     }
     for kind in ("weight", "bias"):
-        named[f"norm.{kind}"] = found[f"embeddings.LayerNorm.{kind}"]
-        for layer in range(sum(name.endswith("attention.self.query.weight") for name in found)):
+        named[f"norm.{kind}"] = tensors[f"embeddings.LayerNorm.{kind}"]
+        for layer in range(sum(name.endswith("attention.self.query.weight") for name in tensors)):
             hub = f"encoder.layer.{layer}"
-            qkv = [found[f"{hub}.attention.self.{part}.{kind}"] for part in ("query", "key", "value")]
+            qkv = [tensors[f"{hub}.attention.self.{part}.{kind}"] for part in ("query", "key", "value")]
             named[f"layers.{layer}.qkv.{kind}"] = mx.concatenate(qkv)
-            named |= {f"layers.{layer}.{ours}.{kind}": found[f"{hub}.{part}.{kind}"] for part, ours in parts.items()}
+            named |= {f"layers.{layer}.{ours}.{kind}": tensors[f"{hub}.{part}.{kind}"] for part, ours in parts.items()}
     return {name: value.astype(mx.float32) for name, value in named.items()}
 
 
@@ -158,10 +158,10 @@ class SentenceEncoder:
 
     def _limit(self, place: tuple[str, str]) -> int | None:
         file, key = self.directory / place[0], place[1]
-        found = read_json(file, dict[str, Any]).get(key) if file.exists() else None
-        if found is not None and (not isinstance(found, int) or found < 1):
-            raise Damaged(f"{file}: {key} {found!r} is not a number of word pieces")
-        return found
+        limit = read_json(file, dict[str, Any]).get(key) if file.exists() else None
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise Damaged(f"{file}: {key} {limit!r} is not a number of word pieces")
+        return limit
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Embeddings of texts, fp32 [texts, dims]."""
@@ -175,9 +175,9 @@ class SentenceEncoder:
                 rows.append(start + part + end)
                 owners.append(index)
                 weights.append(max(1, len(part)))
-        found, shares = self.embed(rows), np.array(weights, np.float32)
+        vectors, shares = self.embed(rows), np.array(weights, np.float32)
         result = np.zeros((len(texts), self.dims), np.float32)
-        np.add.at(result, owners, found * shares[:, None])
+        np.add.at(result, owners, vectors * shares[:, None])
         if self.normalize:
             return result / np.linalg.norm(result, axis=1, keepdims=True)
         return result / np.bincount(owners, shares)[:, None].astype(np.float32)
@@ -202,8 +202,8 @@ class SentenceEncoder:
                 seen[row, : lengths[member]] = 1
             return self._embed(mx.array(tokens), mx.array(seen))
 
-        for (members, *_), found in runtime.in_lanes(batches, vectors):
-            result[members] = np.array(found)[: len(members)]
+        for (members, *_), embedded in runtime.in_lanes(batches, vectors):
+            result[members] = np.array(embedded)[: len(members)]
         return result
 
     def _embed(self, tokens: mx.array, seen: mx.array) -> mx.array:

@@ -84,9 +84,9 @@ def embed(workspace: Workspace, name: str, split: str, choice: Choice, report: R
                         "take one for its language with clusters.encoder, or lsi, which learns from the generic set"
                     )
                 begun = time.perf_counter()
-                found = encoder.encode(window_texts(store, tokenizer, windows)).astype(np.float16)
-                _require_finite(found, start, store)
-                save_shard(shard, embeddings=found)
+                vectors = encoder.encode(window_texts(store, tokenizer, windows)).astype(np.float16)
+                _require_finite(vectors, start, store)
+                save_shard(shard, embeddings=vectors)
                 made += 1
                 if made == 1:
                     _announce(name, total - start - len(windows), len(windows) / (time.perf_counter() - begun), report)
@@ -108,12 +108,12 @@ def _read(shard: Path) -> np.ndarray:
         raise Damaged(f"{shard} was damaged and is removed: run the same command again, it rebuilds it") from error
 
 
-def _require_finite(found: np.ndarray, start: int, store: Store) -> None:
-    bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
+def _require_finite(vectors: np.ndarray, start: int, store: Store) -> None:
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
         raise SlmError(
             f"the encoder gave window {start + bad[0]:,} of {store.directory} an embedding that is not finite "
-            f"({len(bad)} of {len(found)} there): choose another one with clusters.encoder"
+            f"({len(bad)} of {len(vectors)} there): choose another one with clusters.encoder"
         )
 
 

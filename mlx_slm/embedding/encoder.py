@@ -125,8 +125,8 @@ def key_of(facts: dict) -> str:
 
 def _identity(directory: Path) -> str:
     """Of all files that decide an embedding, wherever the directory lies."""
-    found = (p for p in directory.rglob("*") if p.suffix in (".json", ".safetensors"))
-    files = sorted(p for p in found if p.is_file() and not is_litter(p))
+    paths = (p for p in directory.rglob("*") if p.suffix in (".json", ".safetensors"))
+    files = sorted(p for p in paths if p.is_file() and not is_litter(p))
     return fingerprint([[p.relative_to(directory).as_posix(), sha256(p)] for p in files])
 
 
@@ -155,11 +155,11 @@ def find_directory(name: str) -> Path:
         )
     if name != DEFAULT_ENCODER:
         return _from_hub(name, None)
-    found = _cached(name) or _installed() or _from_hub(name, REVISION)
-    weights = found / "model.safetensors"
+    directory = _cached(name) or _installed() or _from_hub(name, REVISION)
+    weights = directory / "model.safetensors"
     if sha256(weights) != SHA256:
         raise SlmError(f"{weights} is not the pinned {DEFAULT_ENCODER} (SHA-256 differs): remove it and try again")
-    return found
+    return directory
 
 
 def _open_directory(directory: Path, long_windows: str) -> Encoder:
@@ -174,10 +174,10 @@ def _cached(name: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = Path(snapshot_download(name, revision=REVISION, allow_patterns=HUB_FILES, local_files_only=True))
+        snapshot = Path(snapshot_download(name, revision=REVISION, allow_patterns=HUB_FILES, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    return found if (found / "model.safetensors").exists() else None
+    return snapshot if (snapshot / "model.safetensors").exists() else None
 
 
 def _installed() -> Path | None:

@@ -57,8 +57,8 @@ class LsiEncoder:
         parts = [np.empty((0, self.dims), np.float32)]
         for start in range(0, len(texts), CHUNK):
             dense = weighted(*self._words.counts(texts[start : start + CHUNK]), self._idf)
-            found = np.array(mx.array(dense) @ self._projection)
-            parts.append(found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-6))
+            vectors = np.array(mx.array(dense) @ self._projection)
+            parts.append(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6))
         return np.concatenate(parts)
 
     def unknown(self, texts: list[str]) -> float:

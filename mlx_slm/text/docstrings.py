@@ -36,8 +36,8 @@ def documents(packages: str) -> Iterator[str]:
         return
     pool = ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent)
     try:
-        for found in pool.map(docstrings, tasks):
-            yield from found
+        for texts in pool.map(docstrings, tasks):
+            yield from texts
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -48,7 +48,7 @@ def _leave_interrupts_to_the_parent() -> None:
 
 def docstrings(paths: list[Path]) -> list[str]:
     """Docstrings of modules, classes and functions in these files, indentation removed."""
-    found = []
+    texts = []
     for path in paths:
         try:
             with warnings.catch_warnings():
@@ -60,8 +60,8 @@ def docstrings(paths: list[Path]) -> list[str]:
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 text = ast.get_docstring(node, clean=False)
                 if text and len(text := inspect.cleandoc(text)) >= SHORTEST:
-                    found.append(text)
-    return found
+                    texts.append(text)
+    return texts
 
 
 def versions(packages: str) -> list[str]:
@@ -96,11 +96,11 @@ def _roots(packages: str) -> list[tuple[str, Path]]:
 
 
 def _files(packages: str) -> list[tuple[str, Path]]:
-    found = []
+    files = []
     for name, root in _roots(packages):
         paths = [root] if root.is_file() else root.rglob("*.py")
         for path in paths:
             inner = path.relative_to(root.parent).parts[1:]
             if not SKIPPED.intersection(inner):
-                found.append(("/".join((name, *inner)), path))
-    return found
+                files.append(("/".join((name, *inner)), path))
+    return files

@@ -68,10 +68,10 @@ def kind_of(path: Path) -> Kind | None:
 
 def known_kind(path: Path) -> Kind:
     """The kind of a file that is read; raises SlmError for another one."""
-    found = kind_of(path)
-    if found is None:
+    kind = kind_of(path)
+    if kind is None:
         raise SlmError(f"{path}: not a kind of file that is read ({known_kinds()})")
-    return found
+    return kind
 
 
 def known_kinds() -> str:
@@ -113,10 +113,10 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 def _require_compression(path: Path, named: str | None, head: bytes) -> None:
     """Raise SlmError where the first bytes of a file say another compression than its name."""
-    found = next((suffix for suffix, magic in MAGIC.items() if head.startswith(magic)), None)
-    if found and found != named:
-        raise SlmError(f"{path} is compressed, as a file that ends in {found}: name it so")
-    if head and named and not found and not (named == ".zst" and head[1:] == b"\x2a\x4d\x18"):
+    actual = next((suffix for suffix, magic in MAGIC.items() if head.startswith(magic)), None)
+    if actual and actual != named:
+        raise SlmError(f"{path} is compressed, as a file that ends in {actual}: name it so")
+    if head and named and not actual and not (named == ".zst" and head[1:] == b"\x2a\x4d\x18"):
         raise SlmError(
             f"{path} ends in {named} but is not compressed that way: name it as what it is, or fetch it again"
         )
@@ -151,8 +151,8 @@ def looks_like(head: bytes) -> str | None:
         return "windows-1252"
     from charset_normalizer import from_bytes
 
-    found = from_bytes(head).best()
-    return found.encoding.replace("_", "-") if found and found.encoding != "utf_8" else NO_TEXT
+    guess = from_bytes(head).best()
+    return guess.encoding.replace("_", "-") if guess and guess.encoding != "utf_8" else NO_TEXT
 
 
 def _is_letter(byte: int) -> bool:
@@ -232,5 +232,5 @@ class _Zstd(_Stream):
                     raise EOFError("the stream ends inside a frame")
                 return b""
             self._fed = True
-            if found := self._frame.decompress(data):
-                return found
+            if plain := self._frame.decompress(data):
+                return plain

@@ -129,16 +129,16 @@ class Sampler:
         """Return (tokens int32 [B, T+1], weights float32 [B, T], clusters int [groups]) of a step."""
         drawn = self._drawn_before(step)
         clusters = self.clusters(step)
-        found = []
+        rows = []
         for cluster in clusters:
             stream = self.streams[cluster]
             for _ in range(self.rows_per_cluster):
                 done, place = divmod(int(drawn[cluster]), stream.num_rows)
                 key = mix(mix(mix(self.seed) ^ int(cluster)) ^ done)
-                found.append(stream.row(permuted(place, stream.num_rows, key)))
+                rows.append(stream.row(permuted(place, stream.num_rows, key)))
                 drawn[cluster] += 1
         self._step, self._drawn = step + 1, drawn
-        tokens, weights = zip(*found, strict=True)
+        tokens, weights = zip(*rows, strict=True)
         return np.stack(tokens), np.stack(weights), clusters
 
     def _drawn_before(self, step: int) -> np.ndarray:

@@ -146,13 +146,13 @@ def read_shard(path: Path, *names: str) -> list[np.ndarray]:
     """Arrays that `save_shard` wrote under this name, each with a checksum; raises Damaged for anything else."""
     try:
         with open_regular(path) as file, np.load(file) as arrays:
-            found = [arrays[name] for name in names]
+            values = [arrays[name] for name in names]
             place = str(arrays["place"])
     except Exception as error:  # zipfile and numpy have a dozen kinds of them for one bit that is flipped
         raise Damaged(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
     if place != path.stem:
         raise Damaged(f"{path} was written as {place[:60]}")
-    return found
+    return values
 
 
 def save_shard(path: Path, **arrays) -> None:

@@ -45,11 +45,11 @@ class Source:
         try:
             if path.is_dir():
                 return self._files_in(path, reading or Reading())
-            found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+            paths = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True))
         except OSError as error:
             raise SlmError(f"{self.text[:200]}: {error.strerror}") from error
-        files = [file for file in found if file.is_file()]
-        if reading and (folders := sum(file.is_dir() for file in found)):
+        files = [file for file in paths if file.is_file()]
+        if reading and (folders := sum(file.is_dir() for file in paths)):
             reading.left_out["in a folder that the pattern names"] += folders
         if not files:
             what = "not a file with bytes of its own" if path.exists() else "no such file"
@@ -61,7 +61,7 @@ class Source:
         return files
 
     def _files_in(self, directory: Path, reading: Reading) -> list[Path]:
-        found = []
+        files = []
         for file in sorted(directory.rglob("*")):
             if file.is_dir():
                 if file.is_symlink():
@@ -73,10 +73,10 @@ class Source:
             elif not kind_of(file):
                 reading.left_out["of unknown kind"] += 1
             else:
-                found.append(file)
-        if not found:
+                files.append(file)
+        if not files:
             raise SlmError(f"{self.text}: no text files in this directory ({known_kinds()})")
-        return found
+        return files
 
     def fingerprint(self) -> str:
         """Changes when the text behind the source may have changed."""
@@ -130,9 +130,9 @@ def _read_hub(source: str, reading: Reading) -> Iterator[str]:
 
 def _matches(record: dict, condition: str, source: str) -> bool:
     path, _, value = condition.partition("=")
-    found = record
+    field = record
     for key in path.split("."):
-        if not isinstance(found, dict) or key not in found:
+        if not isinstance(field, dict) or key not in field:
             raise SlmError(f"{source}: its records have no field {path!r}; their fields: {', '.join(record)}")
-        found = found[key]
-    return str(found) == value
+        field = field[key]
+    return str(field) == value
