@@ -56,8 +56,8 @@ NAMES = re.compile(
 def is_bundle(path: str | os.PathLike) -> bool:
     """Whether a directory is a bundle."""
     manifest = Path(path) / MANIFEST
-    found = read_json(manifest, links=False) if os.path.lexists(manifest) else None
-    return isinstance(found, dict) and found.get("kind") == KIND
+    record = read_json(manifest, links=False) if os.path.lexists(manifest) else None
+    return isinstance(record, dict) and record.get("kind") == KIND
 
 
 def bundle_at(workspace: Workspace, name: str) -> Path | None:
@@ -148,8 +148,8 @@ def copy_artifact(source: Path, path: Path, kind: str) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     for name in (*manifest["files"], MANIFEST):
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-        with open_regular(source / name, links=False) as found, open(temporary / name, "wb") as copy:
-            shutil.copyfileobj(found, copy, 1 << 20)
+        with open_regular(source / name, links=False) as original, open(temporary / name, "wb") as copy:
+            shutil.copyfileobj(original, copy, 1 << 20)
     replace_directory(temporary, path)
 
 
@@ -191,7 +191,7 @@ def _parts(directory: Path, manifest: dict) -> dict[str, str]:
 
 
 def _encoder_key(manifest: dict) -> str | None:
-    return next((found["key"] for name in manifest["files"] if (found := NAMES.fullmatch(name)) and found["key"]), None)
+    return next((match["key"] for name in manifest["files"] if (match := NAMES.fullmatch(name)) and match["key"]), None)
 
 
 def _config_of(directory: Path) -> Config:
@@ -228,9 +228,9 @@ def _require_shapes(directory: Path, run: Run, names: set[str]) -> None:
         if weights.relative_to(directory).as_posix() not in names or own.shape != run.shape:
             raise Damaged(f"{path} lacks its weights, or is of another shape; get the bundle again")
         load_manifest(weights.parent, CHECKPOINT)
-        found = {name: value.shape for name, value in read_safetensors(weights).items() if value.dtype == mx.float32}
-        if found != shapes:
-            name = min(set(found.items()) ^ set(shapes.items()))[0]
+        actual = {name: value.shape for name, value in read_safetensors(weights).items() if value.dtype == mx.float32}
+        if actual != shapes:
+            name = min(set(actual.items()) ^ set(shapes.items()))[0]
             raise Damaged(f"{weights}: {name} is missing, or not of the shape that its record says")
     if not models:
         raise Damaged(f"{directory}: no weights that fit its record; get the bundle again")

@@ -40,17 +40,17 @@ class Experts:
         """The experts that can be used."""
         if self.is_network:
             return np.flatnonzero(self.generic).tolist()
-        return [i for i in range(self.k) if (found := open_expert(self.run, i)) and found.finished]
+        return [i for i in range(self.k) if (opened := open_expert(self.run, i)) and opened.finished]
 
     def require_trained(self) -> list[int]:
         """`trained`, of which there must be one; raises SlmError."""
-        found = self.trained
-        if not found:
+        trained = self.trained
+        if not trained:
             name = self.run.name
             raise SlmError(
                 f"run {name} has no trained expert yet: run `mlx-slm pretrain --method mix --name {name}`, it goes on"
             )
-        return found
+        return trained
 
     def parameters(self, which: int | np.ndarray) -> dict:
         """Parameters of a plain transformer of shape `run.shape`: expert i, or the one of a histogram (SLM-pn only).
@@ -73,13 +73,13 @@ class Experts:
             raise SlmError(f"run {self.run.name} has the experts 0 to {self.k - 1}, not {which}")
         if self.is_network:
             return expert(self.network, which)
-        found = open_expert(self.run, which)
-        if not found or not found.finished:
+        opened = open_expert(self.run, which)
+        if not opened or not opened.finished:
             raise SlmError(
                 f"expert {which} of run {self.run.name} is not trained: "
                 f"run `mlx-slm pretrain --method mix --name {self.run.name} --experts {which}`"
             )
-        return found.weights()
+        return opened.weights()
 
     def assigned(self, config: Config, name: str, split: str, report: Report) -> Assigned:
         """The clusters of a split's windows, embedded and assigned where that was not done."""

@@ -41,14 +41,14 @@ def geometry(experts: Experts) -> dict:
     pairs = np.triu_indices(experts.k, 1)
     layers = []
     for layer, parts in sorted(by_layer.items()):
-        found = np.concatenate(parts, axis=1)
-        apart = cosines(centred(found))
-        spread = float(np.linalg.norm(centred(found), axis=1).mean() / np.linalg.norm(found.mean(axis=0)))
+        vectors = np.concatenate(parts, axis=1)
+        apart = cosines(centred(vectors))
+        spread = float(np.linalg.norm(centred(vectors), axis=1).mean() / np.linalg.norm(vectors.mean(axis=0)))
         correlation = float(np.corrcoef(apart[pairs], centroids[pairs])[0, 1])
         layers.append(
             {
                 "layer": layer,
-                "cosine": float(cosines(found)[pairs].mean()),
+                "cosine": float(cosines(vectors)[pairs].mean()),
                 "spread": spread,
                 "correlation": correlation if spread > ALIKE else None,
                 "cosines": apart.tolist(),
@@ -90,8 +90,8 @@ def draw(facts: dict, results: Path) -> Path:
     order = np.array(facts["order"])
     panels = [("centroids of the clusters", facts["centroids"])]
     for one in facts["layers"]:
-        found = "all alike" if one["correlation"] is None else f"r = {one['correlation']:.2f}"
-        panels.append((f"layer {one['layer']}: {found}", one["cosines"]))
+        relation = "all alike" if one["correlation"] is None else f"r = {one['correlation']:.2f}"
+        panels.append((f"layer {one['layer']}: {relation}", one["cosines"]))
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure = new_figure(3.1 * columns + 0.8, 3.2 * rows + 0.5)

@@ -24,26 +24,26 @@ def select_expert(project: Project, experts: Experts, select: str, domain: Domai
     config, store, windows = project.config, domain.store, domain.windows
     shares = experts.histogram(config, domain.name, windows, project.report)
     begun = time.perf_counter()
-    found: dict = {"select": select, "expert": None, "histogram": None, "scores": None}
+    selection: dict = {"select": select, "expert": None, "histogram": None, "scores": None}
     tokens = 0
     if select == HISTOGRAM:
-        found["histogram"] = shares.tolist()
+        selection["histogram"] = shares.tolist()
     elif select == FREQUENT:
-        found["expert"] = int(shares.argmax())
+        selection["expert"] = int(shares.argmax())
     else:
         size = min(config.finetuning.select_tokens, store.num_tokens)
         sample = windows[np.isin(windows, first_windows(store, size, config.data.seed))]
         scores = score_experts(experts, store, sample, project.report)
-        found |= {"scores": scores, "expert": min(scores, key=lambda number: scores[number])}
+        selection |= {"scores": scores, "expert": min(scores, key=lambda number: scores[number])}
         tokens = int(store.lengths(sample).sum()) * len(scores)
-    found["share"] = None if found["expert"] is None else float(shares[found["expert"]])
-    return found | {"cost": {"tokens": tokens, "seconds": round(time.perf_counter() - begun, 2)}}
+    selection["share"] = None if selection["expert"] is None else float(shares[selection["expert"]])
+    return selection | {"cost": {"tokens": tokens, "seconds": round(time.perf_counter() - begun, 2)}}
 
 
 def chosen(experts: Experts, selection: dict) -> dict:
     """Parameters of the expert that a record of `select_expert` names."""
-    found = selection["histogram"]
-    return experts.parameters(selection["expert"] if found is None else np.array(found))
+    histogram = selection["histogram"]
+    return experts.parameters(selection["expert"] if histogram is None else np.array(histogram))
 
 
 def score_experts(experts: Experts, store: Store, windows: np.ndarray, report: Report) -> dict[int, float]:

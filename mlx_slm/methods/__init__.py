@@ -26,7 +26,7 @@ METHODS: list[Method] = [
 
 def find_method(name: str) -> Method:
     """The method of this name; raises SlmError with those that there are."""
-    found = {method.name: method for method in METHODS}
-    if name not in found:
-        raise SlmError(f"no method {name!r}{nearest(name, list(found))}; methods: {', '.join(found)}")
-    return found[name]
+    methods = {method.name: method for method in METHODS}
+    if name not in methods:
+        raise SlmError(f"no method {name!r}{nearest(name, list(methods))}; methods: {', '.join(methods)}")
+    return methods[name]

@@ -107,7 +107,7 @@ class Setup:
 
     def inputs(self, method: str) -> dict:
         """What a run is made from, for its record."""
-        found = {
+        inputs = {
             "method": method,
             "shape": self.shape.to_dict(),
             "training": self.project.config.training.model_dump(mode="json", exclude=UNSEEN),
@@ -115,7 +115,7 @@ class Setup:
             "data": self.store.fingerprint,
             "valid": fingerprint([self.valid.fingerprint, self.windows.tolist()]),
         }
-        return found | ({"init_from": self.origin.fingerprint} if self.origin else {})
+        return inputs | ({"init_from": self.origin.fingerprint} if self.origin else {})
 
     def steps(self, rows: int, tokens: int | None) -> int:
         """Steps of a training on a set of `rows` rows; of `tokens` tokens where they are given."""

@@ -110,8 +110,8 @@ def expert_jobs(setup: Setup, clusters: Clusters, inputs: dict, experts: list[in
 
 def _finished_experts(run: Run, possible: list[int]) -> dict[int, dict]:
     """Records of the experts of a mixture that are finished."""
-    found = {number: open_expert(run, number) for number in possible}
-    return {number: one.record for number, one in found.items() if one and one.finished}
+    experts = {number: open_expert(run, number) for number in possible}
+    return {number: one.record for number, one in experts.items() if one and one.finished}
 
 
 def _record_experts(run: Run, possible: list[int]) -> None:

@@ -130,12 +130,12 @@ class FromExperts(FromRun):
         return f"{self.method}-{self.select}"
 
     def inputs(self, config: Config) -> dict:
-        found: dict = {"select": self.select, "clusters": self.experts.clusters.fingerprint}
+        inputs: dict = {"select": self.select, "clusters": self.experts.clusters.fingerprint}
         if self.select == PRETRAINED:
-            found["select_tokens"] = config.finetuning.select_tokens
+            inputs["select_tokens"] = config.finetuning.select_tokens
         if self.select in (PRETRAINED, FINETUNED):
-            found["experts"] = self.experts.require_trained()
-        return found
+            inputs["experts"] = self.experts.require_trained()
+        return inputs
 
     def train(self, project: Project, run: Run, job: Finetuning, domain: DomainSet) -> None:
         if self.select == FINETUNED:
