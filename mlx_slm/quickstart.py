@@ -78,8 +78,8 @@ def run_quickstart(project: Project, fresh: bool = False) -> dict:
     results = []
     for method, stage, select, name, tokens, seconds in stages:
         expert = select if name == network.name else None
-        found = evaluate(project, [name], [domain], expert=expert, tokens=DOMAIN_TOKENS)
-        row = found["results"][0]
+        evaluation = evaluate(project, [name], [domain], expert=expert, tokens=DOMAIN_TOKENS)
+        row = evaluation["results"][0]
         facts = {"perplexity": row["perplexity"], "tokens": tokens, "seconds": seconds}
         results.append({"method": method, "stage": stage, **({"select": select} if select else {}), **facts})
     report.line("7. the best specialised model, through mlx-lm")

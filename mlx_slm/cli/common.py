@@ -131,13 +131,13 @@ class Numbers(click.ParamType):
     name = "numbers"
 
     def convert(self, value, param, ctx):
-        found = set()
+        numbers = set()
         for part in value.split(","):
             first, dash, last = part.strip().partition("-")
             if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) < int(first):
                 self.fail(f"{part.strip()!r} is not a number or a range such as 0-15", param, ctx)
-            found |= set(range(int(first), int(last or first) + 1))
-        return sorted(found)
+            numbers |= set(range(int(first), int(last or first) + 1))
+        return sorted(numbers)
 
 
 NUMBERS = Numbers()
@@ -180,8 +180,8 @@ class Number(click.FloatRange):
     """A number in a range; nan is in none."""
 
     def convert(self, value, param, ctx):
-        found = super().convert(value, param, ctx)
-        return found if found == found else self.fail(f"{value!r} is not a number", param, ctx)
+        number = super().convert(value, param, ctx)
+        return number if number == number else self.fail(f"{value!r} is not a number", param, ctx)
 
 
 HOURS = Number(0, 1e6, min_open=True)

@@ -25,8 +25,8 @@ def prepare(session: Session, name, sources, **how) -> None:
     from mlx_slm.text import prepare as work
     from mlx_slm.text.store import Store
 
-    found = work.sources_of(name, list(sources), session.workspace, session.config)
-    made = work.prepare(session.project, work.Preparation(name, found, **how))
+    named = work.sources_of(name, list(sources), session.workspace, session.config)
+    made = work.prepare(session.project, work.Preparation(name, named, **how))
     stores = {split: Store(session.workspace.data(name, split)) for split in work.SPLITS}
     result = {
         "set": name,
@@ -65,20 +65,20 @@ def cluster(session: Session, counts, encoder, show, fresh) -> None:
     session.start_computing()
     sets = [name for name in workspace.sets() if name != config.data.generic]
     made = ensure_clusters(session.project, list(counts) or [config.clusters.k], sets, fresh)
-    found = [shows.summary(clusters, config.data.generic, sets) for clusters in made]
+    summaries = [shows.summary(clusters, config.data.generic, sets) for clusters in made]
     if show:
-        for clusters, facts in zip(made, found, strict=True):
+        for clusters, facts in zip(made, summaries, strict=True):
             shows.add_details(facts, workspace, clusters, config.data.generic, sets)
             facts["figure"] = str(shows.draw(facts, workspace.results))
 
     def text() -> None:
-        for facts in found:
+        for facts in summaries:
             columns, rows = shows.table_of(facts, detailed=show)
             session.report.table(f"{facts['k']:,} clusters of {config.data.generic}", columns, rows)
             if show:
                 session.report.line(f"figure: {facts['figure']}")
 
-    session.show({"clusters": found}, text)
+    session.show({"clusters": summaries}, text)
 
 
 COMMANDS = (prepare, cluster)

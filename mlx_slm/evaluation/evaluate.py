@@ -46,7 +46,7 @@ def evaluate(
     if not models:
         raise SlmError(f"no model in {workspace.root} yet: `mlx-slm pretrain` or `mlx-slm specialize` makes one")
     experts = {name: find_experts(workspace, name, report) for name in models}
-    if expert is not None and (single := next((name for name, found in experts.items() if found is None), None)):
+    if expert is not None and (single := next((name for name, own in experts.items() if own is None), None)):
         raise SlmError(f"--expert {expert}: {single} is a single model; it is for runs of the methods pn and mix")
     if not sets:
         raise SlmError("no domain is prepared: name a set with --domain, or run `mlx-slm prepare NAME SOURCE...`")

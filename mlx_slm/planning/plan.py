@@ -143,26 +143,26 @@ def _rates(workspace: Workspace, models: Models, report: Report) -> tuple[Rates,
 
 def rated_flops(models: Models) -> dict[str, float]:
     """Training FLOPs of a token, by the names of `Rates`."""
-    found = {method.name: method.flops_per_token(models) for method in (Small(), ProjectedNetwork(), Large())}
-    found[LowRank.name] = adapters_of(models.large).flops_per_token
-    return found | {READING: models.large.forward_flops_per_token}
+    flops = {method.name: method.flops_per_token(models) for method in (Small(), ProjectedNetwork(), Large())}
+    flops[LowRank.name] = adapters_of(models.large).flops_per_token
+    return flops | {READING: models.large.forward_flops_per_token}
 
 
 def _recorded_speeds(workspace: Workspace, models: Models) -> dict[str, tuple[str, float]]:
     """(run, tokens per second) of the newest finished pretraining of each method with this shape on this device."""
     shapes = {method.name: method.shape(models) for method in (Small(), ProjectedNetwork(), Large())}
     projection = models.config.projection.model_dump(mode="json")
-    found: dict[str, tuple[float, str, float]] = {}
+    newest: dict[str, tuple[float, str, float]] = {}
     for name in workspace.runs():
         run = find_run(workspace, name)
         method, record = run.record["method"], run.record
         fits = method in shapes and run.finished and "from" not in record["inputs"] and record["seconds"] > 60
         same = fits and record["device"] == runtime.device_name()
         same = same and record["inputs"].get("projection", projection) == projection
-        if same and _body(run.shape) == _body(shapes[method]) and record["started"] > found.get(method, (0.0,))[0]:
+        if same and _body(run.shape) == _body(shapes[method]) and record["started"] > newest.get(method, (0.0,))[0]:
             positions = record["step"] * record["inputs"]["training"]["batch_rows"] * run.shape.context_length
-            found[method] = (record["started"], name, positions / record["seconds"])
-    return {method: (name, speed) for method, (_, name, speed) in found.items()}
+            newest[method] = (record["started"], name, positions / record["seconds"])
+    return {method: (name, speed) for method, (_, name, speed) in newest.items()}
 
 
 def _body(shape: Shape) -> dict:
@@ -219,11 +219,11 @@ def _perplexity(workspace: Workspace, method: Method, domain: str | None, budget
 
 def _recorded_perplexities(workspace: Workspace, method: str, domain: str, tokens: int) -> list[float]:
     """The newest perplexity of each run of a method that was specialised to the domain on this many tokens."""
-    found = {}
+    perplexities = {}
     for row in read_json_lines(workspace.results / EVALUATIONS, keys=("set", "split", "model", "perplexity")):
         if row["set"] == domain and row["split"] == "test" and row["model"] in workspace.runs():
             record = find_run(workspace, row["model"]).record
             inputs = record["inputs"]
             if record["method"] == method and (inputs.get("domain"), inputs.get("tokens")) == (domain, tokens):
-                found[row["model"]] = row["perplexity"]
-    return list(found.values())
+                perplexities[row["model"]] = row["perplexity"]
+    return list(perplexities.values())

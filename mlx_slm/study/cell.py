@@ -88,12 +88,12 @@ class Study:
     @cached_property
     def settings(self) -> dict[str, str]:
         """What each cell's row depends on: settings, horizons and the text; a row of others is made again."""
-        found = {}
+        settings = {}
         for cell in self.cells:
             horizons = {method: self.budgets[method][-1] for method in cell.pretrained}
             own = find_method(cell.method).of_study(self.config)
-            found[cell.name] = fingerprint([self._of_all, horizons, own, self._texts[cell.domain]])
-        return found
+            settings[cell.name] = fingerprint([self._of_all, horizons, own, self._texts[cell.domain]])
+        return settings
 
     @cached_property
     def _of_all(self) -> list:
@@ -236,15 +236,15 @@ def _cost_at(run: Run, budget: int | None) -> dict:
 def _specialization_cost(workspace: Workspace, tuned: Run) -> dict:
     """What a fine-tuning cost, with the choice of its expert and the fine-tuning of its teacher."""
     record = tuned.record
-    found = {key: record[key] for key in COSTS}
+    cost = {key: record[key] for key in COSTS}
     selection = record.get("selection")
     if selection and selection["select"] == "finetuned":
-        found = {key: selection["cost"][key] for key in COSTS}
+        cost = {key: selection["cost"][key] for key in COSTS}
     elif selection:
-        found["seconds"] += selection["cost"]["seconds"]
-        found["flops"] += selection["cost"]["tokens"] * tuned.shape.forward_flops_per_token
+        cost["seconds"] += selection["cost"]["seconds"]
+        cost["flops"] += selection["cost"]["tokens"] * tuned.shape.forward_flops_per_token
     teacher = record["inputs"].get("teacher")
-    return _sum([found, _specialization_cost(workspace, find_run(workspace, teacher["run"]))]) if teacher else found
+    return _sum([cost, _specialization_cost(workspace, find_run(workspace, teacher["run"]))]) if teacher else cost
 
 
 def _curve(tuned: Run) -> list[list[float]]:

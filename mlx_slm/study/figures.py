@@ -16,7 +16,7 @@ DASHES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 def draw(rows: list[dict], name: str, results: Path) -> list[Path]:
     """The figures that the rows allow; returns their PNGs."""
     made = [
-        _against(rows, name, results, "tokens", "pretraining tokens", lambda found: found[0]["budget"]),
+        _against(rows, name, results, "tokens", "pretraining tokens", lambda group: group[0]["budget"]),
         _against(rows, name, results, "cost", "TFLOPs for one domain, all included", _flops_for_one),
         _by_domains(rows, name, results),
         _finetuning_curves(rows, name, results),
@@ -29,29 +29,29 @@ def draw(rows: list[dict], name: str, results: Path) -> list[Path]:
 
 def styles(rows: list[dict]) -> dict[str, dict]:
     """The look of each label: a colour a method, dashes and markers for its choices."""
-    found: dict[str, dict] = {}
+    looks: dict[str, dict] = {}
     for method, of_method in grouped(rows, lambda row: row["method"]).items():
         color = find_method(method).color
         for number, name in enumerate(dict.fromkeys(map(label, of_method))):
             look = number % len(DASHES)
-            found[name] = {
+            looks[name] = {
                 "color": color,
                 "linestyle": DASHES[look],
                 "marker": MARKERS[look],
                 "label": name,
             }
-    return found
+    return looks
 
 
-def _flops_for_one(found: list[dict]) -> float:
+def _flops_for_one(group: list[dict]) -> float:
     """Of pretraining and specialization, in TFLOPs; a mixture's generic share is that of all its experts."""
-    return cost_of(found, "flops").total(1) / 1e12
+    return cost_of(group, "flops").total(1) / 1e12
 
 
-def _flops_of_its_expert(found: list[dict]) -> float:
+def _flops_of_its_expert(group: list[dict]) -> float:
     """The same for one expert of a mixture, as if no other had been trained."""
-    cost = cost_of(found, "flops")
-    return (cost.generic / found[0]["k"] + cost.specialization) / 1e12
+    cost = cost_of(group, "flops")
+    return (cost.generic / group[0]["k"] + cost.specialization) / 1e12
 
 
 def _panels(titles: list[str], y_label: str):
@@ -84,9 +84,9 @@ def _on_all_domains(rows: list[dict]) -> list[dict]:
     """Rows of the methods that were done on every domain, so that averages are of the same text."""
     domains = {row["domain"] for row in rows}
     kept = []
-    for found in grouped(rows, lambda row: (label(row), row["budget"], row["domain_tokens"])).values():
-        if {row["domain"] for row in found} == domains:
-            kept += found
+    for group in grouped(rows, lambda row: (label(row), row["budget"], row["domain_tokens"])).values():
+        if {row["domain"] for row in group} == domains:
+            kept += group
     return kept
 
 
@@ -98,16 +98,16 @@ def _against(rows: list[dict], name: str, results: Path, what: str, x_label: str
         at = _on_all_domains([row for row in rows if row["domain_tokens"] == size])
         for method, of_method in grouped(at, label).items():
             points = grouped(of_method, lambda row: row["budget"] or 0)
-            found = [of_seeds(points[budget], "specialized") for budget in sorted(points)]
+            scores = [of_seeds(points[budget], "specialized") for budget in sorted(points)]
             if not of_method[0]["budget"]:
-                axis.axhline(found[0][0], **looks[method] | {"marker": None})
+                axis.axhline(scores[0][0], **looks[method] | {"marker": None})
                 continue
             xs = [x_of(points[budget]) for budget in sorted(points)]
-            axis.errorbar(xs, [f[0] for f in found], [f[1] for f in found], capsize=2, **looks[method])
+            axis.errorbar(xs, [s[0] for s in scores], [s[1] for s in scores], capsize=2, **looks[method])
             if what == "cost" and find_method(of_method[0]["method"]).takes_experts:  # Figure 8: its expert alone
                 alone = [_flops_of_its_expert(points[budget]) for budget in sorted(points)]
                 look = looks[method] | {"label": f"{method}, its expert alone", "markerfacecolor": "none"}
-                axis.plot(alone, [f[0] for f in found], **look)
+                axis.plot(alone, [s[0] for s in scores], **look)
         axis.set(xscale="log", yscale="log", xlabel=x_label)
         _plain_numbers(axis)
     return _finish(figure, axes, f"{name}: perplexity against {x_label}", results / f"{name}-{what}.png")
@@ -151,9 +151,9 @@ def _finetuning_curves(rows: list[dict], name: str, results: Path) -> Path:
     figure, axes = _panels([f"{format_size(size)} tokens of {domain}" for size in sizes], "validation perplexity")
     for size, axis in zip(sizes, axes, strict=True):
         at = [r for r in rows if (r["domain"], r["seed"], r["domain_tokens"]) == (domain, seed, size)]
-        last = {method: found for (method, _), found in by_method(sorted(at, key=lambda r: r["budget"] or 0)).items()}
-        for method, found in last.items():
-            points = found[0]["curve"]
+        last = {method: group for (method, _), group in by_method(sorted(at, key=lambda r: r["budget"] or 0)).items()}
+        for method, group in last.items():
+            points = group[0]["curve"]
             xs, ys = [point[0] / size for point in points], [point[1] for point in points]
             axis.plot(xs, ys, **looks[method] | {"marker": None})
         axis.set(yscale="log", xlabel="passes over the domain set")
@@ -165,10 +165,10 @@ def _by_clusters(of_method: list[dict], name: str, results: Path, method: Method
     """Figures 7 and 10: the number of clusters, on the domains that every number was tried on."""
     tried = {row["k"] for row in of_method}
     full = grouped(of_method, lambda row: (row["domain"], row["domain_tokens"], row["select"], row["budget"]))
-    shown = {key: found for key, found in full.items() if {row["k"] for row in found} == tried}
+    shown = {key: group for key, group in full.items() if {row["k"] for row in group} == tried}
     figure, axes = _panels([method.label], "perplexity, fine-tuned")
-    for (domain, size, select, budget), found in shown.items():
-        points = grouped(found, lambda row: row["k"])
+    for (domain, size, select, budget), group in shown.items():
+        points = grouped(group, lambda row: row["k"])
         scores = [of_seeds(points[k], "specialized") for k in sorted(points)]
         text = ", ".join(filter(None, [domain, f"{format_size(size)} tokens", select, f"after {format_size(budget)}"]))
         axes[0].errorbar(

@@ -47,14 +47,14 @@ def cells(config: Config) -> list[Cell]:
     """Every cell of a configuration's grids, once; raises SlmError if there is none."""
     if not config.study.grids:
         raise SlmError("study.grids is empty: a study is a list of grids, as in configs/study-mini.yaml")
-    found = list(dict.fromkeys(cell for grid in config.study.grids for cell in _cells_of(grid, config)))
+    wanted = list(dict.fromkeys(cell for grid in config.study.grids for cell in _cells_of(grid, config)))
     most: dict[str, int] = {}
-    for cell in found:
+    for cell in wanted:
         most[cell.method] = max(cell.budget or 0, most.get(cell.method, 0))
-    found = [cell for cell in found if find_method(cell.method).milestones or cell.budget == most[cell.method]]
-    if not found:
+    wanted = [cell for cell in wanted if find_method(cell.method).milestones or cell.budget == most[cell.method]]
+    if not wanted:
         raise SlmError("study.grids: no cell is left (`histogram` is not for mixtures)")
-    return found
+    return wanted
 
 
 def _cells_of(grid: Grid, config: Config) -> Iterable[Cell]:
@@ -72,8 +72,8 @@ def _cells_of(grid: Grid, config: Config) -> Iterable[Cell]:
 
 def budgets_of(cells: list[Cell]) -> dict[str, list[int]]:
     """The sorted budgets of each method that is pretrained: one run is trained for the largest, and keeps them all."""
-    found = defaultdict(set)
+    tried = defaultdict(set)
     for cell in cells:
         for method, budget in cell.pretrained.items():
-            found[method].add(budget)
-    return {method: sorted(budgets) for method, budgets in found.items()}
+            tried[method].add(budget)
+    return {method: sorted(budgets) for method, budgets in tried.items()}

@@ -51,11 +51,11 @@ def run_study(study: Study, jobs: int = 1, command: list[str] | None = None) -> 
 
 def read_rows(study: Study) -> dict[str, dict]:
     """The rows of a study that hold for its settings, by cell; a line that a kill cut off is left out."""
-    found: dict[str, dict] = {}
+    rows: dict[str, dict] = {}
     for row in read_json_lines(study.file, keys=("cell", "settings")):
         if study.settings.get(row["cell"]) == row["settings"]:
-            found[row["cell"]] = row
-    return found
+            rows[row["cell"]] = row
+    return rows
 
 
 def _left(study: Study) -> list[Cell]:

@@ -34,8 +34,8 @@ def of_seeds(rows: Iterable[dict], stage: str) -> tuple[float, float, int]:
     by_seed = defaultdict(list)
     for row in rows:
         by_seed[row["seed"]].append(row[stage]["nll"])
-    found = [perplexity(statistics.fmean(nll)) for nll in by_seed.values()]
-    return statistics.fmean(found), (max(found) - min(found)) / 2, len(found)
+    perplexities = [perplexity(statistics.fmean(nll)) for nll in by_seed.values()]
+    return statistics.fmean(perplexities), (max(perplexities) - min(perplexities)) / 2, len(perplexities)
 
 
 def shown(value: tuple[float, float, int] | None) -> str:
@@ -47,10 +47,10 @@ def shown(value: tuple[float, float, int] | None) -> str:
 
 def grouped(rows: list[dict], key: Callable[[dict], object]) -> dict:
     """Rows by key, in the order of their first row."""
-    found: dict = {}
+    groups: dict = {}
     for row in rows:
-        found.setdefault(key(row), []).append(row)
-    return found
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
 def cost_of(rows: list[dict], unit: str = "hours") -> Cost:
@@ -70,8 +70,8 @@ def by_method(rows: list[dict]) -> dict:
 
 def size_of_all(rows: list[dict]) -> int:
     """The largest domain set that the most lines of the tables have: what they are compared at."""
-    sizes = [{row["domain_tokens"] for row in found} for found in by_method(rows).values()]
-    return max(set.union(*sizes), key=lambda size: (sum(size in found for found in sizes), size))
+    sizes = [{row["domain_tokens"] for row in group} for group in by_method(rows).values()]
+    return max(set.union(*sizes), key=lambda size: (sum(size in group for group in sizes), size))
 
 
 def markdown(rows: list[dict], name: str, summaries: list[dict]) -> str:
@@ -108,8 +108,8 @@ def markdown(rows: list[dict], name: str, summaries: list[dict]) -> str:
 def _perplexities(rows: list[dict], domains: list[str], size: int) -> str:
     sizes, body = sorted({row["domain_tokens"] for row in rows}), []
 
-    def over_domains(found: list[dict], stage: str) -> str:
-        return shown(macro(found, stage)) + (" *" if found and {row["domain"] for row in found} != set(domains) else "")
+    def over_domains(group: list[dict], stage: str) -> str:
+        return shown(macro(group, stage)) + (" *" if group and {row["domain"] for row in group} != set(domains) else "")
 
     for (method, budget), of_method in by_method(rows).items():
         by_size = grouped(of_method, lambda row: row["domain_tokens"])
@@ -134,8 +134,8 @@ def _by_domain(rows: list[dict], domains: list[str]) -> str:
     body = []
     for (method, budget), of_method in by_method(rows).items():
         for size, of_size in grouped(of_method, lambda row: row["domain_tokens"]).items():
-            found = grouped(of_size, lambda row: row["domain"])
-            cells = [shown(macro(found.get(domain, []), "specialized")) for domain in domains]
+            groups = grouped(of_size, lambda row: row["domain"])
+            cells = [shown(macro(groups.get(domain, []), "specialized")) for domain in domains]
             body.append([method, format_size(budget) if budget else "-", format_size(size), *cells])
     return table(["method", "pretraining tokens", "domain tokens", *domains], body)
 
@@ -144,7 +144,7 @@ def _costs(rows: list[dict], size: int) -> str:
     sizes, body = sorted({row["domain_tokens"] for row in rows}), []
     for (method, budget), of_method in by_method(rows).items():
         by_size = grouped(of_method, lambda row: row["domain_tokens"])
-        hours = {each: cost_of(found) for each, found in by_size.items()}
+        hours = {each: cost_of(group) for each, group in by_size.items()}
         compared = hours.get(size), cost_of(by_size[size], "flops") if size in by_size else None
         body.append(
             [
@@ -168,8 +168,8 @@ def _over_clusters(summaries: list[dict]) -> str:
     sets = [row["set"] for row in summaries[0]["sets"]]
     body = []
     for number, name in enumerate(sets):
-        found = [one["sets"][number] for one in summaries]
-        body.append([name, *(f"{row['largest']:.2f}" for row in found), *(f"{row['entropy']:.2f}" for row in found)])
+        rows = [one["sets"][number] for one in summaries]
+        body.append([name, *(f"{row['largest']:.2f}" for row in rows), *(f"{row['entropy']:.2f}" for row in rows)])
     counts = [one["k"] for one in summaries]
     columns = ["set", *(f"most frequent, k = {k}" for k in counts), *(f"entropy, nats, k = {k}" for k in counts)]
     return table(columns, body)
@@ -186,14 +186,14 @@ def _sampling(rows: list[dict]) -> str:
             domain,
             str(k),
             format_size(size),
-            str(found[0]["importance"]["clusters_used"]),
-            f"{math.log(found[0]['importance']['exp_entropy']):.2f}",
-            "infinite" if (kl := found[0]["importance"]["kl_generic"]) is None else f"{kl:.2f}",
-            f"{found[0]['importance']['passes_max']:.2f}",
-            f"{found[0]['importance']['passes_mean']:.2f}",
-            f"{found[0]['importance']['effective_fraction']:.1%}",
+            str(group[0]["importance"]["clusters_used"]),
+            f"{math.log(group[0]['importance']['exp_entropy']):.2f}",
+            "infinite" if (kl := group[0]["importance"]["kl_generic"]) is None else f"{kl:.2f}",
+            f"{group[0]['importance']['passes_max']:.2f}",
+            f"{group[0]['importance']['passes_mean']:.2f}",
+            f"{group[0]['importance']['effective_fraction']:.1%}",
         ]
-        for (domain, k, size), found in sorted(runs.items())
+        for (domain, k, size), group in sorted(runs.items())
     ]
     columns = ["domain", "k", "domain tokens", "clusters used", "entropy, nats", "KL(domain, generic), nats"]
     columns += ["passes, max", "passes, mean", "effective size"]
@@ -203,11 +203,11 @@ def _sampling(rows: list[dict]) -> str:
 def _selections(rows: list[dict], size: int) -> str:
     body, chosen = [], [row for row in rows if row["selection"] and row["domain_tokens"] == size]
     for (method, budget), of_method in by_method(chosen).items():
-        for domain, found in grouped(of_method, lambda row: row["domain"]).items():
+        for domain, group in grouped(of_method, lambda row: row["domain"]).items():
             experts = sorted(
-                {str(row["selection"]["expert"]) for row in found if row["selection"]["expert"] is not None}
+                {str(row["selection"]["expert"]) for row in group if row["selection"]["expert"] is not None}
             )
-            shares = [row["selection"]["share"] for row in found if row["selection"]["share"] is not None]
+            shares = [row["selection"]["share"] for row in group if row["selection"]["share"] is not None]
             body.append(
                 [
                     method,
@@ -215,9 +215,9 @@ def _selections(rows: list[dict], size: int) -> str:
                     domain,
                     ", ".join(experts) or "all",
                     f"{statistics.fmean(shares):.0%}" if shares else "-",
-                    shown(macro(found, "pretrained")),
-                    shown(macro(found, "specialized")),
-                    f"{cost_of(found).specialization:.3g}",
+                    shown(macro(group, "pretrained")),
+                    shown(macro(group, "specialized")),
+                    f"{cost_of(group).specialization:.3g}",
                 ]
             )
     columns = ["method", "pretraining tokens", "domain", "experts", "share of the domain", "no fine-tuning"]
