@@ -86,7 +86,7 @@ def run_quickstart(project: Project, fresh: bool = False) -> dict:
     plain = [i for i, stage in enumerate(stages) if stage[3] != network.name]
     best = min(plain, key=lambda i: results[i]["perplexity"])
     model = workspace.model(stages[best][3])
-    sample = "".join(part.text for part in stream(model, PROMPT, Sampling(max_tokens=80)))
+    sample = "".join(part.text for part in stream(model, PROMPT, Sampling(max_tokens=80), report))
     return {
         "seconds": round(time.perf_counter() - started, 1),
         "device": runtime.device_name(),

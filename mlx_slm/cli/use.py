@@ -95,7 +95,7 @@ def generate(session: Session, model, prompt, **how) -> None:
     parts = []
     if show:
         click.echo(prompt, nl=False)
-    for part in stream(path, prompt, Sampling(**how)):
+    for part in stream(path, prompt, Sampling(**how), session.report):
         parts.append(part.text)
         if show:
             click.echo(part.text, nl=False)
@@ -109,19 +109,26 @@ def generate(session: Session, model, prompt, **how) -> None:
 
 
 @click.command()
-@click.argument("model", type=PLACE)
+@click.argument("models", nargs=-1, type=PLACE, metavar="[MODEL]...")
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any that is free.")
+@click.option(
+    "--allow-origin",
+    "origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Pages that may ask, such as http://localhost:3000; * for all, and for every Host. [default: none]",
+)
 @common
-def serve(session: Session, model, host, port) -> None:
-    """Serve a model with mlx-lm's OpenAI-compatible server, on loopback."""
-    from mlx_slm.export.generate import serve as work
-    from mlx_slm.export.model import require_model
+def serve(session: Session, models, host, port, origins) -> None:
+    """Serve models to OpenAI's clients, on mlx-lm's server: those named, or all of the workspace.
 
-    path = require_model(session.workspace, model)
+    A client names one of them, as /v1/models lists them; nothing outside of them is looked up.
+    """
+    from mlx_slm.serving.serve import serve as work
+
     session.start_computing()
-    session.report.line(f"serving {path} at http://{host}:{port}/v1 (Ctrl-C stops)")
-    work(path, host, port)
+    work(session.project, models, host, port, origins)
 
 
 @click.command()

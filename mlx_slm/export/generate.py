@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import codecs
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_slm.errors import SlmError
+from mlx_slm.export.prompt import Prompts
 from mlx_slm.report import Report
 from mlx_slm.text.readers import Reading, decode
 
@@ -33,8 +33,11 @@ class Sampling:
     seed: int = 0
 
 
-def stream(path: Path, prompt: str, how: Sampling) -> Iterator:
-    """Yield mlx-lm's responses (`text`, `generation_tokens`, `generation_tps`) for a prompt that starts a document."""
+def stream(path: Path, prompt: str, how: Sampling, report: Report) -> Iterator:
+    """Yield mlx-lm's responses (`text`, `generation_tokens`, `generation_tps`) for a prompt that starts a document.
+
+    What does not fit the model's context is cut, with a warning.
+    """
     import mlx.core as mx
     from mlx_lm import load, stream_generate
     from mlx_lm.sample_utils import make_sampler
@@ -45,21 +48,9 @@ def stream(path: Path, prompt: str, how: Sampling) -> Iterator:
     except Exception as error:  # whatever mlx-lm or transformers do not like about a directory of somebody else's
         reason = " ".join(str(error).split())[:300]
         raise SlmError(f"{path}: mlx-lm cannot load it ({type(error).__name__}: {reason})") from error
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
-    if tokenizer.eos_token_id is not None:
-        ids = [tokenizer.eos_token_id, *ids]
-    max_tokens, positions = how.max_tokens, getattr(model.args, "n_positions", None)
-    if positions:  # learned positions end there: beyond them a gpt2 reads out of range
-        if len(ids) >= positions:
-            raise SlmError(f"the prompt has {len(ids)} tokens, the context of {path.name} is {positions}: shorten it")
-        max_tokens = min(max_tokens, positions - len(ids))
+    prompts = Prompts(path, tokenizer)
+    ids, max_tokens, notes = prompts.fit(prompts.encode(prompt), how.max_tokens)
+    for note in notes:
+        report.warn(note)
     sampler = make_sampler(how.temp, how.top_p)
     yield from stream_generate(model, tokenizer, ids, max_tokens=max_tokens, sampler=sampler)
-
-
-def serve(path: Path, host: str, port: int) -> None:
-    """Run mlx-lm's server in this process, so that it has the fast BLAS too."""
-    from mlx_lm import server
-
-    sys.argv = ["mlx_lm.server", "--model", str(path), "--host", host, "--port", str(port)]
-    server.main()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 from mlx_slm.errors import SlmError, nearest
@@ -77,8 +76,7 @@ def export_model(path: Path, shape: Shape, parameters: dict, tokenizer: Tokenize
         facts.update(info, parameters=shape.num_parameters, shape=shape.to_dict())
         (directory / "config.json").write_text(json.dumps(huggingface_config(shape, tokenizer.eos_id), indent=1))
         save_arrays(directory / "model.safetensors", FAMILIES[shape.family].to_hub(parameters), {"format": "pt"})
-        for file in tokenizer.files:
-            shutil.copyfile(tokenizer.directory / file, directory / file)
+        tokenizer.export(directory)
         (directory / "README.md").write_text(_model_card(path.name, shape, inputs))
     return path
 

@@ -17,7 +17,7 @@ from mlx_slm.project import Project
 from mlx_slm.storage.artifacts import MANIFEST
 from mlx_slm.storage.forms import Count
 from mlx_slm.storage.records import fingerprint, read_record, write_record
-from mlx_slm.text.hub_tokenizer import open_tokenizer, tokenizer_of
+from mlx_slm.text.hub_tokenizer import open_tokenizer, require_tokenizer_json, same_ids
 from mlx_slm.text.prepare import ensure_set, sources_of, text_needed
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
@@ -71,11 +71,11 @@ def _tokenizer_of(project: Project, origin: Pretrained) -> TokenizerConfig:
 
     Raises SlmError if the workspace has another tokenizer.
     """
-    known = tokenizer_of(origin.directory)
+    require_tokenizer_json(origin.directory)
     if not (project.workspace.tokenizer / MANIFEST).exists():
         return project.config.tokenizer.model_copy(update={"path": str(origin.directory.absolute())})
     tokenizer = open_tokenizer(project.workspace.tokenizer)
-    if tokenizer.fingerprint not in known:
+    if not same_ids(origin.directory, tokenizer.directory):
         raise SlmError(
             f"--init-from {origin.directory}: it has another tokenizer than this workspace: use a new --workspace, "
             "whose text is then prepared with the model's tokenizer"

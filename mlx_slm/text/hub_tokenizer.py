@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged, load_tokenizer_json, read_json
-from mlx_slm.storage.artifacts import load_manifest, new_artifact, sha256, verify
+from mlx_slm.storage.artifacts import load_manifest, new_artifact, verify
 from mlx_slm.storage.forms import ConfigForm, TokenizerSettings
 from mlx_slm.text.tokenizer import FILES, KIND, MODEL_FILE, SPACE, Tokenizer, TrainedTokenizer
 
@@ -20,8 +20,6 @@ JSON_FILE, CONFIG_FILE = FILES
 
 class HuggingFaceTokenizer(Tokenizer):
     """One that came with a model. Special tokens that are written out in a text are encoded as text."""
-
-    files = FILES
 
     def __init__(self, directory: Path):
         self.manifest = load_manifest(directory, KIND)
@@ -37,6 +35,20 @@ class HuggingFaceTokenizer(Tokenizer):
         if not 0 <= self.eos_id < self.vocab_size:
             raise Damaged(f"{self.directory}: its end-of-text token {self.eos_id} is not one of its tokens")
         self.token_bytes = self._token_bytes()
+
+    def export(self, directory: Path) -> None:
+        """As they came with the model, with the end of text in front of a text, as in training, where nothing stood."""
+        from tokenizers import Tokenizer as HuggingFace
+        from tokenizers import processors
+
+        shutil.copyfile(self.directory / CONFIG_FILE, directory / CONFIG_FILE)
+        tokenizer = HuggingFace.from_str(self._tokenizer.to_str())
+        if not tokenizer.encode("").ids:
+            end = tokenizer.id_to_token(self.eos_id)
+            start = processors.TemplateProcessing(f"{end} $A", f"{end} $A $B", [(end, self.eos_id)])
+            before = tokenizer.post_processor
+            tokenizer.post_processor = processors.Sequence([before, start]) if before else start
+        tokenizer.save(str(directory / JSON_FILE))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -101,10 +113,12 @@ def _write_config(directory: Path, eos_id: int) -> None:
     (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=1))
 
 
-def tokenizer_of(model: Path) -> set[str]:
-    """The fingerprints that the tokenizer of a model directory may have in a workspace."""
+def same_ids(model: Path, directory: Path) -> bool:
+    """Whether the tokenizers of two directories give a text the same ids, whatever else their files say."""
     require_tokenizer_json(model)
-    return {sha256(model / name) for name in (JSON_FILE, MODEL_FILE) if (model / name).exists()}
+    decisive = ("model", "normalizer", "pre_tokenizer", "added_tokens")
+    one, other = (json.loads(load_tokenizer_json(path / JSON_FILE).to_str()) for path in (model, directory))
+    return all(one[part] == other[part] for part in decisive)
 
 
 def require_tokenizer_json(model: Path) -> None:

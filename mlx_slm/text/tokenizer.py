@@ -10,10 +10,10 @@ import heapq
 import io
 import json
 import re
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import sentencepiece
@@ -28,6 +28,8 @@ MODEL_FILE = "tokenizer.model"
 FILES = ("tokenizer.json", "tokenizer_config.json")
 SPACE = "\u2581"
 UNKNOWN, END = "<unk>", "</s>"
+CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+"""The plainest: a chat is the contents of its messages, one after the other."""
 PIECE_BYTES = 4000
 MODEL_BYTES = 256 << 20
 
@@ -35,13 +37,16 @@ MODEL_BYTES = 256 << 20
 class Tokenizer(ABC):
     """Text <-> ids. `token_bytes` is uint8 [vocab_size]: the UTF-8 bytes of text that each id stands for."""
 
-    files: ClassVar[tuple[str, ...]]
     directory: Path
     manifest: dict
     fingerprint: str
     vocab_size: int
     eos_id: int
     token_bytes: np.ndarray
+
+    @abstractmethod
+    def export(self, directory: Path) -> None:
+        """Write the files of a model directory that tell other programs how to read text."""
 
     @abstractmethod
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -58,8 +63,6 @@ class Tokenizer(ABC):
 
 class TrainedTokenizer(Tokenizer):
     """sentencepiece's, trained on the generic set."""
-
-    files = (MODEL_FILE, *FILES)
 
     def __init__(self, directory: Path):
         self.manifest = load_manifest(directory, KIND)
@@ -78,6 +81,10 @@ class TrainedTokenizer(Tokenizer):
             raise Damaged(f"{self.directory / MODEL_FILE} has no end-of-text token; make the tokenizer again")
         self.fingerprint = self.manifest["files"][MODEL_FILE]["sha256"]
         self.token_bytes = np.array([self._bytes(i) for i in range(self.vocab_size)], np.uint8)
+
+    def export(self, directory: Path) -> None:
+        shutil.copyfile(self.directory / MODEL_FILE, directory / MODEL_FILE)
+        write_huggingface(self._model, directory)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return self._model.encode(texts, out_type=int, num_threads=1)
@@ -191,8 +198,11 @@ def _explain_training(message: str, vocab_size: int, size: int) -> str:
 
 
 def write_huggingface(model: sentencepiece.SentencePieceProcessor, directory: Path) -> None:
-    """Write the tokenizer as `tokenizers` BPE with byte fallback, so that whole documents get sentencepiece's ids."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    """Write the tokenizer as `tokenizers` BPE with byte fallback, so that whole documents get sentencepiece's ids.
+
+    Where special tokens are asked for, `</s>` stands in front of a text, as in training.
+    """
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as HuggingFace
 
     vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
@@ -202,14 +212,17 @@ def write_huggingface(model: sentencepiece.SentencePieceProcessor, directory: Pa
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (UNKNOWN, END)])
+    start = [(END, model.eos_id())]
+    tokenizer.post_processor = processors.TemplateProcessing(f"{END} $A", f"{END} $A $B", start)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": UNKNOWN,
         "bos_token": END,
         "eos_token": END,
-        "add_bos_token": False,
+        "add_bos_token": True,
         "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 

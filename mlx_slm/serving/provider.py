@@ -1,0 +1,113 @@
+"""The models that are served: by the names of the workspace alone, loaded on demand, the last few kept."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlx_lm import server
+
+from mlx_slm.errors import SlmError, nearest
+from mlx_slm.export.prompt import Prompts
+from mlx_slm.files import read_json
+from mlx_slm.machine import runtime
+from mlx_slm.serving.requests import BadRequest
+from mlx_slm.storage.artifacts import is_litter
+from mlx_slm.storage.forms import ConfigForm
+
+SETTINGS: dict[str, Any] = {
+    "model": None,
+    "adapter_path": None,
+    "draft_model": None,
+    "num_draft_tokens": 3,
+    "trust_remote_code": False,
+    "chat_template": "",
+    "use_default_chat_template": False,
+    "chat_template_args": {},
+    "pipeline": False,
+    "temp": 0.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "max_tokens": 512,
+    "decode_concurrency": 32,
+    "prompt_concurrency": 8,
+    "prefill_step_size": 2048,
+    "prompt_cache_size": 10,
+    "prompt_cache_bytes": 256 << 20,
+    "kv_bits": None,
+    "kv_group_size": 64,
+    "quantized_kv_start": 0,
+}
+"""Of mlx-lm's server, as its own command line has them, but for a bound on the bytes of its prompt cache."""
+LOADED = 4
+"""Models that are kept, as far as they fit an eighth of the memory."""
+
+
+class Provider(server.ModelProvider):
+    """`places`: the directory of each name that a client may send."""
+
+    model_key: Any
+
+    def __init__(self, places: dict[str, Path], allowed_origins: list[str]):
+        super().__init__(Namespace(**SETTINGS, allowed_origins=allowed_origins))
+        self.places = places
+        self.ids = list({path: name for name, path in reversed(places.items())}.values())[::-1]
+        """One name for each directory."""
+        self.prompts: dict[str, Prompts] = {}
+        self._loaded: OrderedDict[str, tuple] = OrderedDict()
+        self._bytes: dict[str, int] = {}
+
+    def resolve(self, name: str | None) -> str:
+        """The name of a served model; raises BadRequest (404) with the known names."""
+        if name in (None, "default_model"):
+            if len(self.ids) == 1:
+                return self.ids[0]
+            raise BadRequest(f"model is missing: name one of {', '.join(self.ids)}", field="model")
+        if name not in self.places:
+            close = nearest(name, self.ids)
+            raise BadRequest(f"no model {name[:200]!r} here{close}; served: {', '.join(self.ids)}", 404, "model")
+        return name
+
+    def vocab_size(self, name: str) -> int | None:
+        return read_json(self.places[name] / "config.json", ConfigForm).get("vocab_size")
+
+    def decoder(self, name: str) -> Callable[[list[int]], str]:
+        """ids -> text."""
+        return (self._loaded[name][1] if name in self._loaded else self.load(name)[1]).decode
+
+    def load_default(self) -> None:
+        """Nothing is loaded before it is asked for."""
+
+    def load(self, model_path: str, adapter_path=None, draft_model_path=None):
+        """The model of a name, from those that are kept or from its directory."""
+        name = model_path
+        if self.model_key != (name, None, None):
+            if name not in self._loaded:
+                self._make_room(name)
+                try:
+                    self._load(str(self.places[name]))
+                except Exception as error:  # whatever mlx-lm or transformers do not like about a directory
+                    self.reset()
+                    reason = " ".join(str(error).split())[:300]
+                    raise SlmError(f"{name}: mlx-lm cannot load it ({type(error).__name__}: {reason})") from error
+                self._loaded[name] = (self.model, self.tokenizer, self.processor, self.is_batchable)
+                self.prompts[name] = Prompts(self.places[name], self.tokenizer)
+            self._loaded.move_to_end(name)
+            self.model, self.tokenizer, self.processor, self.is_batchable = self._loaded[name]
+            self.model_key = (name, None, None)
+        return self.model, self.tokenizer
+
+    def _make_room(self, name: str) -> None:
+        files = (file for file in self.places[name].glob("*.safetensors") if not is_litter(file))
+        self._bytes[name] = sum(file.stat().st_size for file in files)
+        limit = runtime.memory_bytes() // 8
+        while self._loaded and (
+            len(self._loaded) >= LOADED or sum(self._bytes[kept] for kept in [*self._loaded, name]) > limit
+        ):
+            dropped, _ = self._loaded.popitem(last=False)
+            del self.prompts[dropped]
+            self.reset()
