@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 import click
 
@@ -132,24 +133,76 @@ def serve(session: Session, models, host, port, origins) -> None:
 
 
 @click.command()
-@click.argument("run")
-@click.option("--bundle", type=PLACE, required=True, help="The directory to write.")
+@click.argument("name", type=PLACE, metavar="RUN_OR_MODEL")
+@click.option("--quantize", type=click.Choice(["4", "8"]), help="Write models/NAME-4bit (or 8) by mlx-lm's conversion.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["mlx", "gguf"]),
+    default="mlx",
+    show_default=True,
+    help="mlx: a directory for mlx-lm and transformers, with its card; gguf: a file for llama.cpp, in gguf/.",
+)
+@click.option(
+    "--type", "kind", type=click.Choice(["f16", "q8_0", "f32"]), help="Of the matrices of a GGUF. [default: f16]"
+)
+@click.option("--fuse", is_flag=True, help="Of a run that trained adapters: the model with them applied.")
+@click.option("--bundle", type=PLACE, metavar="DIR", help="A projected network or a mixture, to specialise elsewhere.")
+@click.option("--license", default="other", show_default=True, help="For the card: the Hub's identifier.")
+@click.option("--language", "languages", multiple=True, help="For the card, such as en; several times if wished.")
+@click.option("--dataset", "datasets", multiple=True, help="For the card: a data set on the Hub.")
+@click.option("--base-model", help="For the card: the model on the Hub that this one comes from.")
+@click.option("--push-to-hub", "repo", metavar="REPO", help="Upload the directory to a repository of the Hub.")
+@click.option("--private", is_flag=True, help="Of a repository that is made: only you see it.")
 @common
-def export(session: Session, run, bundle) -> None:
-    """Write a projected network or a mixture as one directory to hand over.
+def export(session: Session, name, form, kind, bundle, quantize, fuse, repo, private, **about) -> None:
+    """Write a run or a model in the form that another program takes.
 
-    `mlx-slm specialize --domain notes --from DIR notes/*.md` specialises it on a machine that has nothing else.
+    \b
+    mlx-slm export notes-slm                          models/notes-slm, its card with its evaluations
+    mlx-slm export notes-lora --fuse                  adapters, and the model with them applied
+    mlx-slm export notes-slm --quantize 4             models/notes-slm-4bit
+    mlx-slm export notes-slm --format gguf            gguf/notes-slm-f16.gguf
+    mlx-slm export pn --bundle pn-to-go               for `specialize --from pn-to-go` on another machine
+    mlx-slm export notes-slm --license mit --push-to-hub me/notes
     """
+    if kind and form != "gguf":
+        raise click.UsageError("--type is for --format gguf")
+    if form == "gguf" and (quantize or repo or bundle):
+        raise click.UsageError("--format gguf goes without --quantize, --push-to-hub and --bundle: use --type q8_0")
+    session.start_computing()
+    if bundle:
+        session.show(*_bundle(session, name, bundle))
+        return
+    from mlx_slm.export.card import About
+    from mlx_slm.stages.export import Export
+    from mlx_slm.stages.export import export as work
+
+    gguf = (kind or "f16") if form == "gguf" else None
+    bits = int(quantize) if quantize else None
+    facts = work(session.project, Export(name, bits, gguf, fuse, About(**about), repo, private))
+    session.show(facts, lambda: session.report.line(_exported(facts)))
+
+
+def _exported(facts: dict) -> str:
+    text = facts["path"]
+    if "bits_per_weight" in facts:
+        text += f": {facts['bits_per_weight']:.2f} bits a weight"
+    if "perplexity" in facts:
+        before, after = facts["perplexity"]
+        text += f"; perplexity on {facts['set']} {before:.2f} -> {after:.2f}"
+    return text + (f"\n{facts['address']}" if "address" in facts else "")
+
+
+def _bundle(session: Session, run: str, bundle: str) -> tuple[dict, Callable[[], None]]:
     from pathlib import Path
 
     from mlx_slm.experts.handover import export_bundle
     from mlx_slm.training.runs import find_run
 
-    session.start_computing()
     facts = export_bundle(session.workspace, find_run(session.workspace, run), Path(bundle))
-    result = {"run": run, "bundle": bundle, **facts}
     text = f"bundle: {bundle}\nnext: mlx-slm specialize --domain NAME --from {bundle} SOURCE..."
-    session.show(result, lambda: session.report.line(text))
+    return {"run": run, "bundle": bundle, **facts}, lambda: session.report.line(text)
 
 
 COMMANDS = (evaluate, generate, serve, export)

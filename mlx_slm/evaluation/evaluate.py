@@ -114,7 +114,7 @@ def find_experts(workspace: Workspace, name: str, report: Report) -> Experts | N
         install_bundle(workspace, bundle, report)
     else:
         check_model(workspace, name)
-        if find_model(workspace, name):
+        if find_model(workspace, name) or name.partition("@")[0] not in workspace.runs():
             return None
     run = find_source(workspace, name)
     return Experts(workspace, run) if has_experts(run) else None

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 from mlx_slm.errors import SlmError, nearest
+from mlx_slm.export.card import write_card
+from mlx_slm.export.start import Pretrained
 from mlx_slm.files import Damaged, load_tokenizer_json, read_json, require_form, require_safetensors
 from mlx_slm.machine.trees import flat
 from mlx_slm.models.families import FAMILIES
@@ -18,15 +20,17 @@ from mlx_slm.storage.artifacts import MANIFEST, is_litter, load_manifest, new_ar
 from mlx_slm.storage.forms import ConfigForm, TokenizerSettings
 from mlx_slm.storage.records import write_json
 from mlx_slm.storage.workspace import Workspace
-from mlx_slm.text.hub_tokenizer import open_tokenizer
+from mlx_slm.text.hub_tokenizer import open_tokenizer, same_ids
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.runs import Run, find_run
 
 KIND, ADAPTER = "model", "adapter"
+QUANTIZED = "quantized"
+"""In the inputs of a manifest: the bits of a model that was quantised."""
 
 
-def export_run(workspace: Workspace, run: Run, fuse: bool = False) -> None:
-    """Write the run's weights to `models/<run>`, unless they are there.
+def export_run(workspace: Workspace, run: Run, fuse: bool = False, again: bool = False) -> None:
+    """Write the run's weights to `models/<run>`, unless they are there (`again`: even then).
 
     Those of LoRA go to `adapters/<run>` in mlx-lm's format, and, with `fuse`, as a plain model to `models/<run>` too.
     """
@@ -34,13 +38,13 @@ def export_run(workspace: Workspace, run: Run, fuse: bool = False) -> None:
     made_from = {"run": run.name, "step": step, "method": run.record["method"], "tokenizer": inputs["tokenizer"]}
     info = {key: run.record.get(key) for key in ("tokens", "seconds", "device", "valid_nll", "started", "selection")}
     lora = lora_of(run)
-    if lora and not _is_written(workspace.adapter(run.name), ADAPTER, run):
+    if lora and (again or not _is_written(workspace.adapter(run.name), ADAPTER, run)):
         arrays, config = lora.to_mlx_lm(run.weights())
         with new_artifact(workspace.adapter(run.name), ADAPTER, made_from | {"base": inputs["from"]}) as (path, facts):
             facts.update(info, parameters=lora.num_parameters)
             save_arrays(path / "adapters.safetensors", arrays)
             write_json(path / "adapter_config.json", config)
-    if (fuse or not lora) and not _is_written(workspace.model(run.name), KIND, run):
+    if (fuse or not lora) and (again or not _is_written(workspace.model(run.name), KIND, run)):
         parameters, tokenizer = weights_of(workspace, run), open_tokenizer(workspace.tokenizer)
         export_model(workspace.model(run.name), run.shape, parameters, tokenizer, made_from, info)
 
@@ -77,7 +81,7 @@ def export_model(path: Path, shape: Shape, parameters: dict, tokenizer: Tokenize
         (directory / "config.json").write_text(json.dumps(huggingface_config(shape, tokenizer.eos_id), indent=1))
         save_arrays(directory / "model.safetensors", FAMILIES[shape.family].to_hub(parameters), {"format": "pt"})
         tokenizer.export(directory)
-        (directory / "README.md").write_text(_model_card(path.name, shape, inputs))
+        write_card(directory, path.name, {"inputs": inputs, "info": facts})
     return path
 
 
@@ -113,16 +117,30 @@ def load_exported(path: Path) -> tuple[Transformer, dict]:
 
 
 def load_any(workspace: Workspace, name: str) -> tuple[Transformer, str]:
-    """Return (model, fingerprint of its tokenizer) of an exported model, by name or directory, or of a run."""
+    """Return (model, fingerprint of its tokenizer) of an exported model, by name or directory, of a run, or of a
+    directory that another program made of a model, fused or quantised."""
     path = find_model(workspace, name)
-    if path:
+    if path and QUANTIZED not in load_manifest(path, KIND)["inputs"]:
         model, manifest = load_exported(path)
         return model, manifest["inputs"]["tokenizer"]
+    if path or (Path(name) / "config.json").exists():
+        return _load_foreign(workspace, path or Path(name))
     check_model(workspace, name)
     run = find_run(workspace, name)
     model = Transformer(run.shape)
     model.update(weights_of(workspace, run))
     return model, run.record["inputs"]["tokenizer"]
+
+
+def _load_foreign(workspace: Workspace, path: Path) -> tuple[Transformer, str]:
+    check_directory(path)
+    pretrained = Pretrained(path, None, option=None)
+    tokenizer = open_tokenizer(workspace.tokenizer)
+    if not same_ids(path, tokenizer.directory):
+        raise SlmError(f"{path}: its tokenizer is not that of the sets in {workspace.root}")
+    model = Transformer(pretrained.shape)
+    model.update(pretrained.parameters())
+    return model, tokenizer.fingerprint
 
 
 def find_model(workspace: Workspace, name: str) -> Path | None:
@@ -132,7 +150,8 @@ def find_model(workspace: Workspace, name: str) -> Path | None:
 
 def check_model(workspace: Workspace, name: str) -> None:
     """Raise SlmError, with the known models and runs, for a name that `load_any` would not find."""
-    if not find_model(workspace, name) and name.partition("@")[0] not in workspace.runs():
+    there = find_model(workspace, name) or (Path(name) / "config.json").exists()
+    if not there and name.partition("@")[0] not in workspace.runs():
         raise SlmError(_unknown(workspace, name, [*workspace.models(), *workspace.runs()]))
 
 
@@ -145,6 +164,12 @@ def require_model(workspace: Workspace, name: str) -> Path:
         raise SlmError(_unknown(workspace, name, workspace.models()))
     check_directory(path)
     return path
+
+
+def reading_files(path: Path) -> list[Path]:
+    """The files of an exported model that say how text is read."""
+    others = ("config.json", "README.md", MANIFEST)
+    return [p for p in sorted(path.iterdir()) if p.is_file() and p.name not in others and p.suffix != ".safetensors"]
 
 
 def check_directory(path: Path) -> None:
@@ -170,21 +195,3 @@ def check_directory(path: Path) -> None:
 def _unknown(workspace: Workspace, name: str, known: list[str]) -> str:
     listed = ", ".join(dict.fromkeys(known)) or "none yet; `mlx-slm specialize` makes one"
     return f"no model {name!r} in {workspace.root}{nearest(name, known)}; known: {listed}"
-
-
-def _model_card(name: str, shape: Shape, inputs: dict) -> str:
-    origin = "\n".join(f"- {key}: {value}" for key, value in inputs.items())
-    return f"""---
-library_name: mlx
-tags: [mlx, mlx-slm]
----
-
-# {name}
-
-A language model of {shape.num_parameters:,} parameters ({shape.family}, vocabulary {shape.vocab_size:,}, context
-{shape.context_length:,}), trained with mlx-slm.
-
-{origin}
-
-Run it with `mlx_lm.generate --model . --prompt "..."`, or load it with transformers. Text starts after `</s>`.
-"""

@@ -1,4 +1,4 @@
-"""A model directory of a known family, in the layout of mlx-lm or of the Hub, as the start of a pretraining."""
+"""A model directory of a known family, in the layout of mlx-lm or of the Hub: to start from, or to evaluate."""
 
 from __future__ import annotations
 
@@ -19,22 +19,25 @@ from mlx_slm.storage.records import fingerprint
 
 
 class Pretrained:
-    """A model directory: `shape` for windows of `context_length` tokens, `parameters()` in fp32, `fingerprint`."""
+    """A model directory: `shape` for windows of `context_length` tokens (None: its own), `parameters()` in fp32,
+    `fingerprint`. `option` is what named it; quantised weights are for evaluation alone, without one."""
 
-    def __init__(self, directory: Path, context_length: int):
+    def __init__(self, directory: Path, context_length: int | None, option: str | None = "--init-from"):
         self.directory = Path(directory)
+        self.called = f"{option} {directory}" if option else str(directory)
         if not (self.directory / "config.json").exists():
-            raise SlmError(f"--init-from {directory}: no config.json there; name a model directory")
+            raise SlmError(f"{self.called}: no config.json there; name a model directory")
         self.config = read_json(self.directory / "config.json", ConfigForm)
         self._files = sorted(p for p in self.directory.glob("*.safetensors") if not is_litter(p))
         if not self._files:
-            raise SlmError(f"--init-from {directory}: no safetensors weights there")
-        if "quantization" in self.config or "quantization_config" in self.config:
+            raise SlmError(f"{self.called}: no safetensors weights there")
+        self.quantization = self.config.get("quantization") or self.config.get("quantization_config")
+        if self.quantization and option:
             raise SlmError(
-                f"--init-from {directory}: its weights are quantised; dequantise them first: "
+                f"{self.called}: its weights are quantised; dequantise them first: "
                 f"mlx_lm.convert --hf-path {directory} --mlx-path NEW -d"
             )
-        self.shape = _shape(self.config, self.directory, context_length)
+        self.shape = _shape(self.config, self.called, self.directory, context_length)
 
     @property
     def fingerprint(self) -> str:
@@ -45,6 +48,8 @@ class Pretrained:
         weights: dict[str, mx.array] = {}
         for path in self._files:
             weights |= read_safetensors(path)
+        if self.quantization:
+            weights = self._dequantized(weights)
         family = FAMILIES[self.shape.family]
         wanted = {name: value.shape for name, value in flat(Transformer(self.shape).parameters()).items()}
         named = flat(family.from_hub(family.cut(weights, self.shape.context_length)))
@@ -54,31 +59,44 @@ class Pretrained:
             if name not in named or named[name].shape != shape
         ]
         if wrong:
-            raise SlmError(f"--init-from {self.directory}: weights do not fit config.json: {'; '.join(wrong[:3])}")
+            raise SlmError(f"{self.called}: weights do not fit config.json: {'; '.join(wrong[:3])}")
         kept = {name: mx.contiguous(named[name].astype(mx.float32)) for name in wanted}
         return nested(kept)
 
+    def _dequantized(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The numbers that mlx-lm multiplies with, of matrices stored as `weight`, `scales` and `biases`."""
+        plain = {}
+        for name, value in weights.items():
+            module, _, part = name.rpartition(".")
+            scales = weights.get(f"{module}.scales")
+            if scales is None:
+                plain[name] = value
+            elif part == "weight":
+                own = self.quantization.get(module)
+                how = own if isinstance(own, dict) else self.quantization
+                settings = {key: how[key] for key in ("group_size", "bits", "mode") if key in how}
+                plain[name] = mx.dequantize(value, scales, weights.get(f"{module}.biases"), **settings)
+        return plain
 
-def _shape(config: dict, directory: Path, context_length: int) -> Shape:
+
+def _shape(config: dict, called: str, directory: Path, context_length: int | None) -> Shape:
     family = FAMILIES.get(config["model_type"])
     if family is None:
-        raise SlmError(
-            f"--init-from {directory}: a model of type {config['model_type']!r}; supported: {', '.join(FAMILIES)}"
-        )
+        raise SlmError(f"{called}: a model of type {config['model_type']!r}; supported: {', '.join(FAMILIES)}")
     require_form(config, family.form, directory / "config.json")
     refused = [f"{key} is {config[key]}" for key, value in family.computes.items() if config.get(key, value) != value]
     refused += family.refused(config)
-    shape = Shape(family.name, context_length=context_length, **family.from_hub_config(config))
+    longest = config.get("n_positions") or config.get("max_position_embeddings") or 0
+    shape = Shape(family.name, context_length=context_length or longest, **family.from_hub_config(config))
     try:
         family.check(shape)
     except ValueError as error:
-        raise SlmError(f"--init-from {directory}: config.json: {error}") from error
+        raise SlmError(f"{called}: config.json: {error}") from error
     if refused:
-        raise SlmError(f"--init-from {directory}: not supported: {', '.join(refused)}")
-    longest = config.get("n_positions") or config.get("max_position_embeddings") or 0
-    if longest < context_length:
+        raise SlmError(f"{called}: not supported: {', '.join(refused)}")
+    if longest < (context_length or 1):
         raise SlmError(
-            f"--init-from {directory}: it reads {longest} tokens, data.context_length is {context_length}: "
+            f"{called}: it reads {longest} tokens, data.context_length is {context_length}: "
             f"set data.context_length={longest} and prepare the text again"
         )
     return shape

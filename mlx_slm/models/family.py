@@ -34,6 +34,8 @@ class Family(ABC):
     """Modules that write into the residual stream, which begin smaller."""
     projected: ClassVar[tuple[str, ...]]
     """The matrices of an MLP, which SLM-pn projects; `{}` is the layer."""
+    gguf_names: ClassVar[dict[str, str]]
+    """Parts of the names of parameters, and what llama.cpp calls them."""
     form: ClassVar[type[Form]]
     """config.json on the Hub."""
     architecture: ClassVar[str]
@@ -93,6 +95,25 @@ class Family(ABC):
     def from_hub(self, weights: dict[str, mx.array]) -> dict:
         """The inverse of `to_hub`, as a tree; of what other programs wrote as well."""
         return nested(weights)
+
+    def to_gguf(self, shape: Shape, parameters: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Parameters by flat name -> tensors as llama.cpp's architecture of the same name calls and lays them out."""
+        tensors = {}
+        for name, value in parameters.items():
+            for here, there in self.gguf_names.items():
+                name = name.replace(here, there)
+            tensors[name] = value
+        return tensors
+
+    def gguf_facts(self, shape: Shape) -> dict[str, int | float]:
+        """What a GGUF file says of a shape, under the name of its architecture."""
+        return {
+            "context_length": shape.context_length,
+            "embedding_length": shape.dims,
+            "block_count": shape.num_layers,
+            "feed_forward_length": shape.hidden_dims,
+            "attention.head_count": shape.num_heads,
+        }
 
     def cut(self, weights: dict[str, mx.array], context_length: int) -> dict[str, mx.array]:
         """Weights of the Hub for windows of `context_length` tokens."""

@@ -23,6 +23,20 @@ if TYPE_CHECKING:
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
+GGUF_NAMES = {
+    "model.h.": "blk.",
+    "model.wte.": "token_embd.",
+    "model.wpe.": "position_embd.",
+    "model.ln_f.": "output_norm.",
+    "ln_1": "attn_norm",
+    "ln_2": "ffn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+
+
 class Attention(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
@@ -90,7 +104,7 @@ class GPT2(Family):
     embedding, looked_up = "wte", ("wte.weight", "wpe.weight")
     into_residual = ("c_proj",)
     projected = ("model.h.{}.mlp.c_fc", "model.h.{}.mlp.c_proj")
-    form, architecture = GPT2Form, "GPT2LMHeadModel"
+    form, architecture, gguf_names = GPT2Form, "GPT2LMHeadModel", GGUF_NAMES
     computes: ClassVar = {
         "activation_function": "gelu_new",
         "scale_attn_by_inverse_layer_idx": False,
@@ -168,6 +182,9 @@ class GPT2(Family):
             "vocab_size": config["vocab_size"],
             "norm_eps": config.get("layer_norm_epsilon", 1e-5),
         }
+
+    def gguf_facts(self, shape: Shape) -> dict[str, int | float]:
+        return super().gguf_facts(shape) | {"attention.layer_norm_epsilon": float(shape.norm_eps)}
 
     def refused(self, config: dict) -> list[str]:
         found = []

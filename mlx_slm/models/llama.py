@@ -17,6 +17,25 @@ if TYPE_CHECKING:
     from mlx_slm.models.shape import Heads, Shape
 
 
+GGUF_NAMES = {
+    "model.layers.": "blk.",
+    "model.embed_tokens.": "token_embd.",
+    "model.norm.": "output_norm.",
+    "lm_head.": "output.",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
 class Attention(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
@@ -111,6 +130,9 @@ class Llama(Family):
     into_residual = ("o_proj", "down_proj")
     projected = tuple(f"model.layers.{{}}.mlp.{part}_proj" for part in ("gate", "up", "down"))
     form, architecture = LlamaForm, "LlamaForCausalLM"
+    gguf_names = GGUF_NAMES
+    turned: ClassVar[bool] = True
+    """Whether llama.cpp pairs neighbours in the rotary positions of this architecture."""
     computes: ClassVar = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
     def body(self, shape: Shape) -> nn.Module:
@@ -174,6 +196,27 @@ class Llama(Family):
             "norm_eps": config.get("rms_norm_eps", 1e-6),
             "tied": config.get("tie_word_embeddings", False),
         }
+
+    def gguf_facts(self, shape: Shape) -> dict[str, int | float]:
+        return super().gguf_facts(shape) | {
+            "attention.head_count_kv": shape.num_kv_heads,
+            "attention.layer_norm_rms_epsilon": float(shape.norm_eps),
+            "attention.key_length": shape.head_dims,
+            "attention.value_length": shape.head_dims,
+            "rope.dimension_count": shape.head_dims,
+            "rope.freq_base": float(shape.rope_theta),
+        }
+
+    def to_gguf(self, shape: Shape, parameters: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Rotary pairs lie side by side there, half a head apart here."""
+        if not self.turned:
+            return super().to_gguf(shape, parameters)
+        heads, turned = {"q_proj": shape.num_heads, "k_proj": shape.num_kv_heads}, {}
+        for name, value in parameters.items():
+            if count := heads.get(name.split(".")[-2]):
+                value = value.reshape(count, 2, -1, shape.dims).swapaxes(1, 2).reshape(value.shape)
+            turned[name] = value
+        return super().to_gguf(shape, turned)
 
     def refused(self, config: dict) -> list[str]:
         rope, found = _rope(config), []

@@ -34,7 +34,7 @@ class Body(llama.Body):
 
 class Qwen3(llama.Llama):
     name, summary = "qwen3", "as llama, with normalised queries and keys and head_dims of its own"
-    architecture = "Qwen3ForCausalLM"
+    architecture, turned = "Qwen3ForCausalLM", False
     computes: ClassVar = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
 
     def body(self, shape: Shape) -> nn.Module:
