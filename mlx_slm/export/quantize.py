@@ -15,8 +15,8 @@ from mlx_slm.storage.arrays import read_safetensors
 from mlx_slm.storage.artifacts import MANIFEST, load_manifest, new_artifact
 from mlx_slm.storage.workspace import Workspace
 
-GROUP = 64
-"""Weights that share a scale and an offset: mlx-lm's default."""
+GROUPS = (64, 32)
+"""Weights that share a scale and an offset: mlx-lm's default, and the next smaller."""
 
 
 def quantize(workspace: Workspace, name: str, bits: int) -> Path:
@@ -32,12 +32,18 @@ def quantize(workspace: Workspace, name: str, bits: int) -> Path:
     manifest = load_manifest(source, KIND)
     if QUANTIZED in manifest["inputs"]:
         raise SlmError(f"{source} has {manifest['inputs'][QUANTIZED]} bits a weight already: name the model it is of")
+    group = next((size for size in GROUPS if divides(Shape(**manifest["info"]["shape"]), size)), None)
+    if group is None:
+        raise SlmError(
+            f"{source}: dims or hidden_dims are no multiple of {GROUPS[-1]}, so that mlx-lm would leave matrices as "
+            "they are: train one whose sizes are multiples of 64"
+        )
     path = workspace.model(f"{source.name}-{bits}bit")
     made_from = manifest["inputs"] | {QUANTIZED: bits, "model": manifest["fingerprint"]}
     with new_artifact(path, KIND, made_from) as (directory, facts):
         converted = directory / "converted"
         with contextlib.redirect_stdout(io.StringIO()):
-            convert(str(source), str(converted), quantize=True, q_bits=bits, q_group_size=GROUP)
+            convert(str(source), str(converted), quantize=True, q_bits=bits, q_group_size=group)
         shutil.move(converted / "config.json", directory / "config.json")
         for file in converted.glob("model*.safetensors*"):
             shutil.move(file, directory / file.name)
@@ -54,6 +60,6 @@ def bits_per_weight(directory: Path, shape: dict) -> float:
     return 8 * sum(array.nbytes for array in arrays) / Shape(**shape).num_parameters
 
 
-def divides(shape: Shape) -> bool:
-    """Whether every matrix falls into whole groups, so that all of it is quantised."""
-    return not (shape.dims % GROUP or shape.hidden_dims % GROUP or shape.num_heads * shape.head_dims % GROUP)
+def divides(shape: Shape, group: int = GROUPS[0]) -> bool:
+    """Whether the rows of every matrix fall into whole groups, so that all of it is quantised."""
+    return not any(size % group for size in (shape.dims, shape.hidden_dims, shape.num_heads * shape.head_dims))

@@ -14,6 +14,7 @@ from mlx_slm.export.hub import push
 from mlx_slm.export.model import (
     ADAPTER,
     KIND,
+    QUANTIZED,
     export_run,
     find_model,
     load_exported,
@@ -66,7 +67,9 @@ def export(project: Project, request: Export) -> dict:
         path = quantize(workspace, request.name, request.quantize)
         result = _cost(project, find_model(workspace, request.name) or path, path)
     if request.gguf:
-        model, manifest = load_exported(path)
+        if QUANTIZED in load_manifest(path, KIND)["inputs"]:
+            raise SlmError(f"{path} is quantised: name the model it is of, with --type q8_0 if it shall be small")
+        model, _ = load_exported(path)
         file = workspace.root / "gguf" / f"{path.name}-{request.gguf}.gguf"
         return {"path": str(file), **write_gguf(file, path, model.shape, model.parameters(), request.gguf)}
     _with_card(project, path, request.about)

@@ -38,10 +38,24 @@ def test_huggingface_form_gives_the_same_ids_and_text(tokenizer, texts):
     other = huggingface(tokenizer.directory)
     probes = [p for p in PROBES if "<unk>" not in p]
     for text, ids in zip(texts + probes, tokenizer.encode(texts + probes), strict=True):
-        assert other.encode(text) == ids
+        assert other.encode(text, add_special_tokens=False) == ids
+        assert other.encode(text) == [tokenizer.eos_id, *ids], "a text begins as in training"
         assert other.decode(ids) == text
     assert other.eos_token_id == other.bos_token_id == tokenizer.eos_id
     assert len(other) == tokenizer.vocab_size
+
+
+def test_special_tokens_that_are_written_out_are_text_in_training(tokenizer):
+    (ids,) = tokenizer.encode(["a</s>b <unk>"])
+    assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == "a</s>b <unk>"
+
+
+def test_a_chat_is_the_contents_of_its_messages(tokenizer):
+    other = huggingface(tokenizer.directory)
+    messages = [{"role": "system", "content": "Return"}, {"role": "user", "content": " the number"}]
+    for add in (False, True):
+        ids = other.apply_chat_template(messages, add_generation_prompt=add)["input_ids"]
+        assert ids == [tokenizer.eos_id, *tokenizer.encode(["Return the number"])[0]]
 
 
 def test_mlx_lm_streams_text_back(tokenizer):
@@ -68,7 +82,7 @@ def test_every_document_of_a_real_domain(tokenizer, corpora, domain):
         encoded = tokenizer.encode(documents)
         assert [tokenizer.decode(ids) for ids in encoded] == documents
         if split == "valid":
-            assert [other.encode(text) for text in documents] == encoded
+            assert [other.encode(text, add_special_tokens=False) for text in documents] == encoded
 
 
 def test_pieces_join_to_the_text_and_stay_below_the_limit():

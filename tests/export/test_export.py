@@ -1,0 +1,226 @@
+"""`export`: cards, quantised models, the Hub; and what other programs make of an exported model."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import pytest
+from conftest import call, copy_of, small_config, write_jsonl
+from huggingface_hub import ModelCard
+
+from mlx_slm.config.files import dump_config, find_config, load_config
+from mlx_slm.export.model import export_model
+from mlx_slm.export.quantize import bits_per_weight, divides
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import initialise
+from mlx_slm.storage.artifacts import MANIFEST, load_manifest
+from mlx_slm.text.hub_tokenizer import open_tokenizer
+
+
+@pytest.fixture(scope="module")
+def workspace(with_experts, tmp_path_factory):
+    """With the model `slm`, whose sizes are multiples of 32, and the domain `notes`."""
+    return copy_of(with_experts, tmp_path_factory.mktemp("exported") / "w")
+
+
+def mlx_lm(*arguments) -> str:
+    """mlx-lm's own command line."""
+    command = [sys.executable, "-c", "import mlx_slm; from mlx_lm.cli import main; main()", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_the_card_says_what_the_hub_reads(workspace, capsys):
+    call(capsys, workspace, "evaluate", "slm", "--domain", "notes")
+    options = ["--license", "mit", "--language", "en", "--dataset", "me/texts", "--base-model", "me/base"]
+    code, out, err = call(capsys, workspace, "export", "slm", *options, "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["bits_per_weight"] == 32
+    card = ModelCard.load(f"{facts['path']}/README.md")
+    data = card.data.to_dict()
+    assert data["license"] == "mit" and data["language"] == ["en"] and data["pipeline_tag"] == "text-generation"
+    assert data["datasets"] == ["me/texts"] and data["base_model"] == "me/base" and data["library_name"] == "mlx"
+    (results,) = data["model-index"][0]["results"]
+    row = json.loads((workspace.results / "evaluations.jsonl").read_text().splitlines()[-1])
+    values = {metric["type"]: metric["value"] for metric in results["metrics"]}
+    assert values["perplexity"] == pytest.approx(row["perplexity"], abs=1e-4)
+    assert values["bits_per_byte"] == pytest.approx(row["bits_per_byte"], abs=1e-4)
+    assert "mlx_lm.lora --model . --train --data DIRECTORY --num-layers -1" in card.text and "Limits" in card.text
+    manifest = load_manifest(workspace.model("slm"), "model")
+    assert set(manifest["files"]) >= {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_as_mlx_lm_does_it(bits, workspace, capsys):
+    code, out, err = call(capsys, workspace, "export", "slm", "--quantize", str(bits), "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert bits < facts["bits_per_weight"] < bits + 1.2, (
+        "groups of 32: 16 bits of scale and 16 of offset; and the norms"
+    )
+    whole, quantised = facts["perplexity"]
+    assert quantised != whole and quantised == pytest.approx(whole, rel={4: 0.2, 8: 0.01}[bits])
+    code, out, err = call(capsys, workspace, "evaluate", f"slm-{bits}bit", facts["path"], "--domain", "notes", "--json")
+    assert code == 0, err
+    first, second = json.loads(out)["results"]
+    assert first["perplexity"] == second["perplexity"]
+    code, out, err = call(capsys, workspace, "generate", f"slm-{bits}bit", "-p", "Return", "-m", "4", "--json")
+    assert code == 0 and json.loads(out)["tokens"] >= 1, err
+    for options in (["--quantize", "4"], ["--format", "gguf"]):
+        code, _, err = call(capsys, workspace, "export", f"slm-{bits}bit", *options)
+        assert code == 1 and "name the model it is of" in err
+
+
+def test_a_model_that_does_not_divide_says_so(workspace, capsys):
+    tokenizer = open_tokenizer(workspace.tokenizer)
+    shape = Shape("llama", 1, 24, 64, 2, 2, tokenizer.vocab_size, 32)
+    made_from = {"run": "slm", "method": "slm", "tokenizer": tokenizer.fingerprint}
+    export_model(workspace.model("odd"), shape, initialise(shape, 0), tokenizer, made_from, {})
+    code, _, err = call(capsys, workspace, "export", "odd")
+    assert code == 0 and "no multiple of 64" in err
+    code, _, err = call(capsys, workspace, "export", "odd", "--quantize", "4")
+    assert code == 1 and "no multiple of 32" in err and not workspace.model("odd-4bit").exists()
+
+
+def test_an_unfinished_run_and_a_name_that_is_none(workspace, capsys):
+    code, _, err = call(capsys, workspace, "export", "slm", "--quantize", "3")
+    assert code == 2 and "'3' is not one of '4', '8'" in err
+    code, _, err = call(capsys, workspace, "export", "sml")
+    assert code == 1 and "did you mean slm?" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["mac", "paper"])
+def test_shipped_configurations_quantise_whole(name):
+    """mlx-lm's groups of 64 go into every size, so that four bits are 4.5 a weight and the norms."""
+    config = load_config(find_config(name))
+    for section in (config.model, config.large):
+        assert divides(Shape.of(section, config.tokenizer.vocab_size, config.data.context_length)), section
+
+
+def test_mlx_lm_trains_converts_fuses_and_chats(workspace, tmp_path, capsys):
+    """Its own command line on a model as it was exported: the commands of the card."""
+    model = workspace.model("slm")
+    call(capsys, workspace, "export", "slm")
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "valid"):
+        messages = [{"role": "user", "content": "Return the"}, {"role": "assistant", "content": " number of bytes."}]
+        (data / f"{split}.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * 8)
+    adapters = tmp_path / "adapters"
+    how = ["--num-layers", -1, "--iters", 2, "--batch-size", 2, "--max-seq-length", 32, "--adapter-path", adapters]
+    said = mlx_lm("lora", "--model", model, "--train", "--data", data, *how)
+    assert "Trainable parameters" in said and (adapters / "adapters.safetensors").exists()
+    fused = tmp_path / "fused"
+    mlx_lm("fuse", "--model", model, "--adapter-path", adapters, "--save-path", fused)
+    quantised = tmp_path / "quantised"
+    mlx_lm("convert", "--hf-path", model, "--mlx-path", quantised, "-q", "--q-group-size", 32)
+    code, out, err = call(
+        capsys, workspace, "evaluate", str(fused), str(quantised), "slm", "--domain", "notes", "--json"
+    )
+    assert code == 0, err
+    tuned, four, whole = (row["perplexity"] for row in json.loads(out)["results"])
+    assert tuned != whole != four and four == pytest.approx(whole, rel=0.2)
+    assert bits_per_weight(quantised, load_manifest(model, "model")["info"]["shape"]) < 5.2
+    said = mlx_lm("generate", "--model", fused, "--prompt", "Return", "--max-tokens", 3)
+    assert "Prompt: 4 tokens" in said or "Prompt:" in said
+
+
+def test_a_directory_with_another_tokenizer_is_not_evaluated(workspace, tmp_path, capsys):
+    other = type(workspace)(tmp_path / "other")
+    words = write_jsonl(tmp_path / "words.jsonl", [f"word {i} and {i * 7} more, {i % 13}" for i in range(900)])
+    config = tmp_path / "tiny.yaml"
+    config.write_text(dump_config(small_config()))
+    code, _, err = call(capsys, other, "prepare", "generic", str(words), "--config", str(config))
+    assert code == 0, err
+    copy = copy_of(workspace, tmp_path / "copy").model("slm")
+    (copy / MANIFEST).unlink()
+    code, _, err = call(capsys, other, "evaluate", str(copy), "--domain", "generic")
+    assert code == 1 and "its tokenizer is not that of the sets" in err and err.count("\n") == 1
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few requests of the Hub's interface that an upload makes."""
+
+    repos: ClassVar[dict] = {}
+    broken = False
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Authorization") != "Bearer token" or self.broken:
+            return self.answer({"error": "no"}, 401 if not self.broken else 500)
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            self.repos.setdefault(name, {})
+            return self.answer({"url": f"http://{self.headers['Host']}/{name}", "name": name})
+        if self.path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        repo = "/".join(self.path.split("/")[3:5])
+        if "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self.answer({"files": files})
+        lines = [json.loads(line) for line in body.splitlines()]
+        for line in lines:
+            if line["key"] == "file":
+                self.repos[repo][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        return self.answer(
+            {
+                "commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{'1' * 40}",
+                "commitOid": "1" * 40,
+                "success": True,
+            }
+        )
+
+    def do_GET(self):
+        self.answer({"id": "me/notes", "sha": "1" * 40, "siblings": []})
+
+    def answer(self, value, status=200):
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_pushing_to_a_hub(workspace, capsys):
+    """A stand-in of its HTTP interface: the real one was not reached."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    script = "import sys; from mlx_slm.cli import run; sys.exit(run(sys.argv[1:]))"
+
+    def push(repo, token):
+        environment = os.environ | {
+            "HF_ENDPOINT": address, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-c", script, "export", "slm", "--workspace", str(workspace.root)]
+        options = ["--license", "mit", "--push-to-hub", repo, "--json"]
+        return subprocess.run([*command, *options], capture_output=True, text=True, env=environment, timeout=120)
+
+    try:
+        done = push("me/notes", "token")
+        assert done.returncode == 0, done.stderr
+        uploaded, path = Hub.repos["me/notes"], workspace.model("slm")
+        assert set(uploaded) == {p.name for p in path.iterdir()} - {MANIFEST}
+        assert all(data == (path / name).read_bytes() for name, data in uploaded.items())
+        for repo, token in (("me/notes", "wrong"), ("not a name", "token")):
+            done = push(repo, token)
+            assert done.returncode == 1 and f"--push-to-hub {repo}" in done.stderr, done.stderr
+            assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("mlx-slm: error: --push")
+    finally:
+        server.shutdown()
+        server.server_close()
