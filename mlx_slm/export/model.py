@@ -109,8 +109,8 @@ def load_exported(path: Path) -> tuple[Transformer, dict]:
     shape = Shape(**manifest["info"]["shape"])
     model = Transformer(shape)
     weights = FAMILIES[shape.family].from_hub(read_safetensors(path / "model.safetensors"))
-    found = {name: value.shape for name, value in flat(weights).items()}
-    if found != parameter_shapes(shape):
+    shapes = {name: value.shape for name, value in flat(weights).items()}
+    if shapes != parameter_shapes(shape):
         raise Damaged(
             f"{path / 'model.safetensors'} does not fit the shape in {MANIFEST}; remove {path}, make it again"
         )

@@ -145,7 +145,7 @@ class GPT2(Family):
     def lora_to_mlx_lm(self, shape: Shape, adapters: dict[str, mx.array]) -> tuple[dict[str, mx.array], list[str], int]:
         """mlx-lm adapts the joint matrix as a whole. The same sum has twice the rank there: A is [A_q, A_v], and B has
         B_q and B_v in their blocks and zeros for the rest."""
-        found: dict[str, mx.array] = {}
+        arrays: dict[str, mx.array] = {}
         d = shape.dims
         for layer in range(shape.num_layers):
             matrix = f"model.h.{layer}.attn.c_attn"
@@ -154,8 +154,8 @@ class GPT2(Family):
                 mx.pad(adapters[f"{matrix}.v.b"], [(0, 0), (2 * d, 0)]),
             ]
             a = [adapters[f"{matrix}.q.a"], adapters[f"{matrix}.v.a"]]
-            found |= {f"{matrix}.lora_a": mx.concatenate(a, axis=1), f"{matrix}.lora_b": mx.concatenate(b)}
-        return found, ["attn.c_attn"], 2
+            arrays |= {f"{matrix}.lora_a": mx.concatenate(a, axis=1), f"{matrix}.lora_b": mx.concatenate(b)}
+        return arrays, ["attn.c_attn"], 2
 
     def to_hub_config(self, shape: Shape) -> dict:
         return {
@@ -187,16 +187,16 @@ class GPT2(Family):
         return super().gguf_facts(shape) | {"attention.layer_norm_epsilon": float(shape.norm_eps)}
 
     def refused(self, config: dict) -> list[str]:
-        found = []
+        reasons = []
         if config.get("n_inner") not in (None, 4 * config["n_embd"]):
-            found.append(f"n_inner is {config['n_inner']}, mlx-lm reads 4 * n_embd only")
+            reasons.append(f"n_inner is {config['n_inner']}, mlx-lm reads 4 * n_embd only")
         if not config.get("tie_word_embeddings", True):
-            found.append("tie_word_embeddings is False")
-        return found
+            reasons.append("tie_word_embeddings is False")
+        return reasons
 
     def to_hub(self, parameters: dict) -> dict:
-        found = {name.removeprefix("model."): value for name, value in flat(parameters).items()}
-        return {name: mx.contiguous(value.T) if name.endswith(TRANSPOSED) else value for name, value in found.items()}
+        named = {name.removeprefix("model."): value for name, value in flat(parameters).items()}
+        return {name: mx.contiguous(value.T) if name.endswith(TRANSPOSED) else value for name, value in named.items()}
 
     def from_hub(self, weights: dict[str, mx.array]) -> dict:
         prefixed = {n if n.startswith("lm_head") else f"model.{n}": v for n, v in weights.items()}
@@ -206,7 +206,7 @@ class GPT2(Family):
         """Names and layout of the Hub, from its own files, from transformers' or from mlx-lm's; the first positions."""
         if any(name.startswith("model.") for name in weights):
             weights = self.to_hub({name: value for name, value in weights.items() if name.startswith("model.")})
-        found = {name.removeprefix("transformer."): value for name, value in weights.items()}
-        if "wpe.weight" in found:
-            found["wpe.weight"] = found["wpe.weight"][:context_length]
-        return found
+        named = {name.removeprefix("transformer."): value for name, value in weights.items()}
+        if "wpe.weight" in named:
+            named["wpe.weight"] = named["wpe.weight"][:context_length]
+        return named

@@ -219,12 +219,12 @@ class Llama(Family):
         return super().to_gguf(shape, turned)
 
     def refused(self, config: dict) -> list[str]:
-        rope, found = _rope(config), []
+        rope, reasons = _rope(config), []
         if rope.get("rope_type", rope.get("type", "default")) != "default":
-            found.append(f"rope_scaling is {rope}")
+            reasons.append(f"rope_scaling is {rope}")
         if not self.takes_head_dim(config):
-            found.append(f"head_dim is {config['head_dim']}")
-        return found
+            reasons.append(f"head_dim is {config['head_dim']}")
+        return reasons
 
     def takes_head_dim(self, config: dict) -> bool:
         """Whether heads of the size that config.json gives are supported: here hidden_size / num_attention_heads."""

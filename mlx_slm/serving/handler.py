@@ -6,7 +6,6 @@ import io
 import ipaddress
 import json
 import socket
-import socketserver
 import sys
 import threading
 from http.server import ThreadingHTTPServer
@@ -147,16 +146,16 @@ class Handler(APIHandler):
         """Log-probabilities as OpenAI's API has them: one form for chats, another for completions."""
         decode = self._provider.decoder(self.requested_model)
         texts = [decode([token]) for token in tokens]
-        best = [sorted(found, key=lambda entry: -entry["logprob"]) for found in top]
+        best = [sorted(likely, key=lambda entry: -entry["logprob"]) for likely in top]
         if self._legacy:
-            named = [{decode([entry["id"]]): entry["logprob"] for entry in found} for found in best]
+            named = [{decode([entry["id"]]): entry["logprob"] for entry in likely} for likely in best]
             offsets = [sum(map(len, texts[:i])) for i in range(len(texts))]
             return {"tokens": texts, "token_logprobs": chances, "top_logprobs": named, "text_offset": offsets}
         entry = lambda text, chance: {"token": text, "logprob": chance, "bytes": list(text.encode())}  # noqa: E731
         return {
             "content": [
-                entry(text, chance) | {"top_logprobs": [entry(decode([e["id"]]), e["logprob"]) for e in found]}
-                for text, chance, found in zip(texts, chances, best, strict=True)
+                entry(text, chance) | {"top_logprobs": [entry(decode([e["id"]]), e["logprob"]) for e in likely]}
+                for text, chance, likely in zip(texts, chances, best, strict=True)
             ]
         }
 
@@ -214,22 +213,23 @@ class Handler(APIHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Listens at (host, port); raises OSError where it cannot."""
+    """Answers at a socket that listens."""
 
     daemon_threads = True
-    request_queue_size = 128
 
-    def __init__(self, host: str, port: int, generation: Generation, allowed_origins: list[str], report: Report):
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        self.address_family, *_, address = found[0]
-        self.host, self.allowed_origins, self.report = host, allowed_origins, report
+    def __init__(self, listening: socket.socket, host: str, generation: Generation, origins: list[str], report: Report):
+        self.host, self.allowed_origins, self.report = host, origins, report
         self.slots = threading.BoundedSemaphore(IN_WORK)
         self._names = {"localhost", host.lower(), socket.gethostname().lower()}
         fingerprint = get_system_fingerprint()
-        super().__init__(
-            (str(address[0]), int(address[1])),
-            lambda *socket_and_more: Handler(generation, *socket_and_more, system_fingerprint=fingerprint),
-        )
+
+        def handle(*connection) -> Handler:
+            return Handler(generation, *connection, system_fingerprint=fingerprint)
+
+        super().__init__((host, 0), handle, bind_and_activate=False)
+        self.socket.close()
+        self.socket, self.address_family = listening, listening.family
+        self.server_name, self.server_port = host, listening.getsockname()[1]
 
     @property
     def address(self) -> str:
@@ -246,10 +246,6 @@ class Server(ThreadingHTTPServer):
             return bool(ipaddress.ip_address(name))
         except ValueError:
             return name in self._names
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # without looking the host up by its address, which may take long
-        self.server_name, self.server_port = self.host, self.server_address[1]
 
     def handle_error(self, request, client_address) -> None:
         error = sys.exception()

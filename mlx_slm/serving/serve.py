@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,9 @@ from pathlib import Path
 from mlx_slm.errors import SlmError
 from mlx_slm.export.model import check_directory, require_model
 from mlx_slm.project import Project
-from mlx_slm.report import Report
-from mlx_slm.serving.generation import Generation
-from mlx_slm.serving.handler import Server
-from mlx_slm.serving.provider import Provider
 from mlx_slm.storage.workspace import Workspace
 
+BACKLOG = 128
 CLOSING_SECONDS = 20
 
 
@@ -26,23 +24,28 @@ def serve(
     """Answer requests for the named models (default: all that are exported) until SIGINT or SIGTERM.
 
     `origins`: pages that may ask besides those of this machine; `*`: any page, and any Host.
-    Raises SlmError for an unknown model, a host that is none, or a port in use.
+    Raises SlmError for an unknown model, a host that is none, or a port in use, before anything slow is done.
     """
-    report = project.report
-    places = served(project.workspace, names)
-    generation = Generation(Provider(places, list(origins)), report)
-    try:
-        with listen(host, port, generation, list(origins), report) as server:
+    report, places = project.report, served(project.workspace, names)
+    with listen(host, port) as listening:
+        from mlx_slm.serving.generation import Generation
+        from mlx_slm.serving.handler import Server
+        from mlx_slm.serving.provider import Provider
+
+        generation = Generation(Provider(places, list(origins)), report)
+        try:
+            server = Server(listening, host, generation, list(origins), report)
             report.line(
                 f"serving {', '.join(generation.model_provider.ids)} at http://{server.address}/v1 (Ctrl-C stops)"
             )
             if not _is_loopback(host):
                 report.warn(f"{host}: everybody who reaches this machine can use it; there is no password")
             server.serve_forever(poll_interval=0.1)
-    except KeyboardInterrupt:
-        report.line("stopped")
-    finally:
-        generation.close(CLOSING_SECONDS)
+        except KeyboardInterrupt:
+            report.line("stopped")
+        finally:
+            if not generation.close(CLOSING_SECONDS):
+                os._exit(1)  # a computation that does not end would keep the process
 
 
 def served(workspace: Workspace, names: Sequence[str]) -> dict[str, Path]:
@@ -60,12 +63,14 @@ def served(workspace: Workspace, names: Sequence[str]) -> dict[str, Path]:
     return places
 
 
-def listen(host: str, port: int, generation: Generation, origins: list[str], report: Report) -> Server:
-    """A server that listens; raises SlmError with the reason where that cannot be."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; raises SlmError with the reason where that cannot be."""
     try:
-        return Server(host, port, generation, origins, report)
-    except socket.gaierror as error:
-        raise SlmError(f"--host {host}: not an address or a name of this machine ({error.strerror})") from error
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise SlmError(f"--host {host}: not an address or a name of this machine") from error
+    try:
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise SlmError(f"--port {port}: something listens there already: end it, or choose another port") from error

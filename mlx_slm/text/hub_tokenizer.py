@@ -64,7 +64,7 @@ class HuggingFaceTokenizer(Tokenizer):
         settings = json.loads(self._tokenizer.to_str())
         byte_level = "ByteLevel" in json.dumps([settings["decoder"], settings["pre_tokenizer"]])
         added = {token["id"]: token for token in settings["added_tokens"]}
-        found = np.zeros(self.vocab_size, np.uint8)
+        sizes = np.zeros(self.vocab_size, np.uint8)
         for piece, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
             if index in added:
                 size = 0 if added[index]["special"] else len(piece.encode())
@@ -74,9 +74,9 @@ class HuggingFaceTokenizer(Tokenizer):
                 size = 1
             else:
                 size = len(piece.replace(SPACE, " ").encode())
-            if index < len(found):
-                found[index] = min(size, 255)
-        return found
+            if index < len(sizes):
+                sizes[index] = min(size, 255)
+        return sizes
 
 
 def open_tokenizer(directory: Path) -> Tokenizer:
@@ -132,10 +132,10 @@ def require_tokenizer_json(model: Path) -> None:
 def _end_of_text(model: Path, settings: dict) -> int:
     token = settings.get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
-    found = load_tokenizer_json(model / JSON_FILE).token_to_id(token) if token else None
-    if found is None and (model / "config.json").exists():
+    eos_id = load_tokenizer_json(model / JSON_FILE).token_to_id(token) if token else None
+    if eos_id is None and (model / "config.json").exists():
         named = read_json(model / "config.json", ConfigForm).get("eos_token_id")
-        found = named[0] if isinstance(named, list) else named
-    if found is None:
+        eos_id = named[0] if isinstance(named, list) else named
+    if eos_id is None:
         raise SlmError(f"{model}: no end-of-text token: name one as eos_token in {CONFIG_FILE}")
-    return int(found)
+    return int(eos_id)

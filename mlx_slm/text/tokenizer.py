@@ -69,8 +69,8 @@ class TrainedTokenizer(Tokenizer):
         verify(directory, self.manifest)
         self.directory = Path(directory)
         try:
-            found = read_bytes(self.directory / MODEL_FILE, MODEL_BYTES)
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=found or b"nothing")
+            data = read_bytes(self.directory / MODEL_FILE, MODEL_BYTES)
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=data or b"nothing")
         except RuntimeError as error:
             raise Damaged(
                 f"{self.directory / MODEL_FILE} is not a sentencepiece model; make the tokenizer again"

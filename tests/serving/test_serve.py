@@ -35,7 +35,7 @@ class Service:
     def __init__(self, workspace, names=(), origins=()):
         self.report = Recorder()
         self.generation = Generation(Provider(served(workspace, names), list(origins)), self.report)
-        self.server = Server("127.0.0.1", 0, self.generation, list(origins), self.report)
+        self.server = Server(listen("127.0.0.1", 0), "127.0.0.1", self.generation, list(origins), self.report)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self.thread.start()
 
@@ -405,15 +405,13 @@ def test_a_port_in_use_and_a_host_that_is_none(workspace, capsys):
     assert code == 1 and "no model 'nobody'" in err
 
 
-def test_an_address_of_ipv6_is_written_in_brackets(workspace, report):
-    generation = Generation(Provider(served(workspace, ["slm"]), []), report)
+def test_an_address_of_ipv6_is_written_in_brackets(service):
     try:
-        with listen("::1", 0, generation, [], report) as server:
-            assert re.fullmatch(r"\[::1\]:\d+", server.address)
+        listening = listen("::1", 0)
     except SlmError:
         pytest.skip("no IPv6 here")
-    finally:
-        generation.close(60)
+    with Server(listening, "::1", service.generation, [], service.report) as server:
+        assert re.fullmatch(r"\[::1\]:\d+", server.address)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
