@@ -155,7 +155,7 @@ def serve(session: Session, models, host, port, origins) -> None:
 @click.option("--push-to-hub", "repo", metavar="REPO", help="Upload the directory to a repository of the Hub.")
 @click.option("--private", is_flag=True, help="Of a repository that is made: only you see it.")
 @common
-def export(session: Session, name, form, kind, bundle, quantize, fuse, repo, private, **about) -> None:
+def export(session: Session, name, form, kind, bundle, **how) -> None:
     """Write a run or a model in the form that another program takes.
 
     \b
@@ -168,7 +168,7 @@ def export(session: Session, name, form, kind, bundle, quantize, fuse, repo, pri
     """
     if kind and form != "gguf":
         raise click.UsageError("--type is for --format gguf")
-    if form == "gguf" and (quantize or repo or bundle):
+    if form == "gguf" and (how["quantize"] or how["repo"] or bundle):
         raise click.UsageError("--format gguf goes without --quantize, --push-to-hub and --bundle: use --type q8_0")
     session.start_computing()
     if bundle:
@@ -178,9 +178,10 @@ def export(session: Session, name, form, kind, bundle, quantize, fuse, repo, pri
     from mlx_slm.stages.export import Export
     from mlx_slm.stages.export import export as work
 
+    about = About(**{key: how.pop(key) for key in ("license", "languages", "datasets", "base_model")})
+    bits = int(how.pop("quantize") or 0) or None
     gguf = (kind or "f16") if form == "gguf" else None
-    bits = int(quantize) if quantize else None
-    facts = work(session.project, Export(name, bits, gguf, fuse, About(**about), repo, private))
+    facts = work(session.project, Export(name, quantize=bits, gguf=gguf, about=about, **how))
     session.show(facts, lambda: session.report.line(_exported(facts)))
 
 

@@ -33,7 +33,7 @@ class Sampling:
     seed: int = 0
 
 
-def stream(path: Path, prompt: str, how: Sampling, report: Report) -> Iterator:
+def stream(path: Path, prompt: str, how: Sampling, report: Report | None = None) -> Iterator:
     """Yield mlx-lm's responses (`text`, `generation_tokens`, `generation_tps`) for a prompt that starts a document.
 
     What does not fit the model's context is cut, with a warning.
@@ -51,6 +51,6 @@ def stream(path: Path, prompt: str, how: Sampling, report: Report) -> Iterator:
     prompts = Prompts(path, tokenizer)
     ids, max_tokens, notes = prompts.fit(prompts.encode(prompt), how.max_tokens)
     for note in notes:
-        report.warn(note)
+        (report or Report()).warn(note)
     sampler = make_sampler(how.temp, how.top_p)
     yield from stream_generate(model, tokenizer, ids, max_tokens=max_tokens, sampler=sampler)

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_slm.errors import SlmError
+from mlx_slm.files import Damaged
 from mlx_slm.machine import runtime
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.report import Report, perplexity
@@ -84,6 +85,11 @@ class Scorer:
             targets = np.full((rows, length), store.eos_id, np.int32)
             for row, member in enumerate(members):
                 targets[row, : lengths[member]] = store.window_tokens(windows[member])
+            if targets.max() >= self.model.shape.vocab_size:  # a look-up there reads memory of somebody else
+                raise Damaged(
+                    f"{store.directory} holds the token {targets.max()}, the model's vocabulary has "
+                    f"{self.model.shape.vocab_size}: prepare the text again, with the model's tokenizer"
+                )
             tokens = np.full_like(targets, store.eos_id)
             tokens[:, 1:] = targets[:, :-1]
             return self._lanes[lane](mx.array(tokens), mx.array(targets))

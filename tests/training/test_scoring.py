@@ -94,3 +94,12 @@ def test_a_validation_set_below_one_window_is_refused(prepared):
         SlmError, match=r"validation set of generic has [\d,]+ tokens, less than one window .* valid=PATH"
     ):
         validation_windows(short, 100, 0)
+
+
+def test_a_token_outside_of_the_vocabulary_never_reaches_the_model(valid):
+    """There the look-up of an embedding reads foreign memory, and gives any number."""
+    shape = Shape.of(ModelConfig(family="gpt2", num_layers=1, dims=32, num_heads=4), 300, valid.context_length)
+    small = Transformer(shape)
+    small.update(initialise(shape, 3))
+    with pytest.raises(SlmError, match=r"holds the token 3\d\d, the model's vocabulary has 300"):
+        Scorer(small)(valid, np.arange(valid.num_windows))
