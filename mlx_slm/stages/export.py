@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlx_slm.errors import SlmError
 from mlx_slm.evaluation.evaluate import evaluate
+from mlx_slm.experts.experts import has_experts
 from mlx_slm.export.card import About, results_of, write_card
 from mlx_slm.export.gguf import write_gguf
 from mlx_slm.export.hub import push
@@ -53,6 +54,11 @@ def export(project: Project, request: Export) -> dict:
         run = find_run(workspace, request.name)
         if not run.finished:
             raise SlmError(f"run {run.name} is not finished: run its command again, it goes on")
+        if has_experts(run):
+            raise SlmError(
+                f"run {run.name} has experts: --bundle DIR hands them over, "
+                f"`mlx-slm specialize --from {run.name}` makes a model of them"
+            )
         apart = lora_of(run) is not None
         export_run(workspace, run, request.fuse or bool(apart and (request.quantize or request.gguf)), again=True)
         if apart and not (request.fuse or request.quantize or request.gguf):

@@ -118,7 +118,7 @@ def _plain_numbers(axis) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axis.yaxis.set_major_locator(MaxNLocator(6))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     if axis.get_xscale() == "log":
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         size = lambda value, _: format_size(round(value)) if value >= 1000 else f"{value:g}"  # noqa: E731

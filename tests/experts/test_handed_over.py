@@ -1,5 +1,6 @@
 """A bundle from anybody: nothing outside the workspace is created, changed or read, and each gets one sentence."""
 
+import contextlib
 import json
 import os
 import random
@@ -334,8 +335,12 @@ def mutated(bundle: Path, rng: random.Random) -> None:
         path = rng.choice(files)
         kind = rng.randrange(8)
         if path.suffix == ".json" and kind < 5:
-            found = json.loads(path.read_bytes().decode("utf-8", "replace")) if path.stat().st_size < 1 << 20 else None
-            path.write_text(json.dumps(mutate_json(found, rng)))
+            value = None
+            with contextlib.suppress(ValueError):  # damaged by a change before
+                value = (
+                    json.loads(path.read_bytes().decode("utf-8", "replace")) if path.stat().st_size < 1 << 20 else None
+                )
+            path.write_text(json.dumps(mutate_json(value, rng)))
         elif kind == 5:
             path.unlink()
             instead = rng.choice(["a link", "a folder", "a pipe", "nothing"])

@@ -92,6 +92,8 @@ def test_a_model_that_does_not_divide_says_so(workspace, capsys):
 def test_an_unfinished_run_and_a_name_that_is_none(workspace, capsys):
     code, _, err = call(capsys, workspace, "export", "slm", "--quantize", "3")
     assert code == 2 and "'3' is not one of '4', '8'" in err
+    code, _, err = call(capsys, workspace, "export", "pn")
+    assert code == 1 and "--bundle DIR hands them over" in err and not workspace.model("pn").exists()
     code, _, err = call(capsys, workspace, "export", "sml")
     assert code == 1 and "did you mean slm?" in err and err.count("\n") == 1
 

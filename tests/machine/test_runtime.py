@@ -100,8 +100,9 @@ def test_without_a_compiler_ours_gives_up():
 
 @pytest.mark.skipif(not LINUX_CPU or not runtime.blas or runtime.on_gpu(), reason="fp32 and a preloaded BLAS")
 def test_the_preloaded_blas_is_the_one_that_multiplies():
-    """mlx's reference BLAS reaches 5 GFLOP/s on such machines; a preloaded one ten times that at least."""
-    assert runtime.matmul_gflops() > 30
+    """mlx's reference BLAS reaches 5 GFLOP/s on such machines; a preloaded one ten times that, and beside another test
+    still twice."""
+    assert runtime.matmul_gflops() > 12
 
 
 def test_lanes_give_the_same_sums_as_one_stream():
