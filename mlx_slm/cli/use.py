@@ -170,6 +170,8 @@ def export(session: Session, name, form, kind, bundle, **how) -> None:
         raise click.UsageError("--type is for --format gguf")
     if form == "gguf" and (how["quantize"] or how["repo"] or bundle):
         raise click.UsageError("--format gguf goes without --quantize, --push-to-hub and --bundle: use --type q8_0")
+    if how["private"] and not how["repo"]:
+        raise click.UsageError("--private is for --push-to-hub")
     session.start_computing()
     if bundle:
         session.show(*_bundle(session, name, bundle))

@@ -60,6 +60,8 @@ def export(project: Project, request: Export) -> dict:
                 f"`mlx-slm specialize --from {run.name}` makes a model of them"
             )
         apart = lora_of(run) is not None
+        if request.fuse and not apart:
+            raise SlmError(f"run {run.name} trained all weights: there are no adapters for --fuse")
         export_run(workspace, run, request.fuse or bool(apart and (request.quantize or request.gguf)), again=True)
         if apart and not (request.fuse or request.quantize or request.gguf):
             if request.repo:

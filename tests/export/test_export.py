@@ -94,6 +94,10 @@ def test_an_unfinished_run_and_a_name_that_is_none(workspace, capsys):
     assert code == 2 and "'3' is not one of '4', '8'" in err
     code, _, err = call(capsys, workspace, "export", "pn")
     assert code == 1 and "--bundle DIR hands them over" in err and not workspace.model("pn").exists()
+    code, _, err = call(capsys, workspace, "export", "slm", "--fuse")
+    assert code == 1 and "there are no adapters for --fuse" in err
+    code, _, err = call(capsys, workspace, "export", "slm", "--private")
+    assert code == 2 and "--private is for --push-to-hub" in err
     code, _, err = call(capsys, workspace, "export", "sml")
     assert code == 1 and "did you mean slm?" in err and err.count("\n") == 1
 
