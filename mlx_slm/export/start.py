@@ -69,7 +69,7 @@ class Pretrained:
         for name, value in weights.items():
             module, _, part = name.rpartition(".")
             scales = weights.get(f"{module}.scales")
-            if scales is None:
+            if scales is None or part not in ("weight", "scales", "biases"):
                 plain[name] = value
             elif part == "weight":
                 own = self.quantization.get(module)
