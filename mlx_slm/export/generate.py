@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_slm.errors import SlmError
-from mlx_slm.export.prompt import Prompts
+from mlx_slm.export.prompt import Prompts, not_loaded
 from mlx_slm.report import Report
 from mlx_slm.text.readers import Reading, decode
 
@@ -45,9 +44,8 @@ def stream(path: Path, prompt: str, how: Sampling, report: Report | None = None)
     mx.random.seed(how.seed)
     try:
         model, tokenizer, *_ = load(str(path))
-    except Exception as error:  # whatever mlx-lm or transformers do not like about a directory of somebody else's
-        reason = " ".join(str(error).split())[:300]
-        raise SlmError(f"{path}: mlx-lm cannot load it ({type(error).__name__}: {reason})") from error
+    except Exception as error:
+        raise not_loaded(path, error) from error
     prompts = Prompts(path, tokenizer)
     ids, max_tokens, notes = prompts.fit(prompts.encode(prompt), how.max_tokens)
     for note in notes:

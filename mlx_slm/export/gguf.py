@@ -143,15 +143,13 @@ def _of_byte_level(model: Path) -> dict:
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     ids = range(max(tokens) + 1)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in settings["model"]["merges"]]
-    parts: dict = {
+    return {
         "tokenizer_model": "gpt2",
         "tokenizer_pre": known,
         "token_list": [tokens.get(i, f"[PAD{i}]") for i in ids],
         "token_types": [kinds.get(i, UNUSED) for i in ids],
         "token_merges": merges,
     }
-    template = model / "chat_template.jinja"
-    return parts | ({"chat_template": template.read_text()} if template.exists() else {})
 
 
 def _steps(pre: dict[str, Any] | None) -> Iterator[tuple[str, bool]]:

@@ -8,10 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_slm.errors import SlmError
+from mlx_slm.export.start import longest_context
 from mlx_slm.files import load_tokenizer_json, read_json
 from mlx_slm.storage.artifacts import MANIFEST
 from mlx_slm.storage.forms import ConfigForm
 from mlx_slm.text.tokenizer import CHAT_TEMPLATE
+
+
+def not_loaded(called: str | Path, error: Exception) -> SlmError:
+    """Whatever mlx-lm or transformers do not like about a directory of somebody else's, in one sentence."""
+    reason = " ".join(str(error).split())[:300]
+    return SlmError(f"{called}: mlx-lm cannot load it ({type(error).__name__}: {reason})")
 
 
 class Prompts:
@@ -23,7 +30,7 @@ class Prompts:
     def __init__(self, path: Path, tokenizer):
         config = read_json(path / "config.json", ConfigForm)
         self.name, self.vocab_size = path.name, config.get("vocab_size")
-        self.context = config.get("n_positions") or config.get("max_position_embeddings")
+        self.context = longest_context(config)
         self.plain_chat = tokenizer.chat_template == CHAT_TEMPLATE or (path / MANIFEST).exists()
         """Whether a chat is the contents of its messages, one after the other."""
         self._tokenizer, self._own = tokenizer, None

@@ -18,6 +18,11 @@ from mlx_slm.storage.forms import ConfigForm
 from mlx_slm.storage.records import fingerprint
 
 
+def longest_context(config: dict) -> int | None:
+    """Tokens that a model reads at once, by its config.json; None where it does not say."""
+    return config.get("n_positions") or config.get("max_position_embeddings")
+
+
 class Pretrained:
     """A model directory: `shape` for windows of `context_length` tokens (None: its own), `parameters()` in fp32,
     `fingerprint`. `option` is what named it; quantised weights are for evaluation alone, without one."""
@@ -86,7 +91,7 @@ def _shape(config: dict, called: str, directory: Path, context_length: int | Non
     require_form(config, family.form, directory / "config.json")
     refused = [f"{key} is {config[key]}" for key, value in family.computes.items() if config.get(key, value) != value]
     refused += family.refused(config)
-    longest = config.get("n_positions") or config.get("max_position_embeddings") or 0
+    longest = longest_context(config) or 0
     shape = Shape(family.name, context_length=context_length or longest, **family.from_hub_config(config))
     try:
         family.check(shape)

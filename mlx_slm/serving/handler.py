@@ -48,7 +48,7 @@ class Handler(APIHandler):
     def do_GET(self) -> None:
         if not self._may_ask():
             return
-        path = urlsplit(self.path).path.rstrip("/")
+        path = self._place()
         if path == "/health":
             self.handle_health_check()
         elif path == "/v1/models":
@@ -65,7 +65,7 @@ class Handler(APIHandler):
     def do_POST(self) -> None:
         if not self._may_ask():
             return
-        kind = KINDS.get(urlsplit(self.path).path.rstrip("/"))
+        kind = KINDS.get(self._place())
         if kind is None:
             self._refuse(BadRequest(f"nothing is at {self.path[:100]}: post to {', '.join(KINDS)}", 404))
         elif not self.server.slots.acquire(blocking=False):
@@ -86,8 +86,12 @@ class Handler(APIHandler):
         self.rfile = io.BufferedReader(io.BytesIO(data))
         del self.headers["Content-Length"]
         self.headers["Content-Length"] = str(len(data))
-        self.path = urlsplit(self.path).path.rstrip("/")
+        self.path = self._place()
         super().do_POST()
+
+    def _place(self) -> str:
+        """What is asked for, without a query."""
+        return urlsplit(self.path).path.rstrip("/")
 
     def _json(self) -> Any:
         """The body, whole and of a sane size."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from mlx_lm import server
 
-from mlx_slm.errors import SlmError, nearest
-from mlx_slm.export.prompt import Prompts
+from mlx_slm.errors import nearest
+from mlx_slm.export.prompt import Prompts, not_loaded
 from mlx_slm.files import read_json
 from mlx_slm.machine import runtime
 from mlx_slm.serving.requests import BadRequest
@@ -90,10 +90,9 @@ class Provider(server.ModelProvider):
                 self._make_room(name)
                 try:
                     self._load(str(self.places[name]))
-                except Exception as error:  # whatever mlx-lm or transformers do not like about a directory
+                except Exception as error:
                     self.reset()
-                    reason = " ".join(str(error).split())[:300]
-                    raise SlmError(f"{name}: mlx-lm cannot load it ({type(error).__name__}: {reason})") from error
+                    raise not_loaded(name, error) from error
                 self._loaded[name] = (self.model, self.tokenizer, self.processor, self.is_batchable)
                 self.prompts[name] = Prompts(self.places[name], self.tokenizer)
             self._loaded.move_to_end(name)

@@ -37,11 +37,7 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _finite(value: float) -> float:
-    return float(value)
-
-
-Number = Annotated[StrictFloat | StrictInt, AfterValidator(_finite)]
+Number = Annotated[StrictFloat | StrictInt, AfterValidator(float)]
 Penalty = Annotated[Number, Field(ge=-100, le=100, allow_inf_nan=False)]
 Window = Annotated[StrictInt, Field(ge=0, le=1 << 20)]
 Stop = Annotated[
@@ -59,7 +55,7 @@ class StreamOptions(BaseModel):
 class Asked(BaseModel):
     """What completions and chats have in common."""
 
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(extra="ignore")
 
     model: StrictStr | None = None
     stream: StrictBool | None = None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_slm.errors import SlmError
-from mlx_slm.export.model import check_directory, require_model
+from mlx_slm.export.model import require_model
 from mlx_slm.project import Project
 from mlx_slm.storage.workspace import Workspace
 
@@ -56,7 +56,6 @@ def served(workspace: Workspace, names: Sequence[str]) -> dict[str, Path]:
     places: dict[str, Path] = {}
     for given in names:
         path = require_model(workspace, given)
-        check_directory(path)
         if places.setdefault(path.resolve().name, path) != path:
             raise SlmError(f"two of the models are called {path.resolve().name}: serve one of them, or rename it")
         places[given] = path

@@ -17,7 +17,6 @@ from mlx_slm.export.model import (
     KIND,
     QUANTIZED,
     export_run,
-    find_model,
     load_exported,
     lora_of,
     require_model,
@@ -72,8 +71,8 @@ def export(project: Project, request: Export) -> dict:
         raise SlmError(f"{path} was not exported here: name a run or a model of {workspace.root}")
     result: dict = {}
     if request.quantize:
-        path = quantize(workspace, request.name, request.quantize)
-        result = _cost(project, find_model(workspace, request.name) or path, path)
+        whole, path = path, quantize(workspace, request.name, request.quantize)
+        result = _cost(project, whole, path)
     if request.gguf:
         if QUANTIZED in load_manifest(path, KIND)["inputs"]:
             raise SlmError(f"{path} is quantised: name the model it is of, with --type q8_0 if it shall be small")
