@@ -53,7 +53,8 @@ def main() -> None:
         runtime.end_with(int(os.environ[runtime.PARENT]))
     with last_words(bool(set(sys.argv[1:]) & COMPUTING)):
         code = run(sys.argv[1:])
-    if code == INTERRUPTED:  # the device may still compute: taking the interpreter apart around it can crash
+    if code == INTERRUPTED or "serve" in sys.argv[1:]:
+        # The device may compute and a server's threads may end: taking the interpreter apart around them can abort.
         for worker in multiprocessing.active_children():
             worker.terminate()
         sys.stdout.flush()

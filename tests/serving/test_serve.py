@@ -424,8 +424,8 @@ def test_a_signal_ends_it_in_the_middle_of_a_stream(number, workspace):
         connection.request("POST", "/v1/completions", json.dumps(body))
         assert connection.getresponse().read(1)
         os.kill(process.pid, number)
-        assert process.wait(60) == 0
-        assert "Traceback" not in process.stderr.read()
+        code, said = process.wait(60), process.stderr.read()
+        assert code == 0 and "Traceback" not in said, said
 
 
 def test_two_models_of_one_name_are_refused(workspace, tmp_path):
