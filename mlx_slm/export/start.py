@@ -18,9 +18,15 @@ from mlx_slm.storage.forms import ConfigForm
 from mlx_slm.storage.records import fingerprint
 
 
+def text_config(config: dict) -> dict:
+    """What config.json says of the part of a model that reads text, where it has several."""
+    return config | (config.get("text_config") or {})
+
+
 def longest_context(config: dict) -> int | None:
     """Tokens that a model reads at once, by its config.json; None where it does not say."""
-    return config.get("n_positions") or config.get("max_position_embeddings")
+    text = text_config(config)
+    return text.get("n_positions") or text.get("max_position_embeddings")
 
 
 class Pretrained:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from queue import Queue
 
 from mlx_lm import server
 from mlx_lm.models.cache import LRUPromptCache
 
+from mlx_slm.errors import SlmError
+from mlx_slm.export.prompt import Prompts
 from mlx_slm.report import Report
 from mlx_slm.serving.provider import SETTINGS, Provider
 
@@ -30,6 +34,8 @@ class Request(server.CompletionRequest):
     says_tokens: bool = False
     """Whether the client said how many tokens it wants."""
     notes: list[str] = field(default_factory=list)
+    piece: Callable[[int], bytes] = lambda _: b""
+    """UTF-8 of a token, perhaps a part of a character."""
 
 
 class PromptCache(LRUPromptCache):
@@ -50,15 +56,18 @@ class Waiting(Queue):
     def __init__(self):
         super().__init__()
         self.answers: weakref.WeakSet[Queue] = weakref.WeakSet()
+        self._adding = threading.Lock()
 
     def put(self, item, block=True, timeout=None):
-        self.answers.add(item[0])
+        with self._adding:
+            self.answers.add(item[0])
         super().put(item, block, timeout)
 
     def in_work(self) -> list[Queue]:
         with self.mutex:
             still = {id(item[0]) for item in self.queue}
-        return [answer for answer in self.answers if id(answer) not in still]
+        with self._adding:
+            return [answer for answer in self.answers if id(answer) not in still]
 
 
 class Generation(server.ResponseGenerator):
@@ -70,6 +79,7 @@ class Generation(server.ResponseGenerator):
     def __init__(self, provider: Provider, report: Report):
         self.report = report
         self._contexts: weakref.WeakValueDictionary[int, server.GenerationContext] = weakref.WeakValueDictionary()
+        self._adding = threading.Lock()
         super().__init__(provider, new_cache())
         self.requests = Waiting()
 
@@ -78,21 +88,41 @@ class Generation(server.ResponseGenerator):
             try:
                 self._generate()
             except Exception as error:  # one request must not end service for all
-                self.report.warn(f"the generation failed and starts again ({type(error).__name__}: {error})")
                 for answer in self.requests.in_work():
                     answer.put(RuntimeError(f"the generation failed: {type(error).__name__}: {error}"))
                 self.model_provider.reset()
                 self.prompt_cache = new_cache()
+                with contextlib.suppress(OSError):  # nobody reads
+                    self.report.warn(f"the generation failed and starts again ({type(error).__name__}: {error})")
 
     def _tokenize(self, tokenizer, request, args):
         prompts = self.model_provider.prompts[args.model.model]
+        chat, how = "".join(message["content"] for message in request.messages), ["normal", None]
         if request.request_type == "chat" and not prompts.plain_chat:
-            ids, *how = super()._tokenize(tokenizer, request, args)
+            prompts.require_short(chat)
+            try:
+                ids, _, _, *how = super()._tokenize(tokenizer, request, args)
+            except Exception as error:
+                raise SlmError(f"the chat template of {prompts.name} does not take it ({error})") from error
+            prompts.require_known(ids)
         else:
-            chat = "".join(message["content"] for message in request.messages)
-            ids, how = prompts.encode(request.prompt or chat), [None, None, "normal", None]
+            ids = prompts.encode(request.prompt or chat)
         ids, args.max_tokens, request.notes = prompts.fit(ids, args.max_tokens, request.says_tokens)
-        return ids, [ids], ["assistant"], *how[2:]
+        self._limit(args, prompts)
+        request.piece = prompts.piece
+        return ids, [ids], ["assistant"], *how
+
+    @staticmethod
+    def _limit(args, prompts: Prompts) -> None:
+        """Keep what is asked for within the model's tokens, and what it writes within the tokenizer's."""
+        bias = args.logits.logit_bias or {}
+        if outside := [token for token in bias if token >= prompts.num_tokens]:
+            raise SlmError(f"logit_bias: there is no token {outside[0]}")
+        unnamed = range(prompts.num_tokens, prompts.vocab_size)
+        args.logits.logit_bias = (bias | dict.fromkeys(unnamed, float("-inf"))) or None
+        if args.sampling.top_k >= prompts.num_tokens:
+            args.sampling.top_k = 0
+        args.top_logprobs = min(args.top_logprobs, prompts.num_tokens)
 
     def generate(self, request: server.CompletionRequest, generation_args, progress_callback=None):
         assert isinstance(request, Request)
@@ -100,13 +130,16 @@ class Generation(server.ResponseGenerator):
             context, responses = super().generate(request, generation_args, progress_callback)
         except Exception as error:
             raise Unanswered(error) from error
-        self._contexts[id(context)] = context
+        with self._adding:
+            self._contexts[id(context)] = context
         return context, until(request.stop, context, responses)
 
     def close(self, seconds: float) -> bool:
         """Stop what is in work and end the thread; returns whether it ended within `seconds`."""
         self._stop = True
-        for context in list(self._contexts.values()):
+        with self._adding:
+            contexts = list(self._contexts.values())
+        for context in contexts:
             context.stop()
         for answer in self.requests.in_work():
             answer.put(Stopped("the server was stopped"))
@@ -122,7 +155,7 @@ def until(stop: list[str], context, responses: Iterator) -> Iterator:
     held = ""
     for response in responses:
         ended = response.finish_reason
-        held += "" if ended == "stop" else response.text
+        held += response.text
         cuts = [place for word in stop if (place := held.find(word)) >= 0]
         if cuts:
             context.stop()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import ipaddress
 import json
 import socket
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
+from email.message import Message
 from http.server import ThreadingHTTPServer
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from mlx_lm.server import APIHandler, CompletionRequest, get_system_fingerprint
 
@@ -25,6 +29,8 @@ DRAINED_BYTES = 64 << 20
 """A larger request is read to its end up to here, so that its client can read why it is refused."""
 IDLE_SECONDS = 30
 """A connection that is silent for this long in the middle of a request is closed."""
+CONNECTIONS = 512
+"""One more is closed."""
 IN_WORK = 256
 """Requests that are answered or wait; one more is told to come back (503)."""
 KINDS: dict[str, type[Asked]] = {
@@ -46,40 +52,40 @@ class Handler(APIHandler):
     _request: Request | None = None
 
     def do_GET(self) -> None:
-        if not self._may_ask():
-            return
+        self._safely(self._look)
+
+    def do_OPTIONS(self) -> None:
+        self._safely(super().do_OPTIONS)
+
+    def do_POST(self) -> None:
+        self._safely(self._post)
+
+    def _look(self) -> None:
         path = self._place()
         if path == "/health":
             self.handle_health_check()
         elif path == "/v1/models":
             self._answer({"object": "list", "data": [self._entry(name) for name in self._provider.ids]})
         elif path.startswith("/v1/models/"):
-            self._safely(lambda: self._answer(self._entry(self._provider.resolve(path.removeprefix("/v1/models/")))))
+            self._answer(self._entry(self._provider.resolve(unquote(path.removeprefix("/v1/models/")))))
         else:
-            self._refuse(BadRequest(f"nothing is at {path[:100]}: see /v1/models, /v1/completions", 404))
+            raise BadRequest(f"nothing is at {path[:100]}: see /v1/models, /v1/completions", 404)
 
-    def do_OPTIONS(self) -> None:
-        if self._may_ask():
-            super().do_OPTIONS()
-
-    def do_POST(self) -> None:
-        if not self._may_ask():
-            return
+    def _post(self) -> None:
         kind = KINDS.get(self._place())
         if kind is None:
-            self._refuse(BadRequest(f"nothing is at {self.path[:100]}: post to {', '.join(KINDS)}", 404))
-        elif not self.server.slots.acquire(blocking=False):
-            self._refuse(BadRequest(f"{IN_WORK} requests are in work: come back in a second", 503))
-        else:
-            try:
-                self._safely(lambda: self._generate(kind))
-            finally:
-                self.server.slots.release()
-
-    def _generate(self, kind: type[Asked]) -> None:
+            raise BadRequest(f"nothing is at {self.path[:100]}: post to {', '.join(KINDS)}", 404)
         asked = read_request(kind, self._json())
+        if not self.server.slots.acquire(blocking=False):
+            raise BadRequest(f"{IN_WORK} requests are in work: come back in a second", 503)
+        try:
+            self._generate(kind, asked)
+        finally:
+            self.server.slots.release()
+
+    def _generate(self, kind: type[Asked], asked: Asked) -> None:
         name = self._provider.resolve(asked.model)
-        body = asked.body(self._provider.vocab_size(name)) | {"model": name}
+        body = asked.body() | {"model": name}
         self._legacy, self._stop_strings = kind is Completion, asked.stop or []
         self._says_tokens = bool({"max_tokens", "max_completion_tokens"} & set(body))
         data = json.dumps(body).encode()
@@ -91,7 +97,10 @@ class Handler(APIHandler):
 
     def _place(self) -> str:
         """What is asked for, without a query."""
-        return urlsplit(self.path).path.rstrip("/")
+        try:
+            return urlsplit(self.path).path.rstrip("/")
+        except ValueError as error:
+            raise BadRequest(f"{self.path[:100]} is no address ({error})") from None
 
     def _json(self) -> Any:
         """The body, whole and of a sane size."""
@@ -107,7 +116,7 @@ class Handler(APIHandler):
             while left > 0 and self.rfile.read(min(REQUEST_BYTES, left)):
                 left -= REQUEST_BYTES
             raise BadRequest(f"the request has {size:,} bytes: at most {REQUEST_BYTES:,} are read", 413)
-        data = self.rfile.read(size)
+        data = b"".join(self._parts(size))
         if len(data) < size:
             raise BadRequest(f"the request ended after {len(data):,} of {size:,} bytes")
         try:
@@ -115,9 +124,19 @@ class Handler(APIHandler):
         except (ValueError, RecursionError) as error:
             raise BadRequest(f"the request is not JSON ({str(error)[:100]})") from None
 
-    def _safely(self, work) -> None:
-        """Answer what goes wrong with a sentence, where nothing of an answer was sent yet."""
+    def _parts(self, size: int) -> Iterator[bytes]:
+        """The parts of a body as they come, all within the time of one; raises TimeoutError."""
+        end = time.monotonic() + self.timeout
+        while size and (part := self.rfile.read1(size)):
+            yield part
+            size -= len(part)
+            if time.monotonic() > end:
+                raise TimeoutError
+
+    def _safely(self, work: Callable[[], Any]) -> None:
+        """Answer who may ask, and what goes wrong with a sentence, where nothing of an answer was sent yet."""
         try:
+            self._require_own()
             work()
         except BadRequest as error:
             self._refuse(error)
@@ -130,8 +149,9 @@ class Handler(APIHandler):
         except OSError:  # the client went away, or is silent
             self.close_connection = True
         except Exception as error:
-            self.server.report.warn(f"a request failed ({type(error).__name__}: {error})")
             self._refuse(BadRequest(str(error), 500))
+            with contextlib.suppress(OSError):  # nobody reads
+                self.server.report.warn(f"a request failed ({type(error).__name__}: {error})")
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
         self._request = Request(**vars(request), stop=self._stop_strings, says_tokens=self._says_tokens)
@@ -148,18 +168,23 @@ class Handler(APIHandler):
 
     def _logprobs(self, tokens: list[int], chances: list[float], top: list[tuple]) -> dict:
         """Log-probabilities as OpenAI's API has them: one form for chats, another for completions."""
-        decode = self._provider.decoder(self.requested_model)
-        texts = [decode([token]) for token in tokens]
+        assert self._request is not None
+        piece = self._request.piece
+        text = lambda token: piece(token).decode(errors="replace")  # noqa: E731
         best = [sorted(likely, key=lambda entry: -entry["logprob"]) for likely in top]
         if self._legacy:
-            named = [{decode([entry["id"]]): entry["logprob"] for entry in likely} for likely in best]
+            texts = list(map(text, tokens))
+            named = [{text(entry["id"]): entry["logprob"] for entry in likely} for likely in best]
             offsets = [sum(map(len, texts[:i])) for i in range(len(texts))]
             return {"tokens": texts, "token_logprobs": chances, "top_logprobs": named, "text_offset": offsets}
-        entry = lambda text, chance: {"token": text, "logprob": chance, "bytes": list(text.encode())}  # noqa: E731
+
+        def entry(token: int, chance: float) -> dict:
+            return {"token": text(token), "logprob": chance, "bytes": list(piece(token))}
+
         return {
             "content": [
-                entry(text, chance) | {"top_logprobs": [entry(decode([e["id"]]), e["logprob"]) for e in likely]}
-                for text, chance, likely in zip(texts, chances, best, strict=True)
+                entry(token, chance) | {"top_logprobs": [entry(e["id"], e["logprob"]) for e in likely]}
+                for token, chance, likely in zip(tokens, chances, best, strict=True)
             ]
         }
 
@@ -170,21 +195,22 @@ class Handler(APIHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not listed."""
 
-    def _may_ask(self) -> bool:
-        """Whether Host and Origin are this machine's, so that no page of the web uses a user's server."""
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class refuses: a line that is no request, a method that is none here."""
+        self.close_connection = True
+        self.headers = getattr(self, "headers", None) or Message()
+        self._refuse(BadRequest(message or f"the request cannot be answered ({code})", code))
+
+    def _require_own(self) -> None:
+        """Refuse what is not of this machine by Host and Origin, so that no page of the web uses a user's server."""
         origin, allowed = self.headers.get("Origin"), self.server.allowed_origins
         if "*" in allowed:
-            return True
+            return
         host = self.headers.get("Host", "localhost")
         if not self.server.is_here(host):
-            self._refuse(BadRequest(f"the host {host[:100]!r} is not this server's: --allow-origin '*' opens it", 403))
-        elif origin and origin not in allowed and urlsplit(origin).netloc != host:
-            self._refuse(
-                BadRequest(f"pages of {origin[:100]} may not ask: --allow-origin {origin[:100]} opens it", 403)
-            )
-        else:
-            return True
-        return False
+            raise BadRequest(f"the host {host[:100]!r} is not this server's: --allow-origin '*' opens it", 403)
+        if origin and origin not in allowed and origin.rpartition("//")[2] != host:
+            raise BadRequest(f"pages of {origin[:100]} may not ask: --allow-origin {origin[:100]} opens it", 403)
 
     @property
     def _provider(self) -> Provider:
@@ -224,6 +250,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, listening: socket.socket, host: str, generation: Generation, origins: list[str], report: Report):
         self.host, self.allowed_origins, self.report = host, origins, report
         self.slots = threading.BoundedSemaphore(IN_WORK)
+        self._connections = threading.BoundedSemaphore(CONNECTIONS)
         self._names = {"localhost", host.lower(), socket.gethostname().lower()}
         fingerprint = get_system_fingerprint()
 
@@ -251,7 +278,20 @@ class Server(ThreadingHTTPServer):
         except ValueError:
             return name in self._names
 
+    def process_request(self, request, client_address) -> None:
+        if self._connections.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request, client_address) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._connections.release()
+
     def handle_error(self, request, client_address) -> None:
         error = sys.exception()
         if not isinstance(error, OSError):
-            self.report.warn(f"a connection failed ({type(error).__name__}: {error})")
+            with contextlib.suppress(OSError):
+                self.report.warn(f"a connection failed ({type(error).__name__}: {error})")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ from mlx_lm import server
 
 from mlx_slm.errors import nearest
 from mlx_slm.export.prompt import Prompts, not_loaded
-from mlx_slm.files import read_json
 from mlx_slm.machine import runtime
 from mlx_slm.serving.requests import BadRequest
 from mlx_slm.storage.artifacts import is_litter
-from mlx_slm.storage.forms import ConfigForm
 
 SETTINGS: dict[str, Any] = {
     "model": None,
@@ -34,7 +31,6 @@ SETTINGS: dict[str, Any] = {
     "min_p": 0.0,
     "max_tokens": 512,
     "decode_concurrency": 32,
-    "prompt_concurrency": 8,
     "prefill_step_size": 2048,
     "prompt_cache_size": 10,
     "prompt_cache_bytes": 256 << 20,
@@ -43,6 +39,8 @@ SETTINGS: dict[str, Any] = {
     "quantized_kv_start": 0,
 }
 """Of mlx-lm's server, as its own command line has them, but for a bound on the bytes of its prompt cache."""
+PROMPTS_AT_ONCE = 8
+"""Read padded to the longest; where positions are looked up, a shorter one's would lie outside of the table: one."""
 LOADED = 4
 """Models that are kept, as far as they fit an eighth of the memory."""
 
@@ -60,6 +58,7 @@ class Provider(server.ModelProvider):
         self.prompts: dict[str, Prompts] = {}
         self._loaded: OrderedDict[str, tuple] = OrderedDict()
         self._bytes: dict[str, int] = {}
+        self._loads = 0
 
     def resolve(self, name: str | None) -> str:
         """The name of a served model; raises BadRequest (404) with the known names."""
@@ -72,32 +71,27 @@ class Provider(server.ModelProvider):
             raise BadRequest(f"no model {name[:200]!r} here{close}; served: {', '.join(self.ids)}", 404, "model")
         return name
 
-    def vocab_size(self, name: str) -> int | None:
-        return read_json(self.places[name] / "config.json", ConfigForm).get("vocab_size")
-
-    def decoder(self, name: str) -> Callable[[list[int]], str]:
-        """ids -> text."""
-        return (self._loaded[name][1] if name in self._loaded else self.load(name)[1]).decode
-
     def load_default(self) -> None:
         """Nothing is loaded before it is asked for."""
 
     def load(self, model_path: str, adapter_path=None, draft_model_path=None):
         """The model of a name, from those that are kept or from its directory."""
         name = model_path
-        if self.model_key != (name, None, None):
+        if self.model_key is None or self.model_key[0] != name:
             if name not in self._loaded:
                 self._make_room(name)
                 try:
                     self._load(str(self.places[name]))
+                    self.prompts[name] = Prompts(self.places[name], self.tokenizer)
                 except Exception as error:
                     self.reset()
-                    raise not_loaded(name, error) from error
-                self._loaded[name] = (self.model, self.tokenizer, self.processor, self.is_batchable)
-                self.prompts[name] = Prompts(self.places[name], self.tokenizer)
+                    raise RuntimeError(str(not_loaded(name, error))) from error
+                self._loads += 1
+                key = (name, self._loads, None)
+                self._loaded[name] = (key, self.model, self.tokenizer, self.processor, self.is_batchable)
             self._loaded.move_to_end(name)
-            self.model, self.tokenizer, self.processor, self.is_batchable = self._loaded[name]
-            self.model_key = (name, None, None)
+            self.model_key, self.model, self.tokenizer, self.processor, self.is_batchable = self._loaded[name]
+            self.cli_args.prompt_concurrency = 1 if self.prompts[name].learned_positions else PROMPTS_AT_ONCE
         return self.model, self.tokenizer
 
     def _make_room(self, name: str) -> None:

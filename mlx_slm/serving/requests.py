@@ -37,15 +37,39 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Number = Annotated[StrictFloat | StrictInt, AfterValidator(float)]
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("too large a number") from None
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds half of a surrogate pair, which is no character") from None
+    return text
+
+
+def _penalty(value: float) -> float:
+    if 0 < value < 0.01:
+        raise ValueError("below 0.01 logits overflow; 0 is none")
+    return value
+
+
+Text = Annotated[StrictStr, AfterValidator(_whole)]
+Number = Annotated[StrictFloat | StrictInt, AfterValidator(_float)]
 Penalty = Annotated[Number, Field(ge=-100, le=100, allow_inf_nan=False)]
 Window = Annotated[StrictInt, Field(ge=0, le=1 << 20)]
 Stop = Annotated[
-    list[Annotated[StrictStr, Field(min_length=1, max_length=1000)]],
+    list[Annotated[Text, Field(min_length=1, max_length=1000)]],
     BeforeValidator(_listed),
     Field(max_length=16),
 ]
 Absent = Literal[None]
+LEAST = {"temperature": 1e-3, "top_p": 1e-2}
+"""Below these the likeliest token is taken: mlx-lm divides by the one, and finds no token at all in the other."""
 
 
 class StreamOptions(BaseModel):
@@ -65,7 +89,7 @@ class Asked(BaseModel):
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=0)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Number, Field(ge=0, le=100)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0, le=100), AfterValidator(_penalty)] | None = None
     repetition_context_size: Window | None = None
     presence_penalty: Penalty | None = None
     presence_context_size: Window | None = None
@@ -78,44 +102,43 @@ class Asked(BaseModel):
     draft_model: Absent = None
     adapters: Absent = None
 
-    def body(self, vocab_size: int | None) -> dict[str, Any]:
+    def body(self) -> dict[str, Any]:
         """The request as mlx-lm's server reads it; what is not given is left to its defaults."""
         wanted = self.model_dump(exclude_none=True, exclude={"stop", "n", "draft_model", "adapters"})
-        if vocab_size:
-            if wanted.get("top_k", 0) >= vocab_size:
-                wanted["top_k"] = 0
-            if outside := [token for token in wanted.get("logit_bias", {}) if token >= vocab_size]:
-                raise BadRequest(f"logit_bias: there is no token {outside[0]}", field="logit_bias")
-        if wanted.get("logit_bias") == {}:
-            del wanted["logit_bias"]
+        if any(wanted.get(key, 1) < least for key, least in LEAST.items()):
+            wanted |= {"temperature": 0.0, "top_p": 1.0}
         return wanted
 
 
 class Completion(Asked):
-    prompt: StrictStr
+    prompt: Text
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | StrictBool | None = None
 
-    def body(self, vocab_size: int | None) -> dict[str, Any]:
-        wanted = super().body(vocab_size)
+    def body(self) -> dict[str, Any]:
+        wanted = super().body()
         for key in ("echo", "best_of", "suffix", "logprobs"):
             wanted.pop(key, None)
         if self.logprobs is not None and self.logprobs is not False:
-            top = 1 if self.logprobs is True else self.logprobs
-            wanted |= {"logprobs": True, "top_logprobs": max(1, min(top, (vocab_size or top)))}
+            _require_whole(self)
+            wanted |= {"logprobs": True, "top_logprobs": max(1, int(self.logprobs))}
         return wanted
 
 
 class TextPart(BaseModel):
     type: Literal["text"]
-    text: StrictStr
+    text: Text
+
+
+class TextFormat(BaseModel):
+    type: Literal["text"]
 
 
 class Message(BaseModel):
     role: Annotated[StrictStr, Field(min_length=1, max_length=100)]
-    content: StrictStr | list[TextPart] | None = None
+    content: Text | list[TextPart] | None = None
 
 
 class Chat(Asked):
@@ -123,16 +146,28 @@ class Chat(Asked):
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    response_format: TextFormat | None = None
 
-    def body(self, vocab_size: int | None) -> dict[str, Any]:
-        wanted = super().body(vocab_size)
+    def body(self) -> dict[str, Any]:
+        wanted = super().body()
+        for key in ("tools", "response_format"):
+            wanted.pop(key, None)
         wanted["messages"] = [
             {"role": m.role, "content": m.content if isinstance(m.content, str) else _joined(m.content)}
             for m in self.messages
         ]
         if self.logprobs:
-            wanted["top_logprobs"] = max(1, min(self.top_logprobs or 1, vocab_size or MOST_LOGPROBS))
+            _require_whole(self)
+            wanted["top_logprobs"] = self.top_logprobs or 1
+        elif self.top_logprobs:
+            raise BadRequest("top_logprobs is for logprobs: true", field="top_logprobs")
         return wanted
+
+
+def _require_whole(asked: Asked) -> None:
+    if asked.stream:
+        raise BadRequest("logprobs: a stream has none here: leave stream out", field="logprobs")
 
 
 def _joined(parts: list[TextPart] | None) -> str:
@@ -153,12 +188,13 @@ def _explained(error: ValidationError) -> BadRequest:
     errors = error.errors(include_url=False)
     first = next((e for e in errors if e["loc"][0] == "messages" and e["loc"][-1] == "type"), errors[0])
     field = str(first["loc"][0])
-    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "list[")))
+    steps = [str(part)[:40] for part in first["loc"] if not str(part).startswith(("function-", "list["))]
+    place = ".".join(steps[:4])
     shown = repr(first["input"])
     shown = shown if len(shown) < 60 else shown[:57] + "..."
     if first["type"] == "missing":
         return BadRequest(f"{place} is missing", field=field)
-    if field in ("draft_model", "adapters"):
+    if field in ("draft_model", "adapters", "tools", "response_format"):
         return BadRequest(f"{field} is not taken from a client: leave it out", field=field)
     if field == "messages" and first["loc"][-1] == "type":
         return BadRequest(f"{place}: only text is read here, not {shown}", field=field)

@@ -8,14 +8,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer as HuggingFace
 
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged, load_tokenizer_json, read_json
 from mlx_slm.storage.artifacts import load_manifest, new_artifact, verify
 from mlx_slm.storage.forms import ConfigForm, TokenizerSettings
-from mlx_slm.text.tokenizer import FILES, KIND, MODEL_FILE, SPACE, Tokenizer, TrainedTokenizer
+from mlx_slm.text.tokenizer import CHAT_TEMPLATE, FILES, KIND, MODEL_FILE, SPACE, Tokenizer, TrainedTokenizer
 
 JSON_FILE, CONFIG_FILE = FILES
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -30,24 +32,29 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.token_bytes = self._token_bytes()
+        self.vocab_size = len(self.token_bytes)
         self.eos_id = self.manifest["info"].get("eos_id", -1)
         if not 0 <= self.eos_id < self.vocab_size:
             raise Damaged(f"{self.directory}: its end-of-text token {self.eos_id} is not one of its tokens")
-        self.token_bytes = self._token_bytes()
 
     def export(self, directory: Path) -> None:
-        """As they came with the model, with the end of text in front of a text, as in training, where nothing stood."""
-        from tokenizers import Tokenizer as HuggingFace
+        """As they came with the model, but that the end of text alone stands in front of a text, as in training, and
+        that a chat of a model without a template for it is read as the plainest."""
         from tokenizers import processors
 
-        shutil.copyfile(self.directory / CONFIG_FILE, directory / CONFIG_FILE)
+        settings = json.loads((self.directory / CONFIG_FILE).read_text())
+        if (self.directory / TEMPLATE_FILE).exists():
+            shutil.copyfile(self.directory / TEMPLATE_FILE, directory / TEMPLATE_FILE)
+        else:
+            settings.setdefault("chat_template", CHAT_TEMPLATE)
+        (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
         tokenizer = HuggingFace.from_str(self._tokenizer.to_str())
-        if not tokenizer.encode("").ids:
-            end = tokenizer.id_to_token(self.eos_id)
-            start = processors.TemplateProcessing(f"{end} $A", f"{end} $A $B", [(end, self.eos_id)])
-            before = tokenizer.post_processor
-            tokenizer.post_processor = processors.Sequence([before, start]) if before else start
+        end = tokenizer.id_to_token(self.eos_id)
+        start = processors.TemplateProcessing(f"{end} $A", f"{end} $A $B", [(end, self.eos_id)])
+        levels = json.loads(self._tokenizer.to_str())["post_processor"]
+        byte_level = [processors.ByteLevel(trim_offsets=False)] if "ByteLevel" in json.dumps(levels) else []
+        tokenizer.post_processor = processors.Sequence([*byte_level, start])
         tokenizer.save(str(directory / JSON_FILE))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -60,23 +67,38 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer.decode_batch(batch, skip_special_tokens=True)
 
     def _token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for: exact for byte-level BPE, and for sentencepiece's but a first space."""
-        settings = json.loads(self._tokenizer.to_str())
-        byte_level = "ByteLevel" in json.dumps([settings["decoder"], settings["pre_tokenizer"]])
-        added = {token["id"]: token for token in settings["added_tokens"]}
-        sizes = np.zeros(self.vocab_size, np.uint8)
-        for piece, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            if index in added:
-                size = 0 if added[index]["special"] else len(piece.encode())
-            elif byte_level:
-                size = len(piece)
-            elif len(piece) == 6 and piece.startswith("<0x"):
-                size = 1
-            else:
-                size = len(piece.replace(SPACE, " ").encode())
-            if index < len(sizes):
-                sizes[index] = min(size, 255)
+        """Exact for byte-level BPE, and for sentencepiece's but a first space; special tokens stand for no text."""
+        sizes = np.array([min(len(piece), 255) for piece in piece_bytes(self._tokenizer)], np.uint8)
+        for index, token in self._tokenizer.get_added_tokens_decoder().items():
+            if token.special:
+                sizes[index] = 0
         return sizes
+
+
+PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+BYTE_OF = {chr(byte): byte for byte in PRINTED} | {
+    chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in PRINTED)
+}
+"""Characters by which byte-level BPE writes bytes (GPT-2's table)."""
+
+
+def piece_bytes(tokenizer: HuggingFace) -> list[bytes]:
+    """The bytes that each id of a tokenizer stands for, perhaps a part of a character."""
+    settings = json.loads(tokenizer.to_str())
+    byte_level = "ByteLevel" in json.dumps([settings["decoder"], settings["pre_tokenizer"]])
+    added = tokenizer.get_added_tokens_decoder()
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    for piece, index in vocabulary.items():
+        if index in added:
+            pieces[index] = piece.encode()
+        elif byte_level:
+            pieces[index] = bytes(BYTE_OF[c] for c in piece) if all(c in BYTE_OF for c in piece) else piece.encode()
+        elif len(piece) == 6 and piece.startswith("<0x"):
+            pieces[index] = bytes([int(piece[3:5], 16)])
+        else:
+            pieces[index] = piece.replace(SPACE, " ").encode()
+    return pieces
 
 
 def open_tokenizer(directory: Path) -> Tokenizer:
@@ -96,7 +118,7 @@ def import_tokenizer(model: Path, directory: Path, inputs: dict) -> Tokenizer:
     settings = read_json(model / CONFIG_FILE, TokenizerSettings) if (model / CONFIG_FILE).exists() else {}
     ours = (model / MODEL_FILE).exists() and settings.get("tokenizer_class") == "PreTrainedTokenizerFast"
     with new_artifact(directory, KIND, inputs) as (path, info):
-        for name in (MODEL_FILE, *FILES) if ours else FILES:
+        for name in (MODEL_FILE, *FILES) if ours else (*FILES, TEMPLATE_FILE):
             if (model / name).exists():
                 shutil.copyfile(model / name, path / name)
         if not ours:

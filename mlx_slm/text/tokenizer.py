@@ -28,7 +28,7 @@ MODEL_FILE = "tokenizer.model"
 FILES = ("tokenizer.json", "tokenizer_config.json")
 SPACE = "\u2581"
 UNKNOWN, END = "<unk>", "</s>"
-CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+CHAT_TEMPLATE = "{{ eos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 """The plainest: a chat is the contents of its messages, one after the other."""
 PIECE_BYTES = 4000
 MODEL_BYTES = 256 << 20

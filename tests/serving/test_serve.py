@@ -72,11 +72,11 @@ class Service:
 
 @pytest.fixture(scope="module")
 def workspace(with_experts, tmp_path_factory):
-    """Three models: slm, a gpt2 with its learned positions, and one more llama."""
+    """Three models: slm, a gpt2 with its learned positions, and a llama whose embedding has rows without a token."""
     workspace = copy_of(with_experts, tmp_path_factory.mktemp("served") / "w")
     tokenizer = open_tokenizer(workspace.tokenizer)
-    for name, family, seed in (("other", "llama", 1), ("positions", "gpt2", 2)):
-        shape = Shape(family, 1, 32, 128, 2, 2, tokenizer.vocab_size, CONTEXT)
+    for name, family, seed, unnamed in (("other", "llama", 1, 64), ("positions", "gpt2", 2, 0)):
+        shape = Shape(family, 1, 32, 128, 2, 2, tokenizer.vocab_size + unnamed, CONTEXT)
         made_from = {"run": "slm", "method": "slm", "tokenizer": tokenizer.fingerprint}
         export_model(workspace.model(name), shape, initialise(shape, seed), tokenizer, made_from, {})
     return workspace
@@ -137,17 +137,20 @@ BAD = [
     {"prompt": [1, 2]},
     {"prompt": 5},
     {},
+    {"prompt": "a", "stream": True, "logprobs": 2},
+    {"prompt": "a", "model": "other", "logit_bias": {"420": 1}},
     *({"prompt": "a", key: value} for key, values in {
         "stop": [5, [1], [None], [""], ["x"] * 17, {"a": 1}],
         "top_k": [-1, 0.5, "x", [1]],
         "top_p": [-0.1, 1.5, "x"],
         "min_p": [-1, 2],
-        "temperature": [-1, 1e9, "hot", [0], True],
+        "temperature": [-1, 1e9, "hot", [0], True, 10**400],
+        "prompt": ["\ud83d"],
         "max_tokens": [0, -1, 0.5, "8", [8]],
         "seed": [-1, 10**21, 0.5, "x"],
         "logit_bias": [{"400": 1}, {"-1": 1}, {"x": 1}, {"5": 1e30}, [1], {"10000000000000000000000000000000": 1}],
         "repetition_context_size": [10**30, -1, 0.5],
-        "repetition_penalty": [-1, 1e9, "x"],
+        "repetition_penalty": [-1, 1e9, "x", 1e-40],
         "presence_penalty": [1e9, "x"],
         "frequency_context_size": [10**30],
         "logprobs": [12, -1, "x"],
@@ -182,13 +185,31 @@ def test_a_bad_value_gets_a_sentence_and_ends_service_for_nobody(body, service):
         [{"content": "x"}],
         [{"role": "user", "content": 5}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": "http://127.0.0.1:9"}]}],
+        [{"role": "user", "content": "\udcff"}],
+        [{"role": "user", "content": [{"type": "text", "x" * 10_000: "y"}]}],
     ],
 )
 def test_bad_messages_get_a_sentence(messages, service, monkeypatch):
     monkeypatch.setattr("mlx_lm.server.urlopen", lambda *_, **__: pytest.fail("something was fetched"))
     status, body = service.post("/v1/chat/completions", model="slm", messages=messages)
-    assert status == 400 and "messages" in body["error"]["message"]
+    assert status == 400 and "messages" in body["error"]["message"] and len(body["error"]["message"]) < 300
     assert service.raw("GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"top_logprobs": 2},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"response_format": {"type": "json_object"}},
+        {"logprobs": True, "stream": True},
+    ],
+)
+def test_what_a_chat_would_not_get_is_refused(more, service):
+    status, body = service.post(
+        "/v1/chat/completions", model="slm", messages=[{"role": "user", "content": "x"}], **more
+    )
+    assert status == 400 and next(iter(more)) in body["error"]["message"]
 
 
 GOOD = [
@@ -201,6 +222,12 @@ GOOD = [
     {"stop": []},
     {"logit_bias": {}},
     {"min_p": 0.5, "temperature": 1},
+    {"min_p": 1e-46, "temperature": 1},
+    {"top_p": 1e-46, "temperature": 1},
+    {"top_p": 0, "temperature": 1},
+    {"temperature": 1e-39},
+    {"temperature": 0.001},
+    {"repetition_penalty": 0.01},
     {"suffix": "", "echo": False, "user": "me", "stream_options": None},
 ]
 
@@ -215,7 +242,7 @@ def test_prompt_and_tokens_fit_the_context_and_the_answer_says_so(service):
     status, body = service.post(model="slm", prompt="word " * 20_000)
     assert status == 200 and body["usage"]["prompt_tokens"] == CONTEXT // 2
     assert body["usage"]["completion_tokens"] <= CONTEXT // 2
-    assert "the context of slm is 32: its last 15 were read" in body["warnings"][0] and len(body["warnings"]) == 1
+    assert "the context of slm, 32 tokens: its last 15 were read" in body["warnings"][0] and len(body["warnings"]) == 1
     status, body = service.post(model="slm", prompt="Return", max_tokens=10**9)
     assert status == 200 and body["usage"]["total_tokens"] <= CONTEXT
     assert "max_tokens 1,000,000,000 was lowered to" in body["warnings"][0]
@@ -230,6 +257,44 @@ def test_a_gpt2_never_reads_behind_its_positions(service, workspace):
         assert status == 200 and body["usage"]["total_tokens"] <= CONTEXT
         assert np.isfinite(chances).all() and max(chances) <= 0
     assert len(continued(workspace, "positions", "word " * 500, 10**6)) > 0
+
+
+def test_prompts_of_a_gpt2_that_come_together_look_up_its_positions_alone(service, workspace, monkeypatch):
+    wanted = [service.text("Return " * n, "positions", max_tokens=8, temperature=0) for n in range(1, 7)]
+    model = service.generation.model_provider._loaded["positions"][1].model
+    table, look_up, seen = model.wpe, type(model.wpe).__call__, []
+
+    def watched(self, places):
+        if self is table:
+            seen.append((places.min().item(), places.max().item()))
+        return look_up(self, places)
+
+    monkeypatch.setattr(type(table), "__call__", watched)
+    with ThreadPoolExecutor(6) as pool:
+        ask = lambda n: service.text("\n" + "Return " * n, "positions", max_tokens=8, temperature=0)  # noqa: E731
+        texts = list(pool.map(ask, range(1, 7)))
+    assert len(set(texts)) > 1 and len(wanted) == len(texts)
+    assert min(low for low, _ in seen) >= 0 and max(high for _, high in seen) < CONTEXT
+
+
+def test_rows_without_a_token_are_never_written(service, workspace):
+    for seed in range(4):
+        status, body = service.post(
+            model="other", prompt="Return", max_tokens=25, temperature=100, seed=seed, logprobs=11
+        )
+        assert status == 200 and body["usage"]["completion_tokens"] >= 1
+    assert not service.report.warnings
+
+
+def test_bytes_of_tokens_are_those_of_the_text(service):
+    messages = [{"role": "user", "content": "\U0001f600"}]
+    for seed in range(3):
+        how = {"max_tokens": 25, "temperature": 2.0, "seed": seed, "logprobs": True, "top_logprobs": 3}
+        _, body = service.post("/v1/chat/completions", model="slm", messages=messages, **how)
+        tokens = body["choices"][0]["logprobs"]["content"]
+        if body["choices"][0]["finish_reason"] == "length":
+            whole = b"".join(bytes(token["bytes"]) for token in tokens)
+            assert whole.decode(errors="replace") == body["choices"][0]["message"]["content"]
 
 
 def test_asking_again_with_the_answer_goes_on(service):
@@ -263,12 +328,48 @@ def test_requests_that_are_none(service):
         status, answer = service.raw("POST", "/v1/completions", body)
         assert status == 400 and json.loads(answer)["error"]["message"], body[:10]
     assert service.raw("POST", "/v1/nothing", b"{}")[0] == 404 and service.raw("GET", "/x")[0] == 404
+    for method, path, headers, wanted in (
+        ("PUT", "/v1/models", {}, 501),
+        ("GET", "/health", {"Origin": "http://["}, 403),
+        ("GET", "/v1/models/%73lm", {}, 200),
+    ):
+        status, answer = service.raw(method, path, None, headers)
+        assert status == wanted and json.loads(answer), (method, path)
     status, answer = service.raw("POST", "/v1/completions", b"x" * (REQUEST_BYTES + 1))
     assert status == 413 and f"at most {REQUEST_BYTES:,}" in json.loads(answer)["error"]["message"]
-    for length, wanted in (("-1", 400), ("x", 411), ("10000000000", 413)):
+    for request, wanted in (
+        *(
+            (f"POST /v1/completions HTTP/1.0\r\nContent-Length: {length}", status)
+            for length, status in (("-1", 400), ("x", 411), ("10000000000", 413))
+        ),
+        ("GET http://[ HTTP/1.0", 400),
+        ("A B C D", 400),
+        ("HEAD /health HTTP/1.0", 501),
+    ):
         with socket.create_connection(("127.0.0.1", service.server.server_port), timeout=30) as connection:
-            connection.sendall(f"POST /v1/completions HTTP/1.0\r\nContent-Length: {length}\r\n\r\n".encode())
-            assert f" {wanted} " in connection.recv(4096).decode().splitlines()[0]
+            connection.sendall(f"{request}\r\n\r\n".encode())
+            answer = connection.makefile("rb").read().decode()
+            assert f" {wanted} " in answer.splitlines()[0] and '"message"' in answer, request
+
+
+def test_a_body_that_never_comes_to_an_end_is_given_up(monkeypatch):
+    from mlx_slm.serving import handler
+
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(handler.time, "monotonic", lambda: next(clock))
+    slow = handler.Handler.__new__(handler.Handler)
+    slow.rfile = type("Slow", (), {"read1": staticmethod(lambda _: b"x")})()
+    with pytest.raises(TimeoutError):
+        assert len(list(slow._parts(1000))) < handler.IDLE_SECONDS
+
+
+def test_more_connections_than_are_held_are_closed(service, monkeypatch):
+    monkeypatch.setattr(service.server, "_connections", threading.BoundedSemaphore(1))
+    address = "127.0.0.1", service.server.server_port
+    with socket.create_connection(address, 30) as first, socket.create_connection(address, 30) as second:
+        assert second.recv(1) == b""
+        first.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert first.recv(4096).startswith(b"HTTP/1.0 200")
 
 
 def test_a_connection_that_is_silent_is_closed(service, monkeypatch):
@@ -374,6 +475,14 @@ def test_the_generation_starts_again_after_a_failure(workspace, monkeypatch):
         assert status == 500 and "no more memory" in body["error"]["message"]
         assert service.text("Return", max_tokens=4, temperature=0) == wanted
         assert any("no more memory" in line for line in service.report.warnings)
+
+        def nobody_reads(_):
+            raise BrokenPipeError
+
+        monkeypatch.setattr(service.report, "warn", nobody_reads)
+        failures = iter([RuntimeError("once more")])
+        assert service.post(model="slm", prompt="Return", max_tokens=4)[0] == 500
+        assert service.text("Return", max_tokens=4, temperature=0) == wanted
     finally:
         service.close()
 
@@ -386,7 +495,9 @@ def test_models_are_dropped_where_there_is_no_room(workspace, monkeypatch):
     try:
         texts = [service.text("Return", name, max_tokens=6, temperature=0) for name in ("slm", "other", "slm", "other")]
         assert texts[:2] == texts[2:] and texts[0] != texts[1]
-        assert list(service.generation.model_provider._loaded) == ["other"]
+        provider_ = service.generation.model_provider
+        assert list(provider_._loaded) == ["other"]
+        assert provider_.model_key == ("other", 4, None), "of each load, so that no cache outlives its model"
     finally:
         service.close()
 
