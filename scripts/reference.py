@@ -102,7 +102,13 @@ def help_of(param: click.Option) -> str:
 
 
 def paragraphs(text: str | None) -> str:
-    return "\n\n".join(one_line(part) for part in inspect.cleandoc(text or "").split("\n\n"))
+    """Those behind a \\b, which click prints as they are, are code."""
+    parts = inspect.cleandoc(text or "").split("\n\n")
+    return "\n\n".join(indented(part) if part.startswith("\b\n") else one_line(part) for part in parts)
+
+
+def indented(part: str) -> str:
+    return "\n".join(f"    {line}" for line in part.splitlines()[1:])
 
 
 PAGES = {"configuration.md": configuration, "commands.md": commands}

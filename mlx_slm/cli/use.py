@@ -148,7 +148,7 @@ def serve(session: Session, models, host, port, origins) -> None:
 )
 @click.option("--fuse", is_flag=True, help="Of a run that trained adapters: the model with them applied.")
 @click.option("--bundle", type=PLACE, metavar="DIR", help="A projected network or a mixture, to specialise elsewhere.")
-@click.option("--license", default="other", show_default=True, help="For the card: the Hub's identifier.")
+@click.option("--license", help="For the card: the Hub's identifier, such as mit. [default: as before, or other]")
 @click.option("--language", "languages", multiple=True, help="For the card, such as en; several times if wished.")
 @click.option("--dataset", "datasets", multiple=True, help="For the card: a data set on the Hub.")
 @click.option("--base-model", help="For the card: the model on the Hub that this one comes from.")
@@ -166,10 +166,13 @@ def export(session: Session, name, form, kind, bundle, **how) -> None:
     mlx-slm export pn --bundle pn-to-go               for `specialize --from pn-to-go` on another machine
     mlx-slm export notes-slm --license mit --push-to-hub me/notes
     """
+    card = {key: how.pop(key) for key in ("license", "languages", "datasets", "base_model")}
     if kind and form != "gguf":
         raise click.UsageError("--type is for --format gguf")
-    if form == "gguf" and (how["quantize"] or how["repo"] or bundle):
-        raise click.UsageError("--format gguf goes without --quantize, --push-to-hub and --bundle: use --type q8_0")
+    if form == "gguf" and (how["quantize"] or how["repo"] or bundle or any(card.values())):
+        raise click.UsageError("--format gguf goes with --type and --fuse alone: --type q8_0 makes a small file")
+    if bundle and (any(how.values()) or any(card.values())):
+        raise click.UsageError("--bundle goes without other options")
     if how["private"] and not how["repo"]:
         raise click.UsageError("--private is for --push-to-hub")
     session.start_computing()
@@ -180,7 +183,7 @@ def export(session: Session, name, form, kind, bundle, **how) -> None:
     from mlx_slm.stages.export import Export
     from mlx_slm.stages.export import export as work
 
-    about = About(**{key: how.pop(key) for key in ("license", "languages", "datasets", "base_model")})
+    about = About(**card) if any(card.values()) else None
     bits = int(how.pop("quantize") or 0) or None
     gguf = (kind or "f16") if form == "gguf" else None
     facts = work(session.project, Export(name, quantize=bits, gguf=gguf, about=about, **how))

@@ -11,10 +11,11 @@ import numpy as np
 from mlx_slm.errors import SlmError
 from mlx_slm.experts.bundle import bundle_at, find_source, install_bundle
 from mlx_slm.experts.experts import FREQUENT, HISTOGRAM, Experts, has_experts
-from mlx_slm.export.model import check_model, find_model, load_any
+from mlx_slm.export.model import KIND, check_model, find_model, load_any
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.project import Project
 from mlx_slm.report import Report, perplexity
+from mlx_slm.storage.artifacts import load_manifest
 from mlx_slm.storage.records import append_json
 from mlx_slm.storage.workspace import EVALUATIONS, Workspace
 from mlx_slm.text.store import Store, first_windows
@@ -61,7 +62,9 @@ def evaluate(
         for set_name in stores:
             score, how = evaluated.score(set_name, split, expert, tokens)
             scores.append(score)
-            results.append({"model": name, "set": set_name, "split": split, **asdict(score), **how})
+            results.append(
+                {"model": name, "set": set_name, "split": split, **asdict(score), **how, **evaluated.weights}
+            )
             append_json(workspace.results / EVALUATIONS, results[-1])
         if scores:
             macro.append({"model": name, "sets": list(stores), "perplexity": macro_perplexity(scores)})
@@ -77,6 +80,9 @@ class Evaluated:
             self.model, self.tokenizer = Transformer(experts.run.shape), experts.run.record["inputs"]["tokenizer"]
         else:
             self.model, self.tokenizer = load_any(project.workspace, name)
+        exported = None if experts else find_model(project.workspace, name)
+        self.weights = {"weights": load_manifest(exported, KIND)["fingerprint"]} if exported else {}
+        """Which weights those of an exported model are, for its card."""
         self.scorer = Scorer(self.model)
 
     def score(

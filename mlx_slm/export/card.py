@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlx_slm.files import JSON_BYTES, load_tokenizer_json, read_text
 from mlx_slm.models.shape import Shape
+from mlx_slm.storage.artifacts import EDITABLE as CARD
+from mlx_slm.storage.records import read_json_lines, write_text
 from mlx_slm.storage.workspace import EVALUATIONS, Workspace
+from mlx_slm.text.hub_tokenizer import chat_template_of, end_of_text
+from mlx_slm.text.tokenizer import CHAT_TEMPLATE
 
-CARD = "README.md"
+QUANTIZED = "quantized"
+"""In the inputs of a manifest: the bits of a model that was quantised."""
+MARK = "\n<!-- written by mlx-slm "
+"""In front of the SHA-256 of what stands above: a card that was changed by hand does not fit it."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What only the author knows of a model."""
+    """What only the author knows of a model; None and () where it was not said."""
 
-    license: str = "other"
+    license: str | None = None
     """An identifier of the Hub, such as apache-2.0."""
     languages: tuple[str, ...] = ()
     """Codes such as en."""
@@ -25,6 +33,38 @@ class About:
     """On the Hub."""
     base_model: str | None = None
     """On the Hub."""
+
+    def over(self, other: About | None) -> About:
+        """This, and what it does not say from another."""
+        return replace(other, **{key: value for key, value in vars(self).items() if value}) if other else self
+
+
+def about_of(directory: Path) -> About | None:
+    """What the card of a model directory says that only its author knew; None without one."""
+    from huggingface_hub import ModelCard
+
+    if not (directory / CARD).is_file():
+        return None
+    try:
+        data = ModelCard(read_text(directory / CARD, JSON_BYTES), ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # whatever stands there by hand
+        return None
+    listed = lambda value: (value,) if isinstance(value, str) else tuple(map(str, value or ()))  # noqa: E731
+    said, base = data.get("license"), data.get("base_model")
+    return About(
+        said if said != "other" else None,
+        listed(data.get("language")),
+        listed(data.get("datasets")),
+        base if isinstance(base, str) else None,
+    )
+
+
+def is_own_card(directory: Path) -> bool:
+    """Whether the card of a model directory is missing, or as it was written here."""
+    if not (directory / CARD).exists():
+        return True
+    text, mark, digest = read_text(directory / CARD, JSON_BYTES).rpartition(MARK)
+    return bool(mark) and digest == _ending(text)
 
 
 def write_card(
@@ -47,7 +87,7 @@ def write_card(
         for kind in ("perplexity", "bits_per_byte")
     ]
     data = ModelCardData(
-        license=about.license,
+        license=about.license or "other",
         language=list(about.languages) or None,
         library_name="mlx",
         tags=["mlx", "mlx-slm"],
@@ -57,21 +97,25 @@ def write_card(
         model_name=name,
         eval_results=measures or None,
     )
-    (directory / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{_text(name, manifest, results)}", encoding="utf-8")
+    text = f"---\n{data.to_yaml()}\n---\n\n{_text(directory, name, manifest, results)}"
+    write_text(directory / CARD, f"{text}{MARK}{_ending(text)}")
 
 
-def results_of(workspace: Workspace, name: str) -> list[dict]:
-    """The last row of `evaluate` for each set and split of a model that was read as a whole."""
-    file = workspace.results / EVALUATIONS
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    last = {(row["set"], row["split"]): row for row in rows if row["model"] == name and "routing" not in row}
+def _ending(text: str) -> str:
+    return f"{hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def results_of(workspace: Workspace, weights: str) -> list[dict]:
+    """The last row of `evaluate` for each set and split of the weights of this fingerprint, read as a whole."""
+    rows = read_json_lines(workspace.results / EVALUATIONS, keys=("set", "split", "perplexity", "bits_per_byte"))
+    last = {(row["set"], row["split"]): row for row in rows if row.get("weights") == weights}
     return list(last.values())
 
 
-def _text(name: str, manifest: dict, results: Sequence[dict]) -> str:
+def _text(directory: Path, name: str, manifest: dict, results: Sequence[dict]) -> str:
     inputs, info = manifest["inputs"], manifest["info"]
     shape = Shape(**info["shape"])
-    bits = inputs.get("quantized")
+    bits = inputs.get(QUANTIZED)
     made = f"quantised to {bits} bits ({info['bits_per_weight']:.2f} bits a weight), " if bits else ""
     rows = "".join(
         f"| {row['set']} | {row['split']} | {row['perplexity']:.2f} | {row['bits_per_byte']:.4f} |\n" for row in results
@@ -80,11 +124,16 @@ def _text(name: str, manifest: dict, results: Sequence[dict]) -> str:
     facts = {
         "method": inputs.get("method"),
         "run": inputs.get("run"),
+        "domain": info.get("domain"),
         "training": f"{info['tokens']:,} tokens, {info['seconds']:,.0f} s on {info['device']}"
         if info.get("tokens") and info.get("seconds")
         else None,
     }
     listed = "\n".join(f"- {key}: {value}" for key, value in facts.items() if value)
+    end = load_tokenizer_json(directory / "tokenizer.json").id_to_token(end_of_text(directory))
+    plain = chat_template_of(directory) == CHAT_TEMPLATE
+    chat = " A chat is read as the contents of its\nmessages, one after the other." if plain else ""
+    commands = "".join(f"    {line}\n" for line in _commands(name, shape, bits))
     return f"""# {name}
 
 A language model of {shape.num_parameters:,} parameters, {made}trained with mlx-slm: {shape.family}, vocabulary
@@ -95,13 +144,23 @@ A language model of {shape.num_parameters:,} parameters, {made}trained with mlx-
 ## Limits
 
 It continues text of the kind that it was trained on, up to {shape.context_length:,} tokens; beyond them it was not
-trained. It follows no instructions, and what it writes is not checked against anything. A text starts behind `</s>`:
-the tokenizer puts it there. A chat is read as the contents of its messages, one after the other.
+trained. What it writes is not checked against anything. A text starts behind `{end}`: the tokenizer puts it
+there.{chat}
 
 ## Use
 
-    mlx_lm.generate --model . --prompt "..."
-    mlx_lm.lora --model . --train --data DIRECTORY --num-layers -1
-    mlx_lm.convert --hf-path . --mlx-path 4bit -q
-    mlx-slm export {name} --format gguf
-"""
+{commands}"""
+
+
+def _commands(name: str, shape: Shape, bits: int | None) -> list[str]:
+    """What works with such a model."""
+    every = [
+        'mlx_lm.generate --model . --prompt "..."',
+        "mlx_lm.lora --model . --train --data DIRECTORY --num-layers -1",
+    ]
+    if bits:
+        return every
+    group = next((size for size in (64, 32) if shape.falls_into(size)), None)
+    option = "" if group == 64 else f" --q-group-size {group}"
+    convert = [f"mlx_lm.convert --hf-path . --mlx-path 4bit -q{option}"] if group else []
+    return [*every, *convert, f"mlx-slm export {name} --format gguf"]

@@ -25,8 +25,13 @@ def push(directory: Path, repo: str, private: bool) -> str:
         )
     except HFValidationError as error:
         raise SlmError(f"--push-to-hub {repo}: not the name of a repository, such as user/model") from error
-    except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
         reason = " ".join(str(error).split())[:200]
         advice = "log in with `hf auth login`, and check that the repository is yours"
         raise SlmError(f"--push-to-hub {repo}: the Hub did not take it ({reason}): {advice}") from error
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SlmError(f"--push-to-hub {repo}: the Hub does not take the card ({reason})") from error
+    except Exception as error:  # of whichever library it reaches the network with
+        raise SlmError(f"--push-to-hub {repo}: the Hub was not reached ({type(error).__name__}: {error})") from error
     return str(address)

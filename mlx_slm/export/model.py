@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from mlx_slm.errors import SlmError, nearest
-from mlx_slm.export.card import write_card
+from mlx_slm.export.card import QUANTIZED, about_of, write_card
 from mlx_slm.export.start import Pretrained
 from mlx_slm.files import Damaged, load_tokenizer_json, read_json, require_form, require_safetensors
 from mlx_slm.machine.trees import flat
@@ -15,8 +15,9 @@ from mlx_slm.models.families import FAMILIES
 from mlx_slm.models.lora import Lora
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer, parameter_shapes
+from mlx_slm.report import Report
 from mlx_slm.storage.arrays import read_safetensors, save_arrays
-from mlx_slm.storage.artifacts import MANIFEST, is_litter, load_manifest, new_artifact, verify
+from mlx_slm.storage.artifacts import EDITABLE, MANIFEST, is_litter, load_manifest, new_artifact, verify
 from mlx_slm.storage.forms import ConfigForm, TokenizerSettings
 from mlx_slm.storage.records import write_json
 from mlx_slm.storage.workspace import Workspace
@@ -25,18 +26,20 @@ from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.runs import Run, find_run
 
 KIND, ADAPTER = "model", "adapter"
-QUANTIZED = "quantized"
-"""In the inputs of a manifest: the bits of a model that was quantised."""
+GROUP = 64
+"""Weights that share a scale and an offset in mlx-lm, where it is not told otherwise."""
 
 
-def export_run(workspace: Workspace, run: Run, fuse: bool = False, again: bool = False) -> None:
+def export_run(workspace: Workspace, run: Run, report: Report, fuse: bool = False, again: bool = False) -> None:
     """Write the run's weights to `models/<run>`, unless they are there (`again`: even then).
 
     Those of LoRA go to `adapters/<run>` in mlx-lm's format, and, with `fuse`, as a plain model to `models/<run>` too.
+    Says so where mlx-lm's defaults would quantise the model in part only.
     """
     step, inputs = run.weights_step(), run.record["inputs"]
     made_from = {"run": run.name, "step": step, "method": run.record["method"], "tokenizer": inputs["tokenizer"]}
     info = {key: run.record.get(key) for key in ("tokens", "seconds", "device", "valid_nll", "started", "selection")}
+    info["domain"] = inputs.get("domain")
     lora = lora_of(run)
     if lora and (again or not _is_written(workspace.adapter(run.name), ADAPTER, run)):
         arrays, config = lora.to_mlx_lm(run.weights())
@@ -47,6 +50,15 @@ def export_run(workspace: Workspace, run: Run, fuse: bool = False, again: bool =
     if (fuse or not lora) and (again or not _is_written(workspace.model(run.name), KIND, run)):
         parameters, tokenizer = weights_of(workspace, run), open_tokenizer(workspace.tokenizer)
         export_model(workspace.model(run.name), run.shape, parameters, tokenizer, made_from, info)
+        say_sizes(run.name, run.shape, report)
+
+
+def say_sizes(name: str, shape: Shape, report: Report) -> None:
+    if not shape.falls_into(GROUP):
+        report.line(
+            f"{name}: dims or hidden_dims are no multiple of {GROUP}: `mlx_lm.convert -q` leaves such matrices as they "
+            "are"
+        )
 
 
 def _is_written(path: Path, kind: str, run: Run) -> bool:
@@ -81,7 +93,7 @@ def export_model(path: Path, shape: Shape, parameters: dict, tokenizer: Tokenize
         (directory / "config.json").write_text(json.dumps(huggingface_config(shape, tokenizer.eos_id), indent=1))
         save_arrays(directory / "model.safetensors", FAMILIES[shape.family].to_hub(parameters), {"format": "pt"})
         tokenizer.export(directory)
-        write_card(directory, path.name, {"inputs": inputs, "info": facts})
+        write_card(directory, path.name, {"inputs": inputs, "info": facts}, about_of(path))
     return path
 
 
@@ -170,7 +182,7 @@ def require_model(workspace: Workspace, name: str) -> Path:
 
 def reading_files(path: Path) -> list[Path]:
     """The files of an exported model that say how text is read."""
-    others = ("config.json", "README.md", MANIFEST)
+    others = ("config.json", EDITABLE, MANIFEST)
     return [p for p in sorted(path.iterdir()) if p.is_file() and p.name not in others and p.suffix != ".safetensors"]
 
 

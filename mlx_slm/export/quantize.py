@@ -8,15 +8,15 @@ import shutil
 from pathlib import Path
 
 from mlx_slm.errors import SlmError
-from mlx_slm.export.model import KIND, QUANTIZED, reading_files, require_model
+from mlx_slm.export.card import QUANTIZED, about_of, write_card
+from mlx_slm.export.model import GROUP, KIND, reading_files, require_model
 from mlx_slm.machine.trees import flat
 from mlx_slm.models.shape import Shape
 from mlx_slm.storage.arrays import read_safetensors
 from mlx_slm.storage.artifacts import MANIFEST, load_manifest, new_artifact
 from mlx_slm.storage.workspace import Workspace
 
-GROUPS = (64, 32)
-"""Weights that share a scale and an offset: mlx-lm's default, and the next smaller."""
+GROUPS = (GROUP, GROUP // 2)
 
 
 def quantize(workspace: Workspace, name: str, bits: int) -> Path:
@@ -26,13 +26,13 @@ def quantize(workspace: Workspace, name: str, bits: int) -> Path:
     """
     from mlx_lm import convert
 
-    source = require_model(workspace, name)
+    source = require_model(workspace, name).resolve()
     if not (source / MANIFEST).exists():
         raise SlmError(f"{source} was not exported here: mlx_lm.convert --hf-path {source} --mlx-path NEW -q")
     manifest = load_manifest(source, KIND)
     if QUANTIZED in manifest["inputs"]:
         raise SlmError(f"{source} has {manifest['inputs'][QUANTIZED]} bits a weight already: name the model it is of")
-    group = next((size for size in GROUPS if divides(Shape(**manifest["info"]["shape"]), size)), None)
+    group = next((size for size in GROUPS if Shape(**manifest["info"]["shape"]).falls_into(size)), None)
     if group is None:
         raise SlmError(
             f"{source}: dims or hidden_dims are no multiple of {GROUPS[-1]}, so that mlx-lm would leave matrices as "
@@ -51,6 +51,7 @@ def quantize(workspace: Workspace, name: str, bits: int) -> Path:
         for file in reading_files(source):
             shutil.copyfile(file, directory / file.name)
         facts.update(manifest["info"], bits_per_weight=bits_per_weight(directory, manifest["info"]["shape"]))
+        write_card(directory, path.name, {"inputs": made_from, "info": facts}, about_of(path) or about_of(source))
     return path
 
 
@@ -58,8 +59,3 @@ def bits_per_weight(directory: Path, shape: dict) -> float:
     """Bits that the safetensors of a model hold for each of its parameters."""
     arrays = [a for file in directory.glob("*.safetensors") for a in flat(read_safetensors(file)).values()]
     return 8 * sum(array.nbytes for array in arrays) / Shape(**shape).num_parameters
-
-
-def divides(shape: Shape, group: int = GROUPS[0]) -> bool:
-    """Whether the rows of every matrix fall into whole groups, so that all of it is quantised."""
-    return not any(size % group for size in (shape.dims, shape.hidden_dims, shape.num_heads * shape.head_dims))

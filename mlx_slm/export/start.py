@@ -43,6 +43,11 @@ class Pretrained:
         if not self._files:
             raise SlmError(f"{self.called}: no safetensors weights there")
         self.quantization = self.config.get("quantization") or self.config.get("quantization_config")
+        if self.quantization and "quant_method" in self.quantization:
+            raise SlmError(
+                f"{self.called}: its weights are of the kind {self.quantization['quant_method']}, which is not read "
+                "here: name the model that it was made of"
+            )
         if self.quantization and option:
             raise SlmError(
                 f"{self.called}: its weights are quantised; dequantise them first: "
@@ -71,6 +76,10 @@ class Pretrained:
         ]
         if wrong:
             raise SlmError(f"{self.called}: weights do not fit config.json: {'; '.join(wrong[:3])}")
+        if packed := next((n for n in wanted if not mx.issubdtype(named[n].dtype, mx.floating)), None):
+            raise SlmError(
+                f"{self.called}: {packed} holds {named[packed].dtype}, no numbers that a model multiplies with"
+            )
         kept = {name: mx.contiguous(named[name].astype(mx.float32)) for name in wanted}
         return nested(kept)
 

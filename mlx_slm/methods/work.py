@@ -99,7 +99,7 @@ def work(
                 trainer = _trainer(job, config.training, report)
                 run.finish(trainer.run(), trainer.flops)
         if export:
-            export_run(project.workspace, run)
+            export_run(project.workspace, run, report)
     return run
 
 

@@ -77,6 +77,10 @@ class Shape:
             head_dims=settings.head_dims or 0,
         )
 
+    def falls_into(self, group: int) -> bool:
+        """Whether the rows of every matrix are whole groups of weights, so that quantisation leaves none out."""
+        return not any(size % group for size in (self.dims, self.hidden_dims, self.num_heads * self.head_dims))
+
     @property
     def num_parameters(self) -> int:
         """The exact count, without making the model."""

@@ -56,8 +56,9 @@ def served(workspace: Workspace, names: Sequence[str]) -> dict[str, Path]:
     places: dict[str, Path] = {}
     for given in names:
         path = require_model(workspace, given)
-        if places.setdefault(path.resolve().name, path) != path:
-            raise SlmError(f"two of the models are called {path.resolve().name}: serve one of them, or rename it")
+        path = path.resolve()
+        if places.setdefault(path.name, path) != path:
+            raise SlmError(f"two of the models are called {path.name}: serve one of them, or rename it")
         places[given] = path
     return places
 
@@ -69,7 +70,7 @@ def listen(host: str, port: int) -> socket.socket:
     except (socket.gaierror, UnicodeError) as error:
         raise SlmError(f"--host {host}: not an address or a name of this machine") from error
     try:
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        return socket.create_server(address, family=family, backlog=BACKLOG)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise SlmError(f"--port {port}: something listens there already: end it, or choose another port") from error

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_slm.errors import SlmError
 from mlx_slm.evaluation.evaluate import evaluate
 from mlx_slm.experts.experts import has_experts
-from mlx_slm.export.card import About, results_of, write_card
+from mlx_slm.export.card import CARD, QUANTIZED, About, about_of, is_own_card, results_of, write_card
 from mlx_slm.export.gguf import write_gguf
 from mlx_slm.export.hub import push
-from mlx_slm.export.model import (
-    ADAPTER,
-    KIND,
-    QUANTIZED,
-    export_run,
-    load_exported,
-    lora_of,
-    require_model,
-)
-from mlx_slm.export.quantize import bits_per_weight, divides, quantize
+from mlx_slm.export.model import ADAPTER, KIND, export_run, load_exported, lora_of, require_model, say_sizes
+from mlx_slm.export.quantize import bits_per_weight, quantize
+from mlx_slm.export.start import Pretrained
 from mlx_slm.models.shape import Shape
 from mlx_slm.project import Project
-from mlx_slm.storage.artifacts import MANIFEST, load_manifest, new_artifact
+from mlx_slm.storage.artifacts import MANIFEST, load_manifest
 from mlx_slm.training.runs import find_run
 
 
@@ -33,7 +25,7 @@ class Export:
     """Write a run or a model in another form."""
 
     name: str
-    """Of a run, or of a model in models/."""
+    """Of a run, of a model in models/, or (for a GGUF) a directory of a model."""
     quantize: int | None = None
     """Bits: 4 or 8."""
     gguf: str | None = None
@@ -50,63 +42,77 @@ def export(project: Project, request: Export) -> dict:
     """Write what is asked for; returns `{"path", ...}`. An older one stays until the new one is whole."""
     workspace = project.workspace
     if request.name in workspace.runs():
-        run = find_run(workspace, request.name)
-        if not run.finished:
-            raise SlmError(f"run {run.name} is not finished: run its command again, it goes on")
-        if has_experts(run):
-            raise SlmError(
-                f"run {run.name} has experts: --bundle DIR hands them over, "
-                f"`mlx-slm specialize --from {run.name}` makes a model of them"
-            )
-        apart = lora_of(run) is not None
-        if request.fuse and not apart:
-            raise SlmError(f"run {run.name} trained all weights: there are no adapters for --fuse")
-        export_run(workspace, run, request.fuse or bool(apart and (request.quantize or request.gguf)), again=True)
-        if apart and not (request.fuse or request.quantize or request.gguf):
-            if request.repo:
-                raise SlmError(f"{run.name} is adapters: --fuse makes a model of them, which can be uploaded")
-            return {"path": str(workspace.adapter(run.name)), "kind": ADAPTER}
-    path = require_model(workspace, request.name)
+        if adapters := _export_run(project, request):
+            return adapters
+    elif request.fuse:
+        raise SlmError(f"{request.name} is no run that trained adapters: --fuse has nothing to apply")
+    path = require_model(workspace, request.name).resolve()
+    if request.gguf:
+        return _gguf(project, path, request.gguf)
     if not (path / MANIFEST).exists():
-        raise SlmError(f"{path} was not exported here: name a run or a model of {workspace.root}")
+        raise SlmError(
+            f"{path} was not exported here: name a run or a model of {workspace.root}; only --format gguf takes others"
+        )
     result: dict = {}
     if request.quantize:
-        whole, path = path, quantize(workspace, request.name, request.quantize)
-        result = _cost(project, whole, path)
-    if request.gguf:
-        if QUANTIZED in load_manifest(path, KIND)["inputs"]:
-            raise SlmError(f"{path} is quantised: name the model it is of, with --type q8_0 if it shall be small")
-        model, _ = load_exported(path)
-        file = workspace.root / "gguf" / f"{path.name}-{request.gguf}.gguf"
-        return {"path": str(file), **write_gguf(file, path, model.shape, model.parameters(), request.gguf)}
-    _with_card(project, path, request.about)
+        path, result = _quantized(project, path, request.quantize)
     manifest = load_manifest(path, KIND)
-    shape = manifest["info"]["shape"]
-    result = {"path": str(path), "bits_per_weight": bits_per_weight(path, shape), **result}
-    if not divides(Shape(**shape)):
-        project.report.warn(
-            f"{path.name}: dims or hidden_dims are no multiple of 64, so that `mlx_lm.convert -q` leaves such matrices "
-            "as they are"
-        )
+    if request.name not in workspace.runs():
+        say_sizes(path.name, Shape(**manifest["info"]["shape"]), project.report)
+    if is_own_card(path):
+        about = (request.about or About()).over(about_of(path))
+        write_card(path, path.name, manifest, about, results_of(workspace, manifest["fingerprint"]))
+    else:
+        project.report.warn(f"{path / CARD} was changed by hand, so it stays; remove it to have it written anew")
+    result = {"path": str(path), "bits_per_weight": bits_per_weight(path, manifest["info"]["shape"]), **result}
     if request.repo:
         result["address"] = push(path, request.repo, request.private)
     return result
 
 
-def _with_card(project: Project, path: Path, about: About | None) -> None:
-    """Write the card of an exported model anew, with its evaluations."""
-    manifest = load_manifest(path, KIND)
-    with new_artifact(path, KIND, manifest["inputs"]) as (directory, facts):
-        facts.update(manifest["info"])
-        for name in manifest["files"]:
-            shutil.copyfile(path / name, directory / name)
-        write_card(directory, path.name, manifest, about, results_of(project.workspace, path.name))
+def _export_run(project: Project, request: Export) -> dict | None:
+    """Write a run's model, or its adapters, which are then all that is asked for."""
+    run = find_run(project.workspace, request.name)
+    if not run.finished:
+        raise SlmError(f"run {run.name} is not finished: run its command again, it goes on")
+    if has_experts(run):
+        raise SlmError(
+            f"run {run.name} has experts: --bundle DIR hands them over, "
+            f"`mlx-slm specialize --from {run.name}` makes a model of them"
+        )
+    apart = lora_of(run) is not None
+    if request.fuse and not apart:
+        raise SlmError(f"run {run.name} trained all weights: there are no adapters for --fuse")
+    whole = request.fuse or not apart or bool(request.quantize or request.gguf)
+    if not whole and (request.repo or request.about):
+        raise SlmError(f"{run.name} is adapters, which have no card and no place on the Hub here: --fuse makes a model")
+    export_run(project.workspace, run, project.report, whole and apart, again=True)
+    return None if whole else {"path": str(project.workspace.adapter(run.name)), "kind": ADAPTER}
 
 
-def _cost(project: Project, whole: Path, quantized: Path) -> dict:
-    """Perplexity of both on held-out text of the domain that the model is for, or of the generic set."""
-    manifest = load_manifest(whole, KIND)
-    run = find_run(project.workspace, manifest["inputs"]["run"])
-    name = run.record["inputs"].get("domain") or project.config.data.generic
-    rows = evaluate(project, [whole.name, quantized.name], [name], split="valid")["results"]
-    return {"set": name, "perplexity": [row["perplexity"] for row in rows]}
+def _gguf(project: Project, path: Path, kind: str) -> dict:
+    """A model of ours, or a directory that another program made of one."""
+    if (path / MANIFEST).exists():
+        if QUANTIZED in load_manifest(path, KIND)["inputs"]:
+            raise SlmError(f"{path} is quantised: name the model it is of, with --type q8_0 if it shall be small")
+        model, _ = load_exported(path)
+        shape, parameters = model.shape, model.parameters()
+    else:
+        start = Pretrained(path, None, option="export")
+        shape, parameters = start.shape, start.parameters()
+    file = project.workspace.root / "gguf" / f"{path.name}-{kind}.gguf"
+    return {"path": str(file), **write_gguf(file, path, shape, parameters, kind)}
+
+
+def _quantized(project: Project, whole: Path, bits: int) -> tuple[Path, dict]:
+    """(the quantised model, the perplexity of both on held-out text of their domain where there is some)."""
+    name = load_manifest(whole, KIND)["info"].get("domain") or project.config.data.generic
+    try:
+        project.workspace.require_set(name, "valid")
+    except SlmError as error:
+        project.report.warn(f"what it costs in perplexity is not measured: {error}")
+        return quantize(project.workspace, str(whole), bits), {}
+    before = evaluate(project, [str(whole)], [name], split="valid")["results"]
+    path = quantize(project.workspace, str(whole), bits)
+    rows = [*before, *evaluate(project, [str(path)], [name], split="valid")["results"]]
+    return path, {"set": name, "perplexity": [row["perplexity"] for row in rows]}

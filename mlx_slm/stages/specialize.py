@@ -75,7 +75,7 @@ def specialize(project: Project, request: Specialisation) -> Run:
                 start.train(project, run, job, domain)
         for candidate in run.path.glob(f"{EXPERT}*"):
             shutil.rmtree(candidate)
-        export_run(workspace, run, request.fuse)
+        export_run(workspace, run, report, request.fuse)
     return run
 
 

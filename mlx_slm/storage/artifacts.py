@@ -23,6 +23,8 @@ from mlx_slm.storage.records import fingerprint, write_json
 
 MANIFEST = "manifest.json"
 BLOCK = 4 << 20
+EDITABLE = "README.md"
+"""Its reader may change it: no manifest lists it, and where an older one does, it is not checked."""
 
 
 def is_litter(path: Path) -> bool:
@@ -55,7 +57,7 @@ def new_artifact(path: Path, kind: str, inputs: dict, mapped: tuple[str, ...] = 
     try:
         yield temporary, info
         files = {}
-        for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+        for file in sorted(p for p in temporary.rglob("*") if p.is_file() and p.name != EDITABLE):
             name = file.relative_to(temporary).as_posix()
             digest = {"crc32": block_checksums(file), "block": BLOCK} if name in mapped else {"sha256": sha256(file)}
             files[name] = {"bytes": file.stat().st_size, **digest}
@@ -116,6 +118,7 @@ def load_manifest(path: Path, kind: str, any_format: bool = False) -> dict:
     for part, known in (("info", forms.INFO), ("inputs", forms.INPUTS)):
         if kind in known:
             require_form(manifest[part], known[kind], f"{path / MANIFEST}, {part}")
+    manifest["files"].pop(EDITABLE, None)
     for name, entry in manifest["files"].items():
         file = path / name
         with contextlib.suppress(OSError):

@@ -115,14 +115,14 @@ def import_tokenizer(model: Path, directory: Path, inputs: dict) -> Tokenizer:
     Raises SlmError if there is no tokenizer.json, or no end-of-text token.
     """
     require_tokenizer_json(model)
-    settings = read_json(model / CONFIG_FILE, TokenizerSettings) if (model / CONFIG_FILE).exists() else {}
+    settings = _settings(model)
     ours = (model / MODEL_FILE).exists() and settings.get("tokenizer_class") == "PreTrainedTokenizerFast"
     with new_artifact(directory, KIND, inputs) as (path, info):
         for name in (MODEL_FILE, *FILES) if ours else (*FILES, TEMPLATE_FILE):
             if (model / name).exists():
                 shutil.copyfile(model / name, path / name)
         if not ours:
-            info["eos_id"] = _end_of_text(model, settings)
+            info["eos_id"] = end_of_text(model)
             if not settings:
                 _write_config(path, info["eos_id"])
     return open_tokenizer(directory)
@@ -151,7 +151,21 @@ def require_tokenizer_json(model: Path) -> None:
         )
 
 
-def _end_of_text(model: Path, settings: dict) -> int:
+def chat_template_of(model: Path) -> str | None:
+    """How a chat becomes text, by the files of a model directory."""
+    if (model / TEMPLATE_FILE).exists():
+        return (model / TEMPLATE_FILE).read_text(encoding="utf-8")
+    template = _settings(model).get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _settings(model: Path) -> dict:
+    return read_json(model / CONFIG_FILE, TokenizerSettings) if (model / CONFIG_FILE).exists() else {}
+
+
+def end_of_text(model: Path) -> int:
+    """The id that ends a text, by the files of a model directory; raises SlmError where none is named."""
+    settings = _settings(model)
     token = settings.get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     eos_id = load_tokenizer_json(model / JSON_FILE).token_to_id(token) if token else None
