@@ -189,7 +189,7 @@ def test_a_gpt2_answers_no_further_than_its_positions(tmp_path, tokenizer, capsy
     assert json.loads(capsys.readouterr().out)["tokens"] <= 31
     assert run(["generate", str(path), "--prompt", "word " * 60, "-m", "4", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out)["tokens"] <= 4 and "the context of m is 32: its last 15 were read" in err
+    assert json.loads(out)["tokens"] <= 4 and "the context of m, 32 tokens: its last 15 were read" in err
 
 
 def test_reports_and_checkpoints_may_change_within_a_run(own, config, report):

@@ -118,7 +118,7 @@ class ModelConfig(Section):
     num_layers: Layers = 7
     dims: Dimension = 1024
     hidden_dims: Dimension | None = None
-    """Inner size of the MLP. Default: 4 * dims for gpt2 (the paper's), 8/3 * dims rounded up to 32 for the others."""
+    """Inner size of the MLP. Default: 4 * dims for gpt2 (the paper's), 8/3 * dims rounded up to 64 for the others."""
     num_heads: Dimension = 8
     num_kv_heads: Dimension | None = None
     """Heads of keys and values (not of gpt2). Default: num_heads."""

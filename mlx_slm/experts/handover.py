@@ -17,7 +17,7 @@ from mlx_slm.experts.bundle import KIND, TOKENIZER_FOLDER, copy_artifact, is_bun
 from mlx_slm.experts.experts import Experts, has_experts
 from mlx_slm.files import read_json
 from mlx_slm.storage.arrays import save_arrays
-from mlx_slm.storage.artifacts import MANIFEST, is_litter, load_manifest, new_artifact
+from mlx_slm.storage.artifacts import EDITABLE, MANIFEST, is_litter, load_manifest, new_artifact
 from mlx_slm.storage.locks import alone
 from mlx_slm.storage.records import write_record, write_text
 from mlx_slm.storage.workspace import Workspace
@@ -61,14 +61,14 @@ def export_bundle(workspace: Workspace, run: Run, directory: Path) -> dict:
         tokens = read_run(path)["tokens"]
         info.update(method=run.record["method"], k=experts.k, tokens=tokens, encoder=encoder.facts)
         info["parameters_of_an_expert"] = run.shape.num_parameters
-        (path / "README.md").write_text(_card(run, info), encoding="utf-8")
+        (path / EDITABLE).write_text(_card(run, info), encoding="utf-8")
     return load_manifest(directory, KIND)["info"]
 
 
 def _require_ours(directory: Path) -> None:
     """Raise SlmError for a directory that holds more than a bundle."""
     there = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file() and not is_litter(p)}
-    ours = {MANIFEST, *load_manifest(directory, KIND)["files"]} if is_bundle(directory) else set()
+    ours = {MANIFEST, EDITABLE, *load_manifest(directory, KIND)["files"]} if is_bundle(directory) else set()
     if there - ours:
         raise SlmError(f"--bundle {directory}: there is something else ({min(there - ours)}); name a new directory")
 

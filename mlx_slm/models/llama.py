@@ -139,7 +139,7 @@ class Llama(Family):
         return Body(shape)
 
     def default_hidden_dims(self, dims: int) -> int:
-        return -(-dims * 8 // 96) * 32
+        return -(-dims * 8 // 192) * 64
 
     def check(self, of: Heads) -> None:
         if of.dims % of.num_heads:

@@ -230,7 +230,7 @@ def test_bad_input_is_one_sentence(arguments, message, with_experts, capsys):
         (("pretrain", "--experts", "3"), "--experts is for --method mix"),
         (("pretrain", "--k", "3"), "--k is for the methods is, pn and mix"),
         (("pretrain", "--method", "mix", "--experts", "3-1"), "'3-1' is not a number or a range"),
-        (("export", "pn", "--bundle", "x", "--format", "gguf"), "goes without"),
+        (("export", "pn", "--bundle", "x", "--format", "gguf"), "goes with --type and --fuse alone"),
     ],
 )
 def test_wrong_usage(arguments, message, with_experts, capsys):

@@ -206,7 +206,7 @@ def test_an_unfinished_run_and_a_name_that_is_none(workspace, capsys):
     assert code == 1 and "did you mean slm?" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["mac", "paper"])
+@pytest.mark.parametrize("name", ["quickstart", "mini", "laptop", "mac", "paper"])
 def test_shipped_configurations_quantise_whole(name):
     """mlx-lm's groups of 64 go into every size, so that four bits are 4.5 a weight and the norms."""
     config = load_config(find_config(name))

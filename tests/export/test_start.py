@@ -176,7 +176,7 @@ def test_mlx_lms_layout_of_gpt2_is_read(tmp_path, tokenizer):
         ({"quantization": {"bits": 4}}, "quantised; dequantise them first: mlx_lm.convert"),
         ({"max_position_embeddings": 8}, "it reads 8 tokens, data.context_length is 32: set data.context_length=8"),
         ({"num_hidden_layers": 3}, "do not fit config.json: model.layers.2"),
-        ({"intermediate_size": 64}, r"mlp.down_proj.weight \(32, 96\), expected \(32, 64\)"),
+        ({"intermediate_size": 64}, r"mlp.down_proj.weight \(32, 128\), expected \(32, 64\)"),
     ],
 )
 def test_a_directory_that_does_not_fit_is_named(tmp_path, tokenizer, changes, message):
