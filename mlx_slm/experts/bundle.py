@@ -42,7 +42,7 @@ KIND = "bundle"
 TOKENIZER_FOLDER = "tokenizer"
 NAMES = re.compile(
     r"manifest\.json|run\.json|config\.yaml|README\.md"
-    r"|tokenizer/(manifest\.json|tokenizer\.model|tokenizer\.json|tokenizer_config\.json)"
+    r"|tokenizer/(manifest\.json|tokenizer\.model|tokenizer\.json|tokenizer_config\.json|chat_template\.jinja)"
     r"|clusters/\d{1,7}/(manifest\.json|centroids\.safetensors)"
     r"|encoder/(?P<key>(lsi|static)-[0-9a-f]{8})/"
     r"(manifest\.json|lsi\.safetensors|model\.safetensors|config\.json|tokenizer\.json)"

@@ -57,6 +57,7 @@ class Finetuning:
             self.schedule,
             lambda p: score(self.objective.plain(p)),
             self.flops_per_token,
+            self.shape.vocab_size,
         )
         trainer = Trainer(task, parameters, run.path, self.report)
         state = trainer.run()

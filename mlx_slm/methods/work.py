@@ -120,7 +120,9 @@ def _trainer(job: TrainingJob, training: TrainingConfig, report: Report) -> Trai
         checkpoint_seconds=60 * training.checkpoint_minutes,
         milestones=tuple(at),
     )
-    task = Training(job.step, job.sampler, schedule, job.evaluate, job.flops_per_token)
+    task = Training(
+        job.step, job.sampler, schedule, job.evaluate, job.flops_per_token, job.inputs["shape"]["vocab_size"]
+    )
     return Trainer(task, job.parameters(), job.path, report)
 
 

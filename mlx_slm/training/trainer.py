@@ -19,6 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_slm.errors import Interrupted, SlmError
+from mlx_slm.files import Damaged
 from mlx_slm.machine import runtime
 from mlx_slm.report import Report, duration, perplexity
 from mlx_slm.text.rows import Sampler
@@ -42,6 +43,8 @@ class Training:
     """parameters -> the validation loss in nats per token."""
     flops_per_token: float
     """Of a step, per position."""
+    vocab_size: int
+    """Rows of the embedding: an id beyond them is refused, for its look-up would read memory of somebody else."""
 
 
 class Trainer:
@@ -49,7 +52,7 @@ class Trainer:
 
     def __init__(self, training: Training, parameters: dict, run: Path, report: Report):
         self.sampler, self.schedule, self.evaluate = training.sampler, training.schedule, training.evaluate
-        self.flops_per_token = training.flops_per_token
+        self.flops_per_token, self.vocab_size = training.flops_per_token, training.vocab_size
         self.run_directory, self.report, schedule = run, report, training.schedule
         if schedule.warmup_steps > schedule.steps:
             report.warn(
@@ -93,6 +96,11 @@ class Trainer:
             started, first = time.perf_counter(), True
             while state.step < schedule.end(state):
                 tokens, weights, clusters = rows.result()
+                if tokens.max() >= self.vocab_size:
+                    raise Damaged(
+                        f"the text holds the token {tokens.max()}, the model's vocabulary has {self.vocab_size}: prepare "
+                        "it again, with the model's tokenizer"
+                    )
                 rows = loader.submit(self.sampler.rows, state.step + 1)
                 total = int(weights.sum())
                 in_flight = self.step(tokens, weights, schedule.rate(state.step, state), clusters)

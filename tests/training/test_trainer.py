@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_slm.config.schema import ModelConfig
 from mlx_slm.errors import Interrupted, SlmError
+from mlx_slm.files import Damaged
 from mlx_slm.machine import runtime
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer, initialise
@@ -46,6 +47,7 @@ def make_trainer(store_directory, run, report=None, **changes) -> Trainer:
     assert 2 * sampler.num_rows < STEPS * 8
     plan = dict(steps=STEPS, learning_rate=1e-2, warmup_steps=3, batch_rows=8, eval_every=7, report_every=4)
     plan |= dict(checkpoint_every=5, after_warmup="cosine")
+    vocab_size = changes.pop("vocab_size", shape.vocab_size)
     model = Transformer(shape)
     run.mkdir(parents=True, exist_ok=True)
     task = Training(
@@ -54,6 +56,7 @@ def make_trainer(store_directory, run, report=None, **changes) -> Trainer:
         Schedule(**(plan | changes)),
         validation_loss(model, store, np.arange(40)),
         shape.flops_per_token,
+        vocab_size,
     )
     return Trainer(task, initialise(shape, 0), run, report or Report())
 
@@ -432,3 +435,9 @@ def test_another_blas_on_resume_is_said(prepared, tmp_path, report, monkeypatch)
     assert sum("now with another BLAS" in line for line in report.warnings) == 1
     make_trainer(store, tmp_path / "r", report, steps=30).run()
     assert len(report.warnings) == 1, "said once"
+
+
+def test_an_id_beyond_the_embedding_is_never_looked_up(prepared, tmp_path):
+    trainer = make_trainer(prepared.data("generic", "train"), tmp_path / "run", vocab_size=300)
+    with pytest.raises(Damaged, match=r"holds the token 3\d\d, the model's vocabulary has 300"):
+        trainer.run()
