@@ -133,9 +133,9 @@ def pretrain(session: Session, method, domain, weights, k, **given) -> None:
     "--from",
     "source",
     type=PLACE,
-    metavar="RUN",
-    help="The pretrained run, RUN@5M for one of its milestones, a bundle's directory, or none to train from scratch. "
-    "[default: slm]",
+    metavar="RUN_OR_MODEL",
+    help="A pretrained run, RUN@5M for one of its milestones, a published model (a directory, or on the Hub "
+    "OWNER/MODEL[@REVISION]), a bundle's directory, or none to train from scratch. [default: slm]",
 )
 @click.option(
     "--select",
@@ -186,6 +186,8 @@ def _how_to_use(session: Session, base: dict, adapter: Path) -> str:
     from mlx_slm.files import read_json
     from mlx_slm.storage.artifacts import MANIFEST
 
+    if "model" in base:
+        return f"mlx_lm.generate --model {base['model']} --adapter-path {adapter} --prompt TEXT"
     model = session.workspace.model(base["run"])
     exported = read_json(model / MANIFEST)["inputs"] if (model / MANIFEST).exists() else {}
     if exported.get("step") == base["step"]:

@@ -41,6 +41,7 @@ def evaluate(session: Session, models, domains, split, expert, domain_tokens) ->
 
     Without a name, every model of the workspace is evaluated. Results are added to results/evaluations.jsonl.
     """
+    from mlx_slm.evaluation.evaluate import OWN
     from mlx_slm.evaluation.evaluate import evaluate as work
 
     if domain_tokens and expert not in ("frequent", "histogram"):
@@ -62,6 +63,8 @@ def evaluate(session: Session, models, domains, split, expert, domain_tokens) ->
         ]
         columns = ["model", "set", "tokens", "nats per token", "perplexity", "bits per byte"]
         session.report.table(f"{split} sets", columns, rows)
+        if any(row.get("tokenizer") == OWN for row in result["results"]):
+            session.report.line("models with tokenizers of their own are among them: only bits per byte compare")
         if any(len(macro["sets"]) > 1 for macro in result["macro"]):
             rows = [[m["model"], str(len(m["sets"])), f"{m['perplexity']:.2f}"] for m in result["macro"]]
             session.report.table("macro average", ["model", "sets", "perplexity"], rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +19,14 @@ from mlx_slm.report import Report, perplexity
 from mlx_slm.storage.artifacts import load_manifest
 from mlx_slm.storage.records import append_json
 from mlx_slm.storage.workspace import EVALUATIONS, Workspace
+from mlx_slm.text.hub_tokenizer import open_tokenizer
+from mlx_slm.text.reread import Reread
 from mlx_slm.text.store import Store, first_windows
+from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.scoring import Score, Scorer, routed_nll, score_of
+
+OWN = "own"
+"""In a result: the model read the text by a tokenizer of its own. Bits a byte compare, perplexities do not."""
 
 
 def macro_perplexity(scores: list[Score]) -> float:
@@ -95,7 +102,14 @@ class Evaluated:
     ) -> tuple[Score, dict]:
         """(score on a split, how its windows were routed). `limit`: score on about this many tokens (None: all)."""
         store = Store(self.project.workspace.require_set(set_name, split))
-        store.require_fit(self.name, self.model.shape.context_length, self.tokenizer, shorter=True)
+        context, how = self.model.shape.context_length, dict[str, Any]()
+        if isinstance(self.tokenizer, Tokenizer):
+            ours = open_tokenizer(self.project.workspace.tokenizer)
+            store.require_tokenizer(ours)
+            store = Reread(store, ours, self.tokenizer, min(store.context_length, context))
+            how["tokenizer"] = OWN
+        else:
+            store.require_fit(self.name, context, self.tokenizer, shorter=True)
         windows = np.arange(store.num_windows)
         if limit and limit < store.num_tokens:
             windows = first_windows(store, limit, self.project.config.data.seed)
@@ -104,7 +118,6 @@ class Evaluated:
             place = experts.assigned(self.project.config, set_name, split, self.project.report).clusters[:][windows]
             nll = routed_nll(self.scorer, experts.parameters, store, windows, place, self.project.report)
             return score_of(store, windows, nll), {"routing": "cluster"}
-        how: dict = {}
         if experts and expert is not None:
             which, how = _one_expert(self.project, experts, set_name, expert, domain_tokens)
             self.model.update(experts.parameters(which))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mlx_slm.errors import SlmError, nearest
 from mlx_slm.export.card import QUANTIZED, about_of, write_card
-from mlx_slm.export.start import Pretrained
+from mlx_slm.export.published import download, is_hub_name
+from mlx_slm.export.start import Pretrained, no_weights
 from mlx_slm.files import Damaged, load_tokenizer_json, read_json, require_form, require_safetensors
 from mlx_slm.machine.trees import flat
 from mlx_slm.models.families import FAMILIES
@@ -21,7 +22,7 @@ from mlx_slm.storage.artifacts import EDITABLE, MANIFEST, is_litter, load_manife
 from mlx_slm.storage.forms import ConfigForm, TokenizerSettings
 from mlx_slm.storage.records import write_json
 from mlx_slm.storage.workspace import Workspace
-from mlx_slm.text.hub_tokenizer import open_tokenizer, same_ids
+from mlx_slm.text.hub_tokenizer import open_tokenizer, require_tokenizer_json, same_ids, tokenizer_of
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.runs import Run, find_run
 
@@ -77,6 +78,8 @@ def weights_of(workspace: Workspace, run: Run) -> dict:
     if lora is None:
         return run.weights()
     origin = run.record["inputs"]["from"]
+    if "model" in origin:
+        return lora.applied(_original(run, origin).parameters(), run.weights())
     base = find_run(workspace, origin["run"])
     if base.identity != origin["identity"]:
         raise SlmError(
@@ -84,6 +87,18 @@ def weights_of(workspace: Workspace, run: Run) -> dict:
         )
     start = weights_of(workspace, dataclasses.replace(base, milestone=origin["step"]))
     return lora.applied(start, run.weights())
+
+
+def _original(run: Run, origin: dict) -> Pretrained:
+    """The published model that a run adapted; raises SlmError where it is another one by now."""
+    name = origin["model"]
+    path = download(f"{name}@{origin['revision']}") if origin["revision"] else Path(name)
+    model = Pretrained(path, run.shape.context_length, option=None)
+    if model.fingerprint != origin["weights"]:
+        raise SlmError(
+            f"{name} has other weights since {run.name} adapted them: specialise it again, with --lora --fresh"
+        )
+    return model
 
 
 def export_model(path: Path, shape: Shape, parameters: dict, tokenizer: Tokenizer, inputs: dict, info: dict) -> Path:
@@ -130,15 +145,16 @@ def load_exported(path: Path) -> tuple[Transformer, dict]:
     return model, manifest
 
 
-def load_any(workspace: Workspace, name: str) -> tuple[Transformer, str]:
+def load_any(workspace: Workspace, name: str) -> tuple[Transformer, str | Tokenizer]:
     """Return (model, fingerprint of its tokenizer) of an exported model, by name or directory, of a run, or of a
-    directory that another program made of a model, fused or quantised."""
+    directory that another program made of a model, fused or quantised, or of a published model. A model that reads text
+    in another way than the workspace comes with its own tokenizer."""
     path = find_model(workspace, name)
     if path and QUANTIZED not in load_manifest(path, KIND)["inputs"]:
         model, manifest = load_exported(path)
         return model, manifest["inputs"]["tokenizer"]
-    if path or (Path(name) / "config.json").exists():
-        return _load_foreign(workspace, path or Path(name))
+    if directory := path or (None if name.partition("@")[0] in workspace.runs() else find_directory(workspace, name)):
+        return _load_foreign(workspace, directory)
     check_model(workspace, name)
     run = find_run(workspace, name)
     model = Transformer(run.shape)
@@ -146,15 +162,13 @@ def load_any(workspace: Workspace, name: str) -> tuple[Transformer, str]:
     return model, run.record["inputs"]["tokenizer"]
 
 
-def _load_foreign(workspace: Workspace, path: Path) -> tuple[Transformer, str]:
+def _load_foreign(workspace: Workspace, path: Path) -> tuple[Transformer, str | Tokenizer]:
     check_directory(path)
     pretrained = Pretrained(path, None, option=None)
-    tokenizer = open_tokenizer(workspace.tokenizer)
-    if not same_ids(path, tokenizer.directory):
-        raise SlmError(f"{path}: its tokenizer is not that of the sets in {workspace.root}")
-    model = Transformer(pretrained.shape)
+    require_tokenizer_json(path)
+    model, ours = Transformer(pretrained.shape), open_tokenizer(workspace.tokenizer)
     model.update(pretrained.parameters())
-    return model, tokenizer.fingerprint
+    return model, ours.fingerprint if same_ids(path, ours.directory) else tokenizer_of(path)
 
 
 def find_model(workspace: Workspace, name: str) -> Path | None:
@@ -164,19 +178,27 @@ def find_model(workspace: Workspace, name: str) -> Path | None:
 
 def check_model(workspace: Workspace, name: str) -> None:
     """Raise SlmError, with the known models and runs, for a name that `load_any` would not find."""
-    there = find_model(workspace, name) or (Path(name) / "config.json").exists()
+    there = find_model(workspace, name) or (Path(name) / "config.json").exists() or is_hub_name(name)
     if not there and name.partition("@")[0] not in workspace.runs():
         raise SlmError(_unknown(workspace, name, [*workspace.models(), *workspace.runs()]))
 
 
 def require_model(workspace: Workspace, name: str) -> Path:
     """The directory of a model to run: an exported one, or any directory with a config.json; raises SlmError."""
-    path = find_model(workspace, name)
-    if path is None and (Path(name) / "config.json").exists():
-        path = Path(name)
+    path = find_directory(workspace, name)
     if path is None:
         raise SlmError(_unknown(workspace, name, workspace.models()))
     check_directory(path)
+    return path
+
+
+def find_directory(workspace: Workspace, name: str) -> Path | None:
+    """The directory of a model: an exported one, any with a config.json, or one of the Hub; None for another name."""
+    path = find_model(workspace, name)
+    if path is None and (Path(name) / "config.json").exists():
+        path = Path(name)
+    if path is None and is_hub_name(name):
+        path = download(name)
     return path
 
 
@@ -197,7 +219,7 @@ def check_directory(path: Path) -> None:
         require_form(config, FAMILIES[config["model_type"]].form, path / "config.json")
     weights = sorted(file for file in path.glob("*.safetensors") if not is_litter(file))
     if not weights:
-        raise SlmError(f"{path}: no safetensors weights there")
+        raise SlmError(f"{path}: {no_weights(path)}")
     for file in weights:
         require_safetensors(file)
     if (path / "tokenizer.json").exists():

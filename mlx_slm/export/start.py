@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_slm.errors import SlmError
+from mlx_slm.export.published import revision_of
 from mlx_slm.files import read_json, require_form
 from mlx_slm.machine.trees import flat, nested
 from mlx_slm.models.families import FAMILIES
@@ -35,13 +38,15 @@ class Pretrained:
 
     def __init__(self, directory: Path, context_length: int | None, option: str | None = "--init-from"):
         self.directory = Path(directory)
-        self.called = f"{option} {directory}" if option else str(directory)
+        self.name = str(directory) if revision_of(self.directory) is None else _repository(self.directory)
+        """As a user would give it."""
+        self.called = f"{option} {self.name}" if option else self.name
         if not (self.directory / "config.json").exists():
             raise SlmError(f"{self.called}: no config.json there; name a model directory")
         self.config = read_json(self.directory / "config.json", ConfigForm)
         self._files = sorted(p for p in self.directory.glob("*.safetensors") if not is_litter(p))
         if not self._files:
-            raise SlmError(f"{self.called}: no safetensors weights there")
+            raise SlmError(f"{self.called}: {no_weights(self.directory)}")
         self.quantization = self.config.get("quantization") or self.config.get("quantization_config")
         if self.quantization and "quant_method" in self.quantization:
             raise SlmError(
@@ -51,13 +56,25 @@ class Pretrained:
         if self.quantization and option:
             raise SlmError(
                 f"{self.called}: its weights are quantised; dequantise them first: "
-                f"mlx_lm.convert --hf-path {directory} --mlx-path NEW -d"
+                f"mlx_lm.convert --hf-path {self.directory} --mlx-path NEW -d"
             )
         self.shape = _shape(self.config, self.called, self.directory, context_length)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return fingerprint([sha256(path) for path in self._files])
+
+    @property
+    def label(self) -> str:
+        """In the names of runs."""
+        return re.sub(r"[^\w.+-]+", "-", self.name.rstrip("/").rpartition("/")[2]).strip("-.") or "model"
+
+    @property
+    def origin(self) -> dict:
+        """For a record."""
+        revision, name = revision_of(self.directory), self.name
+        where = name if revision else str(self.directory.absolute())
+        return {"model": where, "revision": revision, "weights": self.fingerprint}
 
     def parameters(self) -> dict:
         """Parameters for a `Transformer(shape)`; raises SlmError naming what is missing or has another shape."""
@@ -97,6 +114,19 @@ class Pretrained:
                 settings = {key: how[key] for key in ("group_size", "bits", "mode") if key in how}
                 plain[name] = mx.dequantize(value, scales, weights.get(f"{module}.biases"), **settings)
         return plain
+
+
+def no_weights(directory: Path) -> str:
+    """Why a directory without safetensors is of no use."""
+    pickled = any(directory.glob(f"*.{kind}") for kind in ("bin", "pt", "pth", "ckpt"))
+    return "its weights are pickles, which are never opened: take a version in safetensors" * pickled or (
+        "no safetensors weights there"
+    )
+
+
+def _repository(directory: Path) -> str:
+    """owner/model of a directory in the Hub's cache."""
+    return directory.parent.parent.name.removeprefix("models--").replace("--", "/")
 
 
 def _shape(config: dict, called: str, directory: Path, context_length: int | None) -> Shape:

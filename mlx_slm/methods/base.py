@@ -20,7 +20,7 @@ from mlx_slm.experts.experts import has_experts
 from mlx_slm.export.start import Pretrained
 from mlx_slm.methods.costs import Cost, Rates, Spending
 from mlx_slm.methods.requests import Pretraining, Specialisation
-from mlx_slm.methods.starts import FromExperts, FromRun, FromScratch, Start
+from mlx_slm.methods.starts import FromExperts, FromPublished, FromRun, FromScratch, Start
 from mlx_slm.methods.work import TrainingJob, work
 from mlx_slm.models.projected import ProjectedShape
 from mlx_slm.models.shape import Shape
@@ -191,15 +191,17 @@ class Method:
         """Whether a specialisation is by this method whatever it starts from."""
         return False
 
-    def start(self, project: Project, request: Specialisation, source: Run | None) -> Start:
+    def start(self, project: Project, request: Specialisation, source: Run | Pretrained | None) -> Start:
         """What a domain's model starts from, where the source (None: random weights) is of this method, or the request
         is for it; raises SlmError for a request that does not fit."""
-        if source is None or not has_experts(source):
+        if not isinstance(source, Run) or not has_experts(source):
             if request.select:
-                what = f"run {source.name}" if source else "training from scratch"
+                what = f"{source.name}" if source else "training from scratch"
                 raise SlmError(
                     f"--select {request.select}: {what} has no experts to choose from; it is for methods pn and mix"
                 )
+            if isinstance(source, Pretrained):
+                return FromPublished(self.name, source)
             return FromRun(source.record["method"], source) if source else FromScratch(self.name)
         select = request.select or self.selects[0]
         if select not in self.selects:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from mlx_slm.config.schema import Config
+from mlx_slm.config.schema import Config, Recipe
 from mlx_slm.errors import SlmError
 from mlx_slm.experts.bundle import find_source
 from mlx_slm.experts.experts import has_experts
 from mlx_slm.export.model import weights_of
+from mlx_slm.export.start import Pretrained
 from mlx_slm.finetuning.domain import DomainSet
 from mlx_slm.finetuning.finetune import Finetuning
 from mlx_slm.methods.base import Method, Models, Rows
@@ -47,6 +48,9 @@ class WithTeacher(Start):
     @property
     def origin(self) -> dict | str:
         return self.start.origin
+
+    def rate(self, config: Config, recipe: Recipe) -> float:
+        return self.start.rate(config, recipe)
 
     def shape(self, config: Config, vocab_size: int, context_length: int) -> Shape:
         return self.start.shape(config, vocab_size, context_length)
@@ -90,10 +94,10 @@ class Distilled(Method):
     def claims(self, request: Specialisation) -> bool:
         return request.teacher is not None
 
-    def start(self, project: Project, request: Specialisation, source: Run | None) -> Start:
+    def start(self, project: Project, request: Specialisation, source: Run | Pretrained | None) -> Start:
         if request.teacher is None:
             return super().start(project, request, source)
-        if source and has_experts(source):
+        if isinstance(source, Run) and has_experts(source):
             raise SlmError(
                 "--teacher and an expert of a network do not go together: give --from a run of a single model"
             )

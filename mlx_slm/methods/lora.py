@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mlx_slm.config.schema import Config
+from mlx_slm.config.schema import Config, Recipe
 from mlx_slm.errors import SlmError
 from mlx_slm.experts.experts import has_experts
-from mlx_slm.export.model import weights_of
+from mlx_slm.export.start import Pretrained
 from mlx_slm.finetuning.domain import DomainSet
 from mlx_slm.finetuning.finetune import Finetuning
 from mlx_slm.methods.base import Method, Models, Rows, Trains
 from mlx_slm.methods.costs import Cost, Rates, Spending
 from mlx_slm.methods.plain import Large
 from mlx_slm.methods.requests import Specialisation
-from mlx_slm.methods.starts import FromRun, Start
+from mlx_slm.methods.starts import FromPublished, Start, Whole
 from mlx_slm.models.lora import Lora
 from mlx_slm.models.shape import Shape
 from mlx_slm.project import Project
@@ -26,27 +26,41 @@ PAPER_RANK = 64
 
 
 @dataclass(frozen=True)
-class WithAdapters(FromRun):
+class WithAdapters(Start):
+    start: Whole
     rank: int
     scale: float
     multiple: float
 
     @property
-    def what(self) -> str:
-        return f"{super().what} with LoRA of rank {self.rank}"
+    def label(self) -> str:
+        return f"{self.start.label}-{self.method}" if isinstance(self.start, FromPublished) else self.method
 
     @property
-    def rate(self) -> float:
-        return self.multiple
+    def what(self) -> str:
+        return f"{self.start.what} with LoRA of rank {self.rank}"
+
+    @property
+    def origin(self) -> dict | str:
+        return self.start.origin
+
+    def rate(self, config: Config, recipe: Recipe) -> float:
+        return self.multiple * self.start.rate(config, recipe)
+
+    def shape(self, config: Config, vocab_size: int, context_length: int) -> Shape:
+        return self.start.shape(config, vocab_size, context_length)
+
+    def runs(self) -> list[Run]:
+        return self.start.runs()
 
     def inputs(self, config: Config) -> dict:
         return {"lora": {"rank": self.rank, "scale": self.scale}}
 
     def train(self, project: Project, run: Run, job: Finetuning, domain: DomainSet) -> None:
-        lora = Lora(self.source.shape, self.rank, self.scale)
+        lora = Lora(job.shape, self.rank, self.scale)
         job = replace(
             job,
-            objective=Objective(plain=partial(lora.applied, weights_of(project.workspace, self.source))),
+            objective=Objective(plain=partial(lora.applied, self.start.parameters(project, job))),
             flops_per_token=lora.flops_per_token,
             extra_bytes=-lora.bytes_spared,
         )
@@ -61,25 +75,25 @@ class LowRank(Method):
     def claims(self, request: Specialisation) -> bool:
         return request.lora is not None
 
-    def start(self, project: Project, request: Specialisation, source: Run | None) -> Start:
+    def start(self, project: Project, request: Specialisation, source: Run | Pretrained | None) -> Start:
         if request.lora is None:
             return super().start(project, request, source)
         if request.teacher:
             raise SlmError("--lora and --teacher: a student is fine-tuned as a whole; give one of the two")
-        if source is None or has_experts(source):
+        if source is None or (isinstance(source, Run) and has_experts(source)):
             what = f"run {source.name} has experts" if source else "there is none"
             raise SlmError(f"--lora adapts one pretrained model, and {what}: name another run with --from")
-        super().start(project, request, source)
-        if not source.finished and source.milestone is None:
+        start = super().start(project, request, source)
+        assert isinstance(start, Whole)
+        if isinstance(source, Run) and not source.finished and source.milestone is None:
             raise SlmError(
                 f"--lora: run {source.name} is not finished, and an adapter needs a base that stays: train it on"
             )
         if request.lora > source.shape.dims:
-            raise SlmError(
-                f"--lora {request.lora}: the matrices of run {source.name} have rank {source.shape.dims} at the most"
-            )
+            called = f"run {source.name}" if isinstance(source, Run) else source.name
+            raise SlmError(f"--lora {request.lora}: the matrices of {called} have rank {source.shape.dims} at the most")
         settings = project.config.lora
-        return WithAdapters(self.name, source, request.lora, settings.scale, settings.rate)
+        return WithAdapters(self.name, start, request.lora, settings.scale, settings.rate)
 
     def pretraining_tokens(self, spending: Spending) -> int | None:
         return int(spending.generic_hours / self.rate(spending.rates))

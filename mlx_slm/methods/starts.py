@@ -8,9 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mlx_slm.config.schema import Config
+from mlx_slm.config.schema import Config, Recipe
 from mlx_slm.experts.experts import FINETUNED, PRETRAINED, Experts
 from mlx_slm.export.model import weights_of
+from mlx_slm.export.start import Pretrained
 from mlx_slm.finetuning.domain import DomainSet
 from mlx_slm.finetuning.finetune import Finetuning, finetune_all
 from mlx_slm.finetuning.selection import chosen, describe, select_expert
@@ -45,10 +46,9 @@ class Start(ABC):
     def is_from_scratch(self) -> bool:
         return self.origin == SCRATCH
 
-    @property
-    def rate(self) -> float:
-        """The learning rate as a multiple of the recipe's."""
-        return 1.0
+    def rate(self, config: Config, recipe: Recipe) -> float:
+        """The learning rate."""
+        return config.finetuning.learning_rate or config.training.learning_rate * recipe.rate
 
     @abstractmethod
     def shape(self, config: Config, vocab_size: int, context_length: int) -> Shape:
@@ -71,9 +71,20 @@ class Start(ABC):
         """Fine-tune, or go on with it."""
 
 
+class Whole(Start):
+    """One model, all of whose weights are fine-tuned."""
+
+    @abstractmethod
+    def parameters(self, project: Project, job: Finetuning) -> dict:
+        """Of the model before its fine-tuning."""
+
+    def train(self, project: Project, run: Run, job: Finetuning, domain: DomainSet) -> None:
+        job.work(run, self.parameters(project, job))
+
+
 @dataclass(frozen=True)
-class FromRun(Start):
-    """A pretrained run, all of whose weights are fine-tuned."""
+class FromRun(Whole):
+    """A pretrained run."""
 
     source: Run
 
@@ -91,12 +102,40 @@ class FromRun(Start):
     def runs(self) -> list[Run]:
         return [self.source]
 
-    def train(self, project: Project, run: Run, job: Finetuning, domain: DomainSet) -> None:
-        job.work(run, weights_of(project.workspace, self.source))
+    def parameters(self, project: Project, job: Finetuning) -> dict:
+        return weights_of(project.workspace, self.source)
 
 
 @dataclass(frozen=True)
-class FromScratch(Start):
+class FromPublished(Whole):
+    """A model that somebody published."""
+
+    model: Pretrained
+
+    @property
+    def label(self) -> str:
+        return self.model.label
+
+    @property
+    def what(self) -> str:
+        return f"fine-tuning {self.model.name}"
+
+    @property
+    def origin(self) -> dict | str:
+        return self.model.origin
+
+    def rate(self, config: Config, recipe: Recipe) -> float:
+        return config.finetuning.learning_rate or config.finetuning.published_rate
+
+    def shape(self, config: Config, vocab_size: int, context_length: int) -> Shape:
+        return self.model.shape
+
+    def parameters(self, project: Project, job: Finetuning) -> dict:
+        return self.model.parameters()
+
+
+@dataclass(frozen=True)
+class FromScratch(Whole):
     """Random weights of the small model."""
 
     @property
@@ -110,8 +149,8 @@ class FromScratch(Start):
     def shape(self, config: Config, vocab_size: int, context_length: int) -> Shape:
         return Shape.of(config.model, vocab_size, context_length)
 
-    def train(self, project: Project, run: Run, job: Finetuning, domain: DomainSet) -> None:
-        job.work(run, initialise(job.shape, job.config.finetuning.seed))
+    def parameters(self, project: Project, job: Finetuning) -> dict:
+        return initialise(job.shape, job.config.finetuning.seed)
 
 
 @dataclass(frozen=True)

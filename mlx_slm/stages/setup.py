@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from mlx_slm.config.schema import TokenizerConfig, TrainingConfig
+from mlx_slm.config.schema import TrainingConfig
 from mlx_slm.errors import SlmError
 from mlx_slm.export.start import Pretrained
 from mlx_slm.machine import runtime
@@ -14,11 +14,10 @@ from mlx_slm.methods.base import Method, Setup
 from mlx_slm.methods.requests import Pretraining
 from mlx_slm.models.shape import Shape
 from mlx_slm.project import Project
-from mlx_slm.storage.artifacts import MANIFEST
 from mlx_slm.storage.forms import Count
 from mlx_slm.storage.records import fingerprint, read_record, write_record
-from mlx_slm.text.hub_tokenizer import open_tokenizer, require_tokenizer_json, same_ids
-from mlx_slm.text.prepare import ensure_set, sources_of, text_needed
+from mlx_slm.text.hub_tokenizer import open_tokenizer
+from mlx_slm.text.prepare import adopt_tokenizer, ensure_set, sources_of, text_needed
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.training.scoring import validation_windows
@@ -31,7 +30,7 @@ def make_setup(project: Project, method: Method, request: Pretraining, path: Pat
     origin = Pretrained(request.init_from, context) if request.init_from else None
     shape = origin.shape if origin else Shape.of(method.model(config), config.tokenizer.vocab_size, context)
     if origin:
-        project = project.having(tokenizer=_tokenizer_of(project, origin))
+        project = adopt_tokenizer(project, origin.directory, origin.called)
     config, slowdown = method.configured(project, shape, path, request.fresh)
     project = dataclasses.replace(project, config=config)
     tokens = _horizon_tokens(project, path, shape, slowdown, request.fresh)
@@ -64,23 +63,6 @@ def _generic_set(project: Project, tokens: int | None) -> tuple[Tokenizer, Store
     store.require_tokenizer(tokenizer)
     store.require_context(config.data.context_length)
     return tokenizer, store
-
-
-def _tokenizer_of(project: Project, origin: Pretrained) -> TokenizerConfig:
-    """The settings that take the tokenizer of a model directory; those recorded where the workspace has it already.
-
-    Raises SlmError if the workspace has another tokenizer.
-    """
-    require_tokenizer_json(origin.directory)
-    if not (project.workspace.tokenizer / MANIFEST).exists():
-        return project.config.tokenizer.model_copy(update={"path": str(origin.directory.absolute())})
-    tokenizer = open_tokenizer(project.workspace.tokenizer)
-    if not same_ids(origin.directory, tokenizer.directory):
-        raise SlmError(
-            f"--init-from {origin.directory}: it has another tokenizer than this workspace: use a new --workspace, "
-            "whose text is then prepared with the model's tokenizer"
-        )
-    return TokenizerConfig(**tokenizer.manifest["inputs"]["settings"])
 
 
 def _horizon_tokens(project: Project, path: Path, shape: Shape, slowdown: float, fresh: bool) -> int | None:

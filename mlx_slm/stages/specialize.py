@@ -13,9 +13,11 @@ import numpy as np
 
 from mlx_slm.config.schema import Recipe
 from mlx_slm.errors import Busy, Interrupted, SlmError
-from mlx_slm.experts.bundle import find_source
-from mlx_slm.export.model import export_run
+from mlx_slm.experts.bundle import bundle_at, find_source
+from mlx_slm.export.model import check_directory, export_run, find_directory
+from mlx_slm.export.start import Pretrained, longest_context
 from mlx_slm.fields import format_size
+from mlx_slm.files import read_json
 from mlx_slm.finetuning.domain import DomainSet, domain_set
 from mlx_slm.finetuning.finetune import Finetuning, choose_recipe, schedule_of
 from mlx_slm.methods import METHODS, find_method
@@ -28,7 +30,7 @@ from mlx_slm.project import Project
 from mlx_slm.report import Report
 from mlx_slm.storage.locks import in_use
 from mlx_slm.text.hub_tokenizer import open_tokenizer
-from mlx_slm.text.prepare import sources_of
+from mlx_slm.text.prepare import adopt_tokenizer, sources_of
 from mlx_slm.text.rows import Sampler, Stream
 from mlx_slm.training.optimizer import OPTIMIZER_FIELDS
 from mlx_slm.training.runs import EXPERT, RECORD, Run, RunRequest, alone_in, default_run, open_run
@@ -42,7 +44,11 @@ def specialize(project: Project, request: Specialisation) -> Run:
     workspace, config, report, name = project.workspace, project.config, project.report, request.domain
     if name == config.data.generic:
         raise SlmError(f"--domain {name}: that is the generic set; specialise to another one")
-    start, tokens = _resolved(project, request)
+    model = _published(project, request.source)
+    if model:
+        project = _as_it_reads(project, model)
+        config = project.config
+    start, tokens = _resolved(project, request, model)
     named = sources_of(name, list(request.sources), workspace, config)
     domain = domain_set(project, name, tokens, named if request.sources else [])
     for pretrained in start.runs():
@@ -51,13 +57,13 @@ def specialize(project: Project, request: Specialisation) -> Run:
     tokenizer = open_tokenizer(workspace.tokenizer)
     shape = start.shape(config, tokenizer.vocab_size, domain.store.context_length)
     recipe = choose_recipe(config.finetuning, tokens or domain.num_tokens, start.is_from_scratch)
-    rate = start.rate * (config.finetuning.learning_rate or config.training.learning_rate * recipe.rate)
+    rate = start.rate(config, recipe)
     inputs = {
         "method": start.method,
         "from": start.origin,
         "optimizer": config.training.model_dump(mode="json", include=set(OPTIMIZER_FIELDS)),
         "shape": shape.to_dict(),
-        "finetuning": config.finetuning.model_dump(mode="json", exclude={"recipes", "select_tokens"}),
+        "finetuning": config.finetuning.model_dump(mode="json", exclude={"recipes", "select_tokens", "published_rate"}),
         "recipe": recipe.model_dump(mode="json") | {"learning_rate": rate},
         "tokenizer": tokenizer.fingerprint,
         **domain.inputs(),
@@ -79,10 +85,34 @@ def specialize(project: Project, request: Specialisation) -> Run:
     return run
 
 
-def _resolved(project: Project, request: Specialisation) -> tuple[Start, int | None]:
+def _published(project: Project, name: str | None) -> Pretrained | None:
+    """The published model that `--from` names, where that is no run, no bundle and not `none`."""
+    workspace = project.workspace
+    if name in (None, SCRATCH) or name.partition("@")[0] in workspace.runs() or bundle_at(workspace, name):
+        return None
+    directory = find_directory(workspace, name)
+    if directory is None:
+        return None
+    check_directory(directory)
+    context = min(project.config.data.context_length, longest_context(read_json(directory / "config.json")) or 0)
+    return Pretrained(directory, context or None, "--from")
+
+
+def _as_it_reads(project: Project, model: Pretrained) -> Project:
+    """The project with the model's tokenizer, taken into a workspace that has none, and with windows that it reads."""
+    config = project.config
+    if config.data.context_length > model.shape.context_length:
+        project.report.line(f"data.context_length={model.shape.context_length}: {model.name} reads no more at once")
+        project = project.having(data=config.data.model_copy(update={"context_length": model.shape.context_length}))
+    return adopt_tokenizer(project, model.directory, model.called)
+
+
+def _resolved(project: Project, request: Specialisation, model: Pretrained | None) -> tuple[Start, int | None]:
     """(what it starts from, the size of the domain set)."""
     workspace = project.workspace
     claiming = next((method for method in reversed(METHODS) if method.claims(request)), None)
+    if model:
+        return (claiming or find_method(Small.name)).start(project, request, model), request.tokens
     if request.source == SCRATCH:
         return (claiming or find_method(Scratch.name)).start(project, request, None), request.tokens
     source = find_source(workspace, request.source or default_run(workspace, Small.name))

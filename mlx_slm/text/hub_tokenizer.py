@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as HuggingFace
 
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged, load_tokenizer_json, read_json
-from mlx_slm.storage.artifacts import load_manifest, new_artifact, verify
+from mlx_slm.storage.artifacts import load_manifest, new_artifact, sha256, verify
 from mlx_slm.storage.forms import ConfigForm, TokenizerSettings
 from mlx_slm.text.tokenizer import CHAT_TEMPLATE, FILES, KIND, MODEL_FILE, SPACE, Tokenizer, TrainedTokenizer
 
@@ -23,18 +23,15 @@ TEMPLATE_FILE = "chat_template.jinja"
 class HuggingFaceTokenizer(Tokenizer):
     """One that came with a model. Special tokens that are written out in a text are encoded as text."""
 
-    def __init__(self, directory: Path):
-        self.manifest = load_manifest(directory, KIND)
-        verify(directory, self.manifest)
-        self.directory = Path(directory)
-        self.fingerprint = self.manifest["files"][JSON_FILE]["sha256"]
+    def __init__(self, directory: Path, eos_id: int, manifest: dict | None = None):
+        self.manifest, self.directory, self.eos_id = manifest or {}, Path(directory), eos_id
+        self.fingerprint = sha256(self.directory / JSON_FILE)
         self._tokenizer = load_tokenizer_json(self.directory / JSON_FILE)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self.token_bytes = self._token_bytes()
         self.vocab_size = len(self.token_bytes)
-        self.eos_id = self.manifest["info"].get("eos_id", -1)
         if not 0 <= self.eos_id < self.vocab_size:
             raise Damaged(f"{self.directory}: its end-of-text token {self.eos_id} is not one of its tokens")
 
@@ -106,7 +103,17 @@ def open_tokenizer(directory: Path) -> Tokenizer:
     files = load_manifest(directory, KIND)["files"]
     if JSON_FILE not in files or not all("sha256" in entry for entry in files.values()):
         raise Damaged(f"{directory} is not a tokenizer with its {JSON_FILE}; remove it and make it again")
-    return TrainedTokenizer(directory) if MODEL_FILE in files else HuggingFaceTokenizer(directory)
+    if MODEL_FILE in files:
+        return TrainedTokenizer(directory)
+    manifest = load_manifest(directory, KIND)
+    verify(directory, manifest)
+    return HuggingFaceTokenizer(directory, manifest["info"].get("eos_id", -1), manifest)
+
+
+def tokenizer_of(model: Path) -> Tokenizer:
+    """The tokenizer of a model directory; raises SlmError if there is no tokenizer.json, or no end-of-text token."""
+    require_tokenizer_json(model)
+    return HuggingFaceTokenizer(model, end_of_text(model))
 
 
 def import_tokenizer(model: Path, directory: Path, inputs: dict) -> Tokenizer:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import glob
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_slm.config.files import dump_config, known_domains
-from mlx_slm.config.schema import Config
+from mlx_slm.config.schema import Config, TokenizerConfig
 from mlx_slm.errors import Interrupted, SlmError, nearest
 from mlx_slm.project import Project
 from mlx_slm.report import Report
-from mlx_slm.storage.artifacts import MANIFEST, is_made, load_manifest
+from mlx_slm.storage.artifacts import MANIFEST, file_fingerprint, is_made, load_manifest
 from mlx_slm.storage.locks import alone, unused
 from mlx_slm.storage.records import fingerprint, write_text
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.documents import Counts, Documents
-from mlx_slm.text.hub_tokenizer import import_tokenizer, open_tokenizer
+from mlx_slm.text.hub_tokenizer import JSON_FILE, import_tokenizer, open_tokenizer, require_tokenizer_json, same_ids
 from mlx_slm.text.readers import Reading
 from mlx_slm.text.shards import merge_shards, start_shards, tokenise
 from mlx_slm.text.sources import SPLITS, Source
@@ -126,6 +127,28 @@ def _as_prepared(project: Project, name: str) -> Project:
     return project.having(data=config.data.model_copy(update=changed))
 
 
+def adopt_tokenizer(project: Project, model: Path, called: str) -> Project:
+    """Take the tokenizer of a model directory into a workspace that has none; returns the project with its settings.
+
+    Raises SlmError if the workspace has another one.
+    """
+    require_tokenizer_json(model)
+    directory, config = project.workspace.tokenizer, project.config
+    if not (directory / MANIFEST).exists():
+        settings = config.tokenizer.model_copy(update={"path": str(model.absolute())})
+        with _alone_preparing(project):
+            inputs = {"settings": settings.model_dump(exclude_none=True), "text": file_fingerprint(model / JSON_FILE)}
+            import_tokenizer(model, directory, inputs)
+        return project.having(tokenizer=settings)
+    tokenizer = open_tokenizer(directory)
+    if not same_ids(model, directory):
+        raise SlmError(
+            f"{called}: it has another tokenizer than this workspace: use a new --workspace, whose text is then "
+            "prepared with the model's tokenizer"
+        )
+    return project.having(tokenizer=TokenizerConfig(**tokenizer.manifest["inputs"]["settings"]))
+
+
 def text_needed(tokens: int) -> int:
     """Bytes of training text that hold this many tokens, with room to spare."""
     return int(tokens * BYTES_PER_TOKEN)
@@ -142,10 +165,14 @@ def prepare(project: Project, request: Preparation) -> bool:
     The generic set's configuration becomes the workspace's. Returns False if all is there already and nothing changed;
     raises SlmError if the inputs changed, unless `fresh`.
     """
+    with _alone_preparing(project):
+        return _prepare(project, request)
+
+
+def _alone_preparing(project: Project) -> AbstractContextManager[None]:
     root, report = project.workspace.root, project.report
     busy = f"another process is preparing text in {root}: waiting for it"
-    with alone(root / ".prepare.lock", busy, waiting=lambda: report.line(busy)):
-        return _prepare(project, request)
+    return alone(root / ".prepare.lock", busy, waiting=lambda: report.line(busy))
 
 
 def _prepare(project: Project, request: Preparation) -> bool:

@@ -33,8 +33,8 @@ class Store:
         info, files = self.manifest["info"], self.manifest["files"]
         self.context_length, self.eos_id = info["context_length"], info["eos_id"]
         self.num_tokens, self.num_documents, self.num_bytes = info["tokens"], info["documents"], info["bytes"]
-        self.tokens = MappedFile(self.directory / TOKENS, info["dtype"], files[TOKENS])
-        self.windows = MappedFile(self.directory / WINDOWS, WINDOW, files[WINDOWS])
+        self.tokens: MappedFile | np.ndarray = MappedFile(self.directory / TOKENS, info["dtype"], files[TOKENS])
+        self.windows: MappedFile | np.ndarray = MappedFile(self.directory / WINDOWS, WINDOW, files[WINDOWS])
 
     @property
     def num_windows(self) -> int:

@@ -98,8 +98,8 @@ class Trainer:
                 tokens, weights, clusters = rows.result()
                 if tokens.max() >= self.vocab_size:
                     raise Damaged(
-                        f"the text holds the token {tokens.max()}, the model's vocabulary has {self.vocab_size}: prepare "
-                        "it again, with the model's tokenizer"
+                        f"the text holds the token {tokens.max()}, the model's vocabulary has {self.vocab_size}: "
+                        "prepare it again, with the model's tokenizer"
                     )
                 rows = loader.submit(self.sampler.rows, state.step + 1)
                 total = int(weights.sum())

@@ -1,0 +1,54 @@
+"""A published model by the name that a user gives: a directory, or one of the Hub with an optional revision."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mlx_slm.errors import SlmError
+
+HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+READ = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md")
+"""Files that are downloaded: no pickles, no code."""
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name can only be one of the Hub: of its form, and nothing on this machine."""
+    return bool(HUB_NAME.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.is_dir()
+
+
+def download(name: str) -> Path:
+    """The directory of `owner/model` or `owner/model@revision` in the Hub's cache, fetched where it is not there.
+
+    Raises SlmError: no such model or revision, not allowed, or not reached.
+    """
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    parts = HUB_NAME.fullmatch(name)
+    assert parts is not None
+    repo, revision = parts["repo"], parts["revision"]
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(READ)))
+    except hub.GatedRepoError as error:
+        raise SlmError(
+            f"{name}: its owner lets in those who asked: ask on https://huggingface.co/{repo}, then `hf auth login`"
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise SlmError(f"{name}: the Hub has no revision {revision!r} of it") from error
+    except hub.RepositoryNotFoundError as error:
+        raise SlmError(
+            f"{name}: no such directory here and no such model on the Hub; for a private one `hf auth login` first"
+        ) from error
+    except hub.HFValidationError as error:
+        raise SlmError(f"{name}: not the name of a model on the Hub") from error
+    except Exception as error:  # of whichever library it reaches the network with
+        reason = " ".join(str(error).split())[:200]
+        raise SlmError(
+            f"{name}: no such directory here, and the Hub was not reached ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def revision_of(directory: Path) -> str | None:
+    """The commit of a directory in the Hub's cache; None for another one."""
+    return directory.name if directory.parent.name == "snapshots" else None
