@@ -74,7 +74,7 @@ def quickstart(session: Session, fresh) -> None:
     "--init-from",
     type=PLACE,
     metavar="MODEL",
-    help="Start from this model: a directory of gpt2, llama or qwen3 with its tokenizer, or one of the workspace's.",
+    help="Start from a published model (a directory, or OWNER/MODEL on the Hub) or one of the workspace's.",
 )
 @click.option("--tokens", type=SIZE, help="Train on this many tokens (replaces the configured horizon).")
 @click.option("--hours", type=HOURS, help="Train for about this many hours on this machine.")

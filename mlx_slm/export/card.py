@@ -59,6 +59,11 @@ def about_of(directory: Path) -> About | None:
     )
 
 
+def _inherited(origin: dict) -> About:
+    """What holds for a model because it holds for the published one that it comes from."""
+    return About(license=origin["license"], base_model=origin["model"] if origin["revision"] else None)
+
+
 def is_own_card(directory: Path) -> bool:
     """Whether the card of a model directory is missing, or as it was written here."""
     if not (directory / CARD).exists():
@@ -73,7 +78,9 @@ def write_card(
     """Write README.md of a model directory from its manifest's `inputs` and `info`, and rows of `evaluate`."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    about = about or About()
+    origin = manifest["info"].get("from")
+    published = origin if isinstance(origin, dict) and "model" in origin else None
+    about = (about or About()).over(_inherited(published) if published else None)
     measures = [
         EvalResult(
             task_type="text-generation",
@@ -125,6 +132,7 @@ def _text(directory: Path, name: str, manifest: dict, results: Sequence[dict]) -
         "method": inputs.get("method"),
         "run": inputs.get("run"),
         "domain": info.get("domain"),
+        "from": _named(info.get("from")),
         "training": f"{info['tokens']:,} tokens, {info['seconds']:,.0f} s on {info['device']}"
         if info.get("tokens") and info.get("seconds")
         else None,
@@ -150,6 +158,15 @@ there.{chat}
 ## Use
 
 {commands}"""
+
+
+def _named(origin: dict | str | None) -> str | None:
+    """What a model comes from, in words."""
+    if not isinstance(origin, dict):
+        return None
+    if "run" in origin:
+        return f"run {origin['run']}, step {origin['step']:,}" if origin["step"] is not None else f"run {origin['run']}"
+    return f"{origin['model']}@{origin['revision']}" if origin["revision"] else Path(origin["model"]).name
 
 
 def _commands(name: str, shape: Shape, bits: int | None) -> list[str]:

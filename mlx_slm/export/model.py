@@ -40,7 +40,7 @@ def export_run(workspace: Workspace, run: Run, report: Report, fuse: bool = Fals
     step, inputs = run.weights_step(), run.record["inputs"]
     made_from = {"run": run.name, "step": step, "method": run.record["method"], "tokenizer": inputs["tokenizer"]}
     info = {key: run.record.get(key) for key in ("tokens", "seconds", "device", "valid_nll", "started", "selection")}
-    info["domain"] = inputs.get("domain")
+    info |= {"domain": inputs.get("domain"), "from": inputs.get("from")}
     lora = lora_of(run)
     if lora and (again or not _is_written(workspace.adapter(run.name), ADAPTER, run)):
         arrays, config = lora.to_mlx_lm(run.weights())

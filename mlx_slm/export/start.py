@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_slm.errors import SlmError
+from mlx_slm.export.card import about_of
 from mlx_slm.export.published import revision_of
 from mlx_slm.files import read_json, require_form
 from mlx_slm.machine.trees import flat, nested
@@ -74,7 +75,9 @@ class Pretrained:
         """For a record."""
         revision, name = revision_of(self.directory), self.name
         where = name if revision else str(self.directory.absolute())
-        return {"model": where, "revision": revision, "weights": self.fingerprint}
+        about = about_of(self.directory)
+        said = about and about.license
+        return {"model": where, "revision": revision, "weights": self.fingerprint, "license": said}
 
     def parameters(self) -> dict:
         """Parameters for a `Transformer(shape)`; raises SlmError naming what is missing or has another shape."""

@@ -136,6 +136,7 @@ def adopt_tokenizer(project: Project, model: Path, called: str) -> Project:
     directory, config = project.workspace.tokenizer, project.config
     if not (directory / MANIFEST).exists():
         settings = config.tokenizer.model_copy(update={"path": str(model.absolute())})
+        project.report.line(f"taking the tokenizer of {model}")
         with _alone_preparing(project):
             inputs = {"settings": settings.model_dump(exclude_none=True), "text": file_fingerprint(model / JSON_FILE)}
             import_tokenizer(model, directory, inputs)

@@ -51,12 +51,17 @@ def transformers_model(family, texts, folder, **changes):
     else:
         configure, make = {
             "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+            "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
             "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         }[family]
         sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
         config = configure(**sizes | {"rope_theta": 5000.0, "rms_norm_eps": 1e-5} | end | changes)
         model = make(config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("bias"):
+                value.normal_()
     model.save_pretrained(folder / "model")
     return folder / "model", model.eval()
 
@@ -67,6 +72,8 @@ def transformers_model(family, texts, folder, **changes):
         ("gpt2", {}),
         ("llama", {"tie_word_embeddings": False}),
         ("llama", {"tie_word_embeddings": True}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen2", {"tie_word_embeddings": False}),
         ("qwen3", {"tie_word_embeddings": False, "head_dim": 16}),
         ("qwen3", {"tie_word_embeddings": True, "head_dim": 8}),
     ],

@@ -16,9 +16,15 @@ CONFIGS = {
     "llama": ModelConfig(
         family="llama", num_layers=3, dims=48, num_heads=4, num_kv_heads=2, hidden_dims=112, rope_theta=5e4
     ),
+    "qwen2": ModelConfig(family="qwen2", num_layers=2, dims=48, num_heads=4, num_kv_heads=2),
     "qwen3": ModelConfig(family="qwen3", num_layers=2, dims=48, num_heads=4, num_kv_heads=2, head_dims=16),
 }
-ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 def make(family, vocab_size=400, context=64, recompute_layers=False):
