@@ -14,8 +14,14 @@ from mlx_slm.cli.common import SIZE, Session, common
 @click.option("--limit", type=SIZE, help="Stop after this many bytes of training text, such as 500M.")
 @click.option("--strict", is_flag=True, help="Fail on invalid UTF-8 instead of replacing it.")
 @click.option("--fresh", is_flag=True, help="Rebuild it, even if its inputs changed.")
+@click.option(
+    "--drop-near-duplicates",
+    "drop",
+    is_flag=True,
+    help="Leave training documents out that resemble an earlier one or a held-out one; held-out ones always stay.",
+)
 @common
-def prepare(session: Session, name, sources, **how) -> None:
+def prepare(session: Session, name, sources, drop, **how) -> None:
     """Read the text of set NAME, split it by document, and tokenise it.
 
     A SOURCE is a file, a glob, a directory, hf:<dataset>[:<config>] or docs:<package>[,<package>...]; with train=,
@@ -25,6 +31,8 @@ def prepare(session: Session, name, sources, **how) -> None:
     from mlx_slm.text import prepare as work
     from mlx_slm.text.store import Store
 
+    if drop:
+        session.overrides = (*session.overrides, "data.drop_near_duplicates=true")
     named = work.sources_of(name, list(sources), session.workspace, session.config)
     made = work.prepare(session.project, work.Preparation(name, named, **how))
     stores = {split: Store(session.workspace.data(name, split)) for split in work.SPLITS}

@@ -55,6 +55,8 @@ class DataConfig(Section):
     """A longer document is an error: it would take some fifty times its size in memory."""
     limit: PositiveSize | None = None
     """Stop reading a set after this many bytes of training text. Not specified by the paper."""
+    drop_near_duplicates: bool = False
+    """Leave training documents out that resemble an earlier or a held-out one (`prepare --drop-near-duplicates`)."""
     seed: Seed = 0
     """Seed of the order of a domain's documents, of which `--tokens` takes the first."""
 

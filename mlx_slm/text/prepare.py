@@ -17,6 +17,7 @@ from mlx_slm.storage.artifacts import MANIFEST, file_fingerprint, is_made, load_
 from mlx_slm.storage.locks import alone, unused
 from mlx_slm.storage.records import fingerprint, write_text
 from mlx_slm.storage.workspace import Workspace
+from mlx_slm.text.compare import compare, tell
 from mlx_slm.text.documents import Counts, Documents
 from mlx_slm.text.hub_tokenizer import JSON_FILE, import_tokenizer, open_tokenizer, require_tokenizer_json, same_ids
 from mlx_slm.text.readers import Reading
@@ -193,13 +194,15 @@ def _prepare(project: Project, request: Preparation) -> bool:
     reading = _reading(config, request.strict)
     origin = fingerprint([[s.split, s.fingerprint()] for s in parsed])
     tokenizer = ensure_tokenizer(project, request, parsed, origin)
-    inputs = {
+    inputs: dict = {
         "sources": [_absolute(source) for source in sources],
         "text": origin,
         "tokenizer": tokenizer.fingerprint,
         "context_length": config.data.context_length,
         "reading": config.data.model_dump(mode="json", include=set(READ_WITH)),
     }
+    if config.data.drop_near_duplicates:
+        inputs["reading"]["drop_near_duplicates"] = True
     if not fresh and _up_to_date(workspace, name, inputs, request.strict):
         if name == config.data.generic and not workspace.config_file.exists():
             write_text(workspace.config_file, dump_config(whole))
@@ -219,7 +222,11 @@ def _prepare(project: Project, request: Preparation) -> bool:
     with unused(workspace, name):
         for split in ("test", "valid", "train"):
             directory, facts = workspace.data(name, split), {"replaced": documents.reading.replaced}
-            merge_shards(shards[split], directory, tokenizer, config.data.context_length, inputs, facts)
+            merge_shards(shards[split], directory, tokenizer, inputs, facts)
+        near = compare(project, name)
+        if config.data.drop_near_duplicates and near["marked"].any() and not near["marked"].all():
+            merge_shards(shards["train"], workspace.data(name, "train"), tokenizer, inputs, facts, near["marked"])
+    tell(project, name, near)
     shutil.rmtree(partial)
     if name == config.data.generic:
         write_text(workspace.config_file, dump_config(whole))

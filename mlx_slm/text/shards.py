@@ -172,14 +172,26 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def merge_shards(
-    shards: list[Path], directory: Path, tokenizer: Tokenizer, context_length: int, inputs: dict, facts: dict
+    shards: list[Path],
+    directory: Path,
+    tokenizer: Tokenizer,
+    inputs: dict,
+    facts: dict,
+    left_out: np.ndarray | None = None,
 ) -> None:
-    """Concatenate shards into the store of one split; `facts` go into its manifest."""
+    """Concatenate shards into the store of one split, without the documents `left_out` (bool [documents]); `facts` go
+    into its manifest."""
+    context_length, seen = inputs["context_length"], 0
     with new_artifact(directory, KIND, inputs, mapped=(TOKENS, WINDOWS)) as (path, info):
         num_tokens = documents = num_bytes = 0
         with open(path / TOKENS, "wb") as tokens_file, open(path / WINDOWS, "wb") as windows_file:
             for shard in shards:
                 tokens, lengths, size = read_shard(shard, "tokens", "lengths", "bytes")
+                if left_out is not None:
+                    keep = ~left_out[seen : seen + len(lengths)]
+                    seen += len(lengths)
+                    tokens, lengths = tokens[np.repeat(keep, lengths)], lengths[keep]
+                    size = tokenizer.token_bytes[tokens].sum(dtype=np.int64)
                 num_bytes += int(size)
                 windows = cut_windows(lengths, tokenizer.token_bytes[tokens], context_length)
                 windows["offset"] += num_tokens
