@@ -145,6 +145,22 @@ def preparing(size: Size) -> Case:
     return Case(work, amount, "bytes/s", memory=no_memory, keep=scratch)
 
 
+def near_duplicates(size: Size) -> Case:
+    """All documents of a prepared set compared with each other, one process."""
+    from mlx_slm.text.near import near_duplicates
+    from mlx_slm.text.shards import merge_shards, write_shard
+    from mlx_slm.text.store import Store
+
+    scratch = tempfile.TemporaryDirectory()
+    shard, directory = Path(scratch.name) / "train-00000.npz", Path(scratch.name) / "store"
+    tokenizer, texts = tokenizer_in(Path(scratch.name), size), documents_of(size)
+    write_shard(texts, tokenizer, shard)
+    made_from = {"tokenizer": tokenizer.fingerprint, "context_length": size.context}
+    merge_shards([shard], directory, tokenizer, made_from, {"replaced": 0})
+    store = Store(directory)
+    return Case(lambda: near_duplicates([store]), store.num_bytes, "bytes/s", memory=no_memory, keep=scratch)
+
+
 def make_store(directory: Path, windows: int, context: int, vocab_size: int = 4096) -> None:
     """A store of random tokens: documents of ten windows."""
     import numpy as np
@@ -254,4 +270,4 @@ def help(size: Size) -> Case:
     return Case(lambda: subprocess.run(command, check=True, capture_output=True), 1, "starts/s", memory=no_memory)
 
 
-TEXTS = named(evaluation, kmeans, encoder, tokenising, preparing, row_loading, opening, help)
+TEXTS = named(evaluation, kmeans, encoder, tokenising, preparing, near_duplicates, row_loading, opening, help)
