@@ -191,7 +191,7 @@ def _prepare(project: Project, request: Preparation) -> bool:
         and not report.confirm(f"stream all of {', '.join(endless)}? (--limit 1B stops)")
     ):
         raise Interrupted("not started; nothing was downloaded")
-    reading = _reading(config, request.strict)
+    reading = _reading(config, request.strict, _streams(workspace, name))
     origin = fingerprint([[s.split, s.fingerprint()] for s in parsed])
     tokenizer = ensure_tokenizer(project, request, parsed, origin)
     inputs: dict = {
@@ -228,6 +228,7 @@ def _prepare(project: Project, request: Preparation) -> bool:
             merge_shards(shards["train"], workspace.data(name, "train"), tokenizer, inputs, facts, near["marked"])
     tell(project, name, near)
     shutil.rmtree(partial)
+    shutil.rmtree(_streams(workspace, name), ignore_errors=True)
     if name == config.data.generic:
         write_text(workspace.config_file, dump_config(whole))
     return True
@@ -267,7 +268,7 @@ def ensure_tokenizer(project: Project, request: Preparation, sources: list[Sourc
         report.line(f"taking the tokenizer of {config.tokenizer.path}")
         inputs = {"settings": settings, "text": origin}
         return import_tokenizer(Path(config.tokenizer.path).expanduser(), workspace.tokenizer, inputs)
-    documents = Documents(sources, config, _reading(config, request.strict))
+    documents = Documents(sources, config, _reading(config, request.strict, _streams(workspace, name)))
     with report.progress("reading a sample for the tokenizer", None, "B") as advance:
 
         def training_text(documents: Documents):
@@ -285,8 +286,12 @@ def ensure_tokenizer(project: Project, request: Preparation, sources: list[Sourc
     return train_tokenizer(workspace.tokenizer, texts, config.tokenizer, {"settings": settings, "text": origin})
 
 
-def _reading(config: Config, strict: bool) -> Reading:
-    return Reading(config.data.field, strict, config.data.max_document_bytes)
+def _reading(config: Config, strict: bool, streams: Path) -> Reading:
+    return Reading(config.data.field, strict, config.data.max_document_bytes, streams=streams)
+
+
+def _streams(workspace: Workspace, name: str) -> Path:
+    return workspace.root / "data" / name / ".streams"
 
 
 def _up_to_date(workspace: Workspace, name: str, inputs: dict, strict: bool) -> bool:

@@ -43,6 +43,8 @@ class Reading:
     empty_files: list[str] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)
     """Files of directories that were not read, by why."""
+    streams: Path | None = None
+    """Where what comes from the Hub is kept until the set is prepared."""
     bytes_read: int = 0
     """Bytes of the files that are done, as they lie on the disk."""
     current: BinaryIO | None = None

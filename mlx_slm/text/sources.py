@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from mlx_slm.errors import SlmError
 from mlx_slm.storage.artifacts import file_fingerprint
 from mlx_slm.storage.records import fingerprint
 from mlx_slm.text import docstrings
+from mlx_slm.text.hub_stream import read_hub
 from mlx_slm.text.kinds import is_hidden, kind_of, known_kinds
-from mlx_slm.text.readers import Reading, read_file, text_field
+from mlx_slm.text.readers import Reading, read_file
 
 SPLITS = ("train", "valid", "test")
 
@@ -91,7 +91,7 @@ class Source:
         if self.text.startswith("docs:"):
             yield from docstrings.documents(self.text[5:])
         elif self.remote:
-            yield from _read_hub(self.text, reading)
+            yield from read_hub(self.text, reading)
         else:
             for path in self.files(reading):
                 count = 0
@@ -100,39 +100,3 @@ class Source:
                     yield document
                 if not count:
                     reading.empty_files.append(str(path))
-
-
-def _read_hub(source: str, reading: Reading) -> Iterator[str]:
-    """`hf:<dataset>[:<config>][?<field>=<value>]`: the train split, streamed; a local dataset directory works too.
-
-    With `?` only records whose field (such as meta.pile_set_name) has that value are taken.
-    """
-    import datasets
-
-    address, _, condition = source.partition("?")
-    _, name, *rest = address.split(":")
-    if not name or (condition and "=" not in condition):
-        raise SlmError(f"{source}: write it as hf:<dataset>, hf:<dataset>:<config> or hf:<dataset>?<field>=<value>")
-    try:
-        stream = datasets.load_dataset(os.path.expanduser(name), *rest, split="train", streaming=True)
-        for index, record in enumerate(stream):
-            if condition and not _matches(record, condition, source):
-                continue
-            text = text_field(record, f"{source}, record {index}", reading)
-            if text and not text.isspace():
-                yield text
-    except SlmError:
-        raise
-    except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise SlmError(f"{source}: cannot be read ({reason}); check the name and the network") from error
-
-
-def _matches(record: dict, condition: str, source: str) -> bool:
-    path, _, value = condition.partition("=")
-    field = record
-    for key in path.split("."):
-        if not isinstance(field, dict) or key not in field:
-            raise SlmError(f"{source}: its records have no field {path!r}; their fields: {', '.join(record)}")
-        field = field[key]
-    return str(field) == value
