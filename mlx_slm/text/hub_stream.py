@@ -1,7 +1,8 @@
 """A data set of the Hub as a stream that is read once: what came is kept beside it until the set is prepared.
 
 `hf:<dataset>[:<config>][?<field>=<value>]`: the train split; a local data set's directory works too. With `?` only
-records whose field (such as meta.pile_set_name) has that value are taken. Texts lie in parts of about PART_BYTES, each
+records whose field (such as meta.pile_set_name) has that value are taken. Long documents are cut as long text files
+are. Texts lie in parts of about PART_BYTES, each
 with the state of the stream behind it, so that a second pass reads them from the disk, and one that broke off goes on.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged, read_bytes
 from mlx_slm.storage.records import fingerprint
-from mlx_slm.text.readers import Reading, text_field
+from mlx_slm.text.readers import Reading, cut, text_field
 
 PART_BYTES = 4 << 20
 PART_RECORDS = 100_000
@@ -58,10 +59,11 @@ def _texts(source: str, stream: Any, condition: str, reading: Reading, kept: Kep
         for index, record in enumerate(stream):
             if not condition or _matches(record, condition, source):
                 text = text_field(record, f"{source}, record {index}", reading)
-                if text and not text.isspace():
-                    part.append(text)
-                    size += len(text)
-                    yield text
+                for document in cut(text):
+                    if document and not document.isspace():
+                        part.append(document)
+                        size += len(document)
+                        yield document
             if kept and (size >= PART_BYTES or (index + 1) % PART_RECORDS == 0):
                 kept.add(part, stream.state_dict())
                 part, size = [], 0

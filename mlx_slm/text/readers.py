@@ -13,7 +13,7 @@ import io
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -151,18 +151,32 @@ def _read_text(path: Path, reading: Reading) -> Iterator[str]:
         if len(head) <= LONG_TEXT:
             yield decode(head, str(path), reading)
             return
-        part: list[bytes] = []
-        size = 0
         cut_line = head.rfind(b"\n") + 1
         lines = head[:cut_line].splitlines(keepends=True) if cut_line else []
-        for line in _chain_lines(lines, head[cut_line:], file, path, reading):
-            if size >= TEXT_PART and (not part[-1].strip() or size >= 2 * TEXT_PART):
-                yield decode(b"".join(part), str(path), reading)
-                part, size = [], 0
-            part.append(line)
-            size += len(line)
-        if part:
-            yield decode(b"".join(part), str(path), reading)
+        for part in _parts(_chain_lines(lines, head[cut_line:], file, path, reading)):
+            yield decode(part, str(path), reading)
+
+
+def cut(text: str) -> Iterator[str]:
+    """A text in the documents that a text file of it would be."""
+    raw = text.encode()
+    if len(raw) <= LONG_TEXT:
+        yield text
+    else:
+        yield from (part.decode() for part in _parts(raw.splitlines(keepends=True)))
+
+
+def _parts(lines: Iterable[bytes]) -> Iterator[bytes]:
+    part: list[bytes] = []
+    size = 0
+    for line in lines:
+        if size >= TEXT_PART and (not part[-1].strip() or size >= 2 * TEXT_PART):
+            yield b"".join(part)
+            part, size = [], 0
+        part.append(line)
+        size += len(line)
+    if part:
+        yield b"".join(part)
 
 
 def _chain_lines(lines: list[bytes], carried: bytes, file, path: Path, reading: Reading) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ from mlx_slm.errors import SlmError
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text import hub_stream
 from mlx_slm.text.hub_stream import read_hub
-from mlx_slm.text.readers import Reading
+from mlx_slm.text.readers import Reading, read_file
 from mlx_slm.text.store import Store
 
 RECORDS = 400
@@ -103,3 +103,13 @@ def test_prepare_reads_the_hub_once_and_goes_on(data, tmp_path, capsys, monkeypa
     assert call(capsys, workspaces[1], *command)[0] == 0 and stream.records < RECORDS + 80
     one, other = (Store(w.data("generic", "train")).fingerprint for w in workspaces)
     assert one == other and not list(tmp_path.rglob(".streams"))
+
+
+def test_long_documents_are_cut_as_long_files_are(tmp_path, texts):
+    book = "\n\n".join(texts)[:300_000]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps({"text": book}) + "\n" + json.dumps({"text": "short"}))
+    (tmp_path / "book.txt").write_text(book)
+    parts = list(read_hub(f"hf:{tmp_path / 'data'}", Reading()))
+    assert parts[:-1] == list(read_file(tmp_path / "book.txt", Reading())) and parts[-1] == "short"
+    assert "".join(parts[:-1]) == book and len(parts) > 5
