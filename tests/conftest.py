@@ -28,11 +28,16 @@ from mlx_slm.config.schema import (
 )
 from mlx_slm.errors import SlmError
 from mlx_slm.experts.experts import Experts
+from mlx_slm.export.model import huggingface_config
 from mlx_slm.machine import runtime
 from mlx_slm.methods.requests import Pretraining
+from mlx_slm.models.families import FAMILIES
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import initialise
 from mlx_slm.project import Project
 from mlx_slm.report import Report
 from mlx_slm.stages.pretrain import pretrain
+from mlx_slm.storage.arrays import save_arrays
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.docstrings import documents
 from mlx_slm.text.prepare import Preparation, prepare
@@ -126,6 +131,27 @@ def read_jsonl(path: Path) -> list[str]:
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+def publish(directory, texts, family="llama", **config):
+    """A small model with random weights and a byte-level tokenizer of its own, as the Hub has them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    directory.mkdir(parents=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"eos_token": "<|endoftext|>", "chat_template": "{{ messages[0]['content'] }}"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    shape = Shape(family, 1, 32, 128, 2, 2, 448, 64)
+    save_arrays(directory / "model.safetensors", FAMILIES[family].to_hub(initialise(shape, 0)), {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(huggingface_config(shape, 0) | config))
+    (directory / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\nsomebody's\n")
+    return directory
 
 
 @pytest.fixture(scope="session")

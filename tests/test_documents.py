@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import publish
 
 from mlx_slm.cli import run
 from mlx_slm.text.sources import SPLITS
@@ -47,7 +48,10 @@ LONG = ("serve", "plan")
 SMALL = {
     "prepare": ["tokenizer.vocab_size=400", "data.context_length=32", "data.valid_fraction=0.1", "data.limit=150k"],
     "pretrain": ["training.steps=3", "training.warmup_steps=1", "clusters.k=4", "clusters.encoder=lsi"],
-    "specialize": ["finetuning.max_steps=4", "finetuning.warmup_steps=1"],
+    "specialize": [
+        *("finetuning.max_steps=4", "finetuning.warmup_steps=1", "data.context_length=32"),
+        *("data.valid_fraction=0.2", "data.test_fraction=0.2"),
+    ],
     "evaluate": [],
     "generate": [],
 }
@@ -85,6 +89,7 @@ def test_every_command_of_the_page_runs(page, count, tmp_path, monkeypatch, text
         path.parent.mkdir(parents=True, exist_ok=True)
         with gzip.open(path, "wt") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in part)
+    publish(tmp_path / "HuggingFaceTB" / "SmolLM2-135M", texts[:200])
     for command in commands:
         if command[0] in LONG:
             continue

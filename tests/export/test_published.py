@@ -10,18 +10,15 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import call, write_jsonl
+from conftest import call, publish, write_jsonl
 from huggingface_hub import ModelCard
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlx_slm.errors import SlmError
 from mlx_slm.export import published as hub
-from mlx_slm.export.model import huggingface_config, load_exported, weights_of
+from mlx_slm.export.model import load_exported, weights_of
 from mlx_slm.export.start import Pretrained
 from mlx_slm.models.families import FAMILIES
-from mlx_slm.models.shape import Shape
-from mlx_slm.models.transformer import Transformer, initialise
-from mlx_slm.storage.arrays import save_arrays
+from mlx_slm.models.transformer import Transformer
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.hub_tokenizer import open_tokenizer, tokenizer_of
 from mlx_slm.text.reread import Reread, documents_of
@@ -33,25 +30,6 @@ SETTINGS = (
     "--set", "finetuning.max_steps=6", "--set", "finetuning.warmup_steps=1", "--set", "finetuning.eval_tokens=500",
     "--set", "finetuning.published_rate=1e-3",
 )  # fmt: skip
-
-
-def publish(directory, texts, family="llama", **config):
-    """A small model with random weights and a byte-level tokenizer of its own, as the Hub has them."""
-    directory.mkdir(parents=True)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"eos_token": "<|endoftext|>", "chat_template": "{{ messages[0]['content'] }}"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    shape = Shape(family, 1, 32, 128, 2, 2, 448, 64)
-    save_arrays(directory / "model.safetensors", FAMILIES[family].to_hub(initialise(shape, 0)), {"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(huggingface_config(shape, 0) | config))
-    (directory / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\nsomebody's\n")
-    return directory
 
 
 @pytest.fixture(scope="module")
