@@ -273,8 +273,8 @@ class FinetuningConfig(Section):
     learning_rate: Rate | None = None
     """Set by hand, it replaces the recipe's."""
     published_rate: Rate = 1e-4
-    """That of a published model (`specialize --from DIRECTORY` or a name of the Hub). Not the paper's: of a sweep of three
-    on one model of 135M parameters, 3e-5 and 3e-4 did worse."""
+    """That of a published model (`specialize --from DIRECTORY` or a name of the Hub). Not specified by the paper; 3e-5
+    and 3e-4 did worse on one of 135M parameters."""
     max_steps: Steps | None = None
     """Set by hand, it replaces the recipe's. Both tries together."""
     warmup_steps: Size = 20
