@@ -11,7 +11,7 @@ import shutil
 
 import numpy as np
 
-from mlx_slm.config.schema import Recipe
+from mlx_slm.config.schema import DataConfig, Recipe
 from mlx_slm.errors import Busy, Interrupted, SlmError
 from mlx_slm.experts.bundle import bundle_at, find_source
 from mlx_slm.export.model import check_directory, export_run, find_directory
@@ -34,6 +34,9 @@ from mlx_slm.text.prepare import adopt_tokenizer, sources_of
 from mlx_slm.text.rows import Sampler, Stream
 from mlx_slm.training.optimizer import OPTIMIZER_FIELDS
 from mlx_slm.training.runs import EXPERT, RECORD, Run, RunRequest, alone_in, default_run, open_run
+
+HELD_OUT = 0.1
+"""Share of the documents for validation, and as many for testing, where there is a domain alone and nothing is said."""
 
 
 def specialize(project: Project, request: Specialisation) -> Run:
@@ -99,11 +102,20 @@ def _published(project: Project, name: str | None) -> Pretrained | None:
 
 
 def _as_it_reads(project: Project, model: Pretrained) -> Project:
-    """The project with the model's tokenizer, taken into a workspace that has none, and with windows that it reads."""
-    config = project.config
-    if config.data.context_length > model.shape.context_length:
-        project.report.line(f"data.context_length={model.shape.context_length}: {model.name} reads no more at once")
-        project = project.having(data=config.data.model_copy(update={"context_length": model.shape.context_length}))
+    """The project with the model's tokenizer, taken into a workspace that has none, and with windows that it reads.
+
+    A workspace without a generic set is for the few texts of one user, of which a fiftieth may be none at all.
+    """
+    data, report = project.config.data, project.report
+    changes: dict = {}
+    if data.context_length > model.shape.context_length:
+        report.line(f"data.context_length={model.shape.context_length}: {model.name} reads no more at once")
+        changes["context_length"] = model.shape.context_length
+    if data.generic not in project.workspace.sets():
+        for key in ("valid_fraction", "test_fraction"):
+            if getattr(data, key) == DataConfig.model_fields[key].default:
+                changes[key] = HELD_OUT
+    project = project.having(data=data.model_copy(update=changes))
     return adopt_tokenizer(project, model.directory, model.called)
 
 

@@ -24,6 +24,8 @@ from mlx_slm.training.loss import token_nll
 LENGTHS = 8
 """Windows are padded to one of this many lengths, so that few graphs are compiled."""
 BATCH_TOKENS = 4096
+LEAST_TOKENS = 256
+"""Of a validation set, where windows are longer."""
 
 
 @dataclass(frozen=True)
@@ -153,10 +155,11 @@ def validation_loss(model: Transformer, store: Store, windows: np.ndarray) -> Ca
 
 def validation_windows(store: Store, tokens: int, seed: int) -> np.ndarray:
     """The windows of the first documents in a seeded order that hold about `tokens` tokens: the same at every call."""
-    if store.num_tokens < store.context_length:
-        name, context = store.directory.parent.name, store.context_length
+    least = min(store.context_length, LEAST_TOKENS)
+    if store.num_tokens < least:
+        name = store.directory.parent.name
         raise SlmError(
-            f"the validation set of {name} has {store.num_tokens:,} tokens, less than one window ({context}): "
+            f"the validation set of {name} has {store.num_tokens:,} tokens, at least {least} are needed: "
             "add text, raise data.valid_fraction, or name a file with valid=PATH"
         )
     return first_windows(store, min(tokens, store.num_tokens), seed)

@@ -248,3 +248,19 @@ def test_every_family_is_started_from(texts, notes, tmp_path, capsys):
         assert code == 0, err
         exported, _ = load_exported(workspace.model(json.loads(out)["run"]))
         assert exported.shape.family == family
+
+
+def test_sixty_notes_are_enough(model, texts, tmp_path, capsys):
+    """With the defaults, a fiftieth of which would hold nothing out."""
+    (tmp_path / "notes").mkdir()
+    for number, text in enumerate(texts[600:660]):
+        (tmp_path / "notes" / f"{number}.md").write_text(text)
+    workspace = Workspace(tmp_path / "w")
+    steps = ("--set", "finetuning.max_steps=2", "--set", "finetuning.warmup_steps=1")
+    command = ("specialize", "--domain", "notes", "--from", str(model), f"{tmp_path}/notes/*.md", *steps)
+    code, _, err = call(capsys, workspace, *command)
+    assert code == 0, err
+    counts = [Store(workspace.data("notes", split)).num_documents for split in ("train", "valid", "test")]
+    assert sum(counts) >= 58 and min(counts) >= 2 and counts[0] > 40
+    code, out, err = call(capsys, workspace, *command)
+    assert code == 0 and "is finished" in out, err

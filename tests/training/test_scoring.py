@@ -87,11 +87,13 @@ def test_validation_windows_are_the_same_each_time_and_enough(prepared, store, v
     assert len(validation_windows(valid, 10**9, 0)) == valid.num_windows
 
 
-def test_a_validation_set_below_one_window_is_refused(prepared):
+def test_a_validation_set_of_too_few_tokens_is_refused(prepared):
     short = Store(prepared.data("generic", "valid"))
-    short.context_length = short.num_tokens + 1
+    short.context_length, short.num_tokens = 1024, 256
+    assert len(validation_windows(short, 100, 0))
+    short.num_tokens = 255
     with pytest.raises(
-        SlmError, match=r"validation set of generic has [\d,]+ tokens, less than one window .* valid=PATH"
+        SlmError, match=r"validation set of generic has [\d,]+ tokens, at least \d+ are needed: .* valid=PATH"
     ):
         validation_windows(short, 100, 0)
 
