@@ -49,14 +49,18 @@ def about_of(directory: Path) -> About | None:
         data = ModelCard(read_text(directory / CARD, JSON_BYTES), ignore_metadata_errors=True).data.to_dict()
     except Exception:  # whatever stands there by hand
         return None
-    listed = lambda value: (value,) if isinstance(value, str) else tuple(map(str, value or ()))  # noqa: E731
+    listed = lambda value: (value,) if isinstance(value, str) else _names(value)  # noqa: E731
     said, base = data.get("license"), data.get("base_model")
     return About(
-        said if said != "other" else None,
+        said if isinstance(said, str) and said != "other" else None,
         listed(data.get("language")),
         listed(data.get("datasets")),
         base if isinstance(base, str) else None,
     )
+
+
+def _names(value) -> tuple[str, ...]:
+    return tuple(name for name in value if isinstance(name, str)) if isinstance(value, list) else ()
 
 
 def _inherited(origin: dict) -> About:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 from mlx_slm.errors import SlmError, nearest
-from mlx_slm.export.card import QUANTIZED, about_of, write_card
+from mlx_slm.export.card import QUANTIZED, about_of, is_own_card, write_card
 from mlx_slm.export.published import download, is_hub_name
 from mlx_slm.export.start import Pretrained, no_weights
 from mlx_slm.files import Damaged, load_tokenizer_json, read_json, require_form, require_safetensors
@@ -31,8 +32,8 @@ GROUP = 64
 """Weights that share a scale and an offset in mlx-lm, where it is not told otherwise."""
 
 
-def export_run(workspace: Workspace, run: Run, report: Report, fuse: bool = False, again: bool = False) -> None:
-    """Write the run's weights to `models/<run>`, unless they are there (`again`: even then).
+def export_run(workspace: Workspace, run: Run, report: Report, fuse: bool = False) -> None:
+    """Write the run's weights to `models/<run>`, unless they are there.
 
     Those of LoRA go to `adapters/<run>` in mlx-lm's format, and, with `fuse`, as a plain model to `models/<run>` too.
     Says so where mlx-lm's defaults would quantise the model in part only.
@@ -42,13 +43,13 @@ def export_run(workspace: Workspace, run: Run, report: Report, fuse: bool = Fals
     info = {key: run.record.get(key) for key in ("tokens", "seconds", "device", "valid_nll", "started", "selection")}
     info |= {"domain": inputs.get("domain"), "from": inputs.get("from")}
     lora = lora_of(run)
-    if lora and (again or not _is_written(workspace.adapter(run.name), ADAPTER, run)):
+    if lora and not _is_written(workspace.adapter(run.name), ADAPTER, run):
         arrays, config = lora.to_mlx_lm(run.weights())
         with new_artifact(workspace.adapter(run.name), ADAPTER, made_from | {"base": inputs["from"]}) as (path, facts):
             facts.update(info, parameters=lora.num_parameters)
             save_arrays(path / "adapters.safetensors", arrays)
             write_json(path / "adapter_config.json", config)
-    if (fuse or not lora) and (again or not _is_written(workspace.model(run.name), KIND, run)):
+    if (fuse or not lora) and not _is_written(workspace.model(run.name), KIND, run):
         parameters, tokenizer = weights_of(workspace, run), open_tokenizer(workspace.tokenizer)
         export_model(workspace.model(run.name), run.shape, parameters, tokenizer, made_from, info)
         say_sizes(run.name, run.shape, report)
@@ -108,8 +109,22 @@ def export_model(path: Path, shape: Shape, parameters: dict, tokenizer: Tokenize
         (directory / "config.json").write_text(json.dumps(huggingface_config(shape, tokenizer.eos_id), indent=1))
         save_arrays(directory / "model.safetensors", FAMILIES[shape.family].to_hub(parameters), {"format": "pt"})
         tokenizer.export(directory)
-        write_card(directory, path.name, {"inputs": inputs, "info": facts}, about_of(path))
+        keep_what_is_not_ours(path, directory)
+        if not (directory / EDITABLE).exists():
+            write_card(directory, path.name, {"inputs": inputs, "info": facts}, about_of(path))
     return path
+
+
+def keep_what_is_not_ours(path: Path, new: Path) -> None:
+    """Copy what somebody laid into a model's directory, and a card changed by hand, into the one that replaces it."""
+    if not (path / MANIFEST).exists():
+        return
+    ours = {MANIFEST, EDITABLE, *load_manifest(path, KIND)["files"]}
+    for file in path.iterdir():
+        if file.is_file() and file.name not in ours and not (new / file.name).exists():
+            shutil.copyfile(file, new / file.name)
+    if not is_own_card(path):
+        shutil.copyfile(path / EDITABLE, new / EDITABLE)
 
 
 def huggingface_config(shape: Shape, eos_id: int) -> dict:
@@ -152,7 +167,7 @@ def load_any(workspace: Workspace, name: str) -> tuple[Transformer, str | Tokeni
     path = find_model(workspace, name)
     if path and QUANTIZED not in load_manifest(path, KIND)["inputs"]:
         model, manifest = load_exported(path)
-        return model, manifest["inputs"]["tokenizer"]
+        return model, _reader(workspace, path, manifest["inputs"]["tokenizer"])
     if directory := path or (None if name.partition("@")[0] in workspace.runs() else find_directory(workspace, name)):
         return _load_foreign(workspace, directory)
     check_model(workspace, name)
@@ -165,10 +180,18 @@ def load_any(workspace: Workspace, name: str) -> tuple[Transformer, str | Tokeni
 def _load_foreign(workspace: Workspace, path: Path) -> tuple[Transformer, str | Tokenizer]:
     check_directory(path)
     pretrained = Pretrained(path, None, option=None)
-    require_tokenizer_json(path)
-    model, ours = Transformer(pretrained.shape), open_tokenizer(workspace.tokenizer)
+    model = Transformer(pretrained.shape)
     model.update(pretrained.parameters())
-    return model, ours.fingerprint if same_ids(path, ours.directory) else tokenizer_of(path)
+    return model, _reader(workspace, path)
+
+
+def _reader(workspace: Workspace, path: Path, fingerprint: str | None = None) -> str | Tokenizer:
+    """The fingerprint of the workspace's tokenizer where a model reads as that does, else the model's own tokenizer."""
+    ours = open_tokenizer(workspace.tokenizer)
+    if fingerprint == ours.fingerprint:
+        return fingerprint
+    require_tokenizer_json(path)
+    return ours.fingerprint if same_ids(path, ours.directory) else tokenizer_of(path)
 
 
 def find_model(workspace: Workspace, name: str) -> Path | None:

@@ -51,4 +51,5 @@ def download(name: str) -> Path:
 
 def revision_of(directory: Path) -> str | None:
     """The commit of a directory in the Hub's cache; None for another one."""
-    return directory.name if directory.parent.name == "snapshots" else None
+    ours = directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--")
+    return directory.name if ours and re.fullmatch(r"[0-9a-f]{40}", directory.name) else None

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from mlx_slm.errors import SlmError
 from mlx_slm.export.card import QUANTIZED, about_of, write_card
-from mlx_slm.export.model import GROUP, KIND, reading_files, require_model
+from mlx_slm.export.model import GROUP, KIND, keep_what_is_not_ours, reading_files, require_model
 from mlx_slm.machine.trees import flat
 from mlx_slm.models.shape import Shape
 from mlx_slm.storage.arrays import read_safetensors
-from mlx_slm.storage.artifacts import MANIFEST, load_manifest, new_artifact
+from mlx_slm.storage.artifacts import EDITABLE, MANIFEST, load_manifest, new_artifact
 from mlx_slm.storage.workspace import Workspace
 
 GROUPS = (GROUP, GROUP // 2)
@@ -51,7 +51,9 @@ def quantize(workspace: Workspace, name: str, bits: int) -> Path:
         for file in reading_files(source):
             shutil.copyfile(file, directory / file.name)
         facts.update(manifest["info"], bits_per_weight=bits_per_weight(directory, manifest["info"]["shape"]))
-        write_card(directory, path.name, {"inputs": made_from, "info": facts}, about_of(path) or about_of(source))
+        keep_what_is_not_ours(path, directory)
+        if not (directory / EDITABLE).exists():
+            write_card(directory, path.name, {"inputs": made_from, "info": facts}, about_of(path) or about_of(source))
     return path
 
 

@@ -24,7 +24,8 @@ from mlx_slm.storage.records import fingerprint
 
 def text_config(config: dict) -> dict:
     """What config.json says of the part of a model that reads text, where it has several."""
-    return config | (config.get("text_config") or {})
+    inner = config.get("text_config")
+    return config | inner if isinstance(inner, dict) else config
 
 
 def longest_context(config: dict) -> int | None:
@@ -49,6 +50,8 @@ class Pretrained:
         if not self._files:
             raise SlmError(f"{self.called}: {no_weights(self.directory)}")
         self.quantization = self.config.get("quantization") or self.config.get("quantization_config")
+        if self.quantization and not isinstance(self.quantization, dict):
+            raise SlmError(f"{self.called}: config.json: quantization is {self.quantization!r}, no settings of one")
         if self.quantization and "quant_method" in self.quantization:
             raise SlmError(
                 f"{self.called}: its weights are of the kind {self.quantization['quant_method']}, which is not read "
@@ -74,7 +77,7 @@ class Pretrained:
     def origin(self) -> dict:
         """For a record."""
         revision, name = revision_of(self.directory), self.name
-        where = name if revision else str(self.directory.absolute())
+        where = name if revision else str(self.directory.resolve())
         about = about_of(self.directory)
         said = about and about.license
         return {"model": where, "revision": revision, "weights": self.fingerprint, "license": said}
@@ -147,6 +150,8 @@ def _shape(config: dict, called: str, directory: Path, context_length: int | Non
         raise SlmError(f"{called}: config.json: {error}") from error
     if refused:
         raise SlmError(f"{called}: not supported: {', '.join(refused)}")
+    if not longest:
+        raise SlmError(f"{called}: config.json does not say how long a text it reads (max_position_embeddings)")
     if longest < (context_length or 1):
         raise SlmError(
             f"{called}: it reads {longest} tokens, data.context_length is {context_length}: "

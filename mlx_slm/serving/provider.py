@@ -82,6 +82,8 @@ class Provider(server.ModelProvider):
                 self._make_room(name)
                 try:
                     self._load(str(self.places[name]))
+                    # Tools are refused: what a model writes of them is text.
+                    setattr(self.tokenizer, "_tool_call_start", None)  # noqa: B010
                     self.prompts[name] = Prompts(self.places[name], self.tokenizer)
                 except Exception as error:
                     self.reset()

@@ -86,7 +86,7 @@ def _export_run(project: Project, request: Export) -> dict | None:
     whole = request.fuse or not apart or bool(request.quantize or request.gguf)
     if not whole and (request.repo or request.about):
         raise SlmError(f"{run.name} is adapters, which have no card and no place on the Hub here: --fuse makes a model")
-    export_run(project.workspace, run, project.report, whole and apart, again=True)
+    export_run(project.workspace, run, project.report, whole and apart)
     return None if whole else {"path": str(project.workspace.adapter(run.name)), "kind": ADAPTER}
 
 

@@ -11,6 +11,7 @@ import shutil
 
 import numpy as np
 
+from mlx_slm.config.files import dump_config
 from mlx_slm.config.schema import DataConfig, Recipe
 from mlx_slm.errors import Busy, Interrupted, SlmError
 from mlx_slm.experts.bundle import bundle_at, find_source
@@ -28,7 +29,9 @@ from mlx_slm.methods.starts import Start
 from mlx_slm.models.shape import Shape
 from mlx_slm.project import Project
 from mlx_slm.report import Report
+from mlx_slm.storage.artifacts import MANIFEST
 from mlx_slm.storage.locks import in_use
+from mlx_slm.storage.records import write_text
 from mlx_slm.text.hub_tokenizer import open_tokenizer
 from mlx_slm.text.prepare import adopt_tokenizer, sources_of
 from mlx_slm.text.rows import Sampler, Stream
@@ -47,13 +50,20 @@ def specialize(project: Project, request: Specialisation) -> Run:
     workspace, config, report, name = project.workspace, project.config, project.report, request.domain
     if name == config.data.generic:
         raise SlmError(f"--domain {name}: that is the generic set; specialise to another one")
-    model = _published(project, request.source)
+    model, is_new = _published(project, request.source), not (workspace.tokenizer / MANIFEST).exists()
     if model:
         project = _as_it_reads(project, model)
         config = project.config
     start, tokens = _resolved(project, request, model)
     named = sources_of(name, list(request.sources), workspace, config)
-    domain = domain_set(project, name, tokens, named if request.sources else [])
+    try:
+        domain = domain_set(project, name, tokens, named if request.sources else [])
+    except SlmError:
+        if model and is_new and not workspace.sets():  # another model can be taken then
+            shutil.rmtree(workspace.tokenizer)
+        raise
+    if model and not workspace.config_file.exists():
+        write_text(workspace.config_file, dump_config(config))
     for pretrained in start.runs():
         _require_fit(pretrained, domain, report)
     start = start.ready(lambda teacher, run: _tuned_teacher(project, domain, teacher, run))

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from mlx_slm.errors import SlmError
 from mlx_slm.project import Project
 from mlx_slm.text.near import near_duplicates
 from mlx_slm.text.store import Store
 
 
-def compare(project: Project, name: str) -> dict:
-    """What resembles what: `marked` are the training documents that resemble an earlier or a held-out one, `within`
-    and `held_out` count them, `generic` counts those of the generic set that resemble a domain's held-out ones."""
+def compare(project: Project, name: str, train: Path) -> dict:
+    """What resembles what, of a set whose training documents lie in `train`.
+
+    `marked` are those that resemble an earlier or a held-out one, `within` and `held_out` count them, `generic` counts
+    documents of the generic set that resemble a domain's held-out ones.
+    """
     workspace, generic = project.workspace, project.config.data.generic
-    own = [workspace.data(name, split) for split in ("test", "valid", "train")]
+    own = [workspace.data(name, "test"), workspace.data(name, "valid"), train]
     domains = [other for other in workspace.sets() if other not in (name, generic)] if name == generic else []
     held_out = [workspace.data(other, split) for other in domains for split in ("test", "valid")]
     after = [workspace.data(generic, "train")] if name != generic and generic in workspace.sets() else []
     tokenizer = Store(own[-1]).manifest["inputs"]["tokenizer"]
-    stores = [
-        store for store in map(Store, (*held_out, *own, *after)) if store.manifest["inputs"]["tokenizer"] == tokenizer
-    ]
-    train = next(i for i, store in enumerate(stores) if store.directory == own[-1])
+    before, behind = ([store for path in paths if (store := _readable(path, tokenizer))] for paths in (held_out, after))
+    stores, place = [*before, *map(Store, own), *behind], len(before) + 2
     with project.report.progress("looking for near-duplicates", None, ""):
         near = near_duplicates(stores)
-    before = range(train)
-    leaks = near.count(train, before[:-2]) if name == generic else 0
-    if after and len(stores) > train + 1:
-        leaks = near.count(train + 1, before)
+    earlier = range(place)
+    leaks = near.count(place, earlier[:-2]) if name == generic else 0
+    if len(stores) > place + 1:
+        leaks = near.count(place + 1, earlier)
     return {
-        "marked": near.marked(train, range(train + 1)),
-        "within": near.count(train, [train]),
-        "held_out": near.count(train, before[-2:]),
+        "marked": near.marked(place, range(place + 1)),
+        "within": near.count(place, [place]),
+        "held_out": near.count(place, earlier[-2:]),
         "generic": leaks,
         "compared": near.compared,
     }
+
+
+def _readable(path: Path, tokenizer: str) -> Store | None:
+    """The store of another set of this tokenizer; None for one that is damaged or half made."""
+    try:
+        store = Store(path)
+    except SlmError:
+        return None
+    return store if store.manifest["inputs"]["tokenizer"] == tokenizer else None
 
 
 def tell(project: Project, name: str, near: dict) -> None:

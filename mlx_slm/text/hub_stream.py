@@ -33,7 +33,11 @@ def read_hub(source: str, reading: Reading) -> Iterator[str]:
     _, name, *rest = address.split(":")
     if not name or (condition and "=" not in condition):
         raise SlmError(f"{source}: write it as hf:<dataset>, hf:<dataset>:<config> or hf:<dataset>?<field>=<value>")
-    kept = Kept(reading.streams / fingerprint(source)[:16]) if reading.streams else None
+    kept = (
+        Kept(reading.streams / fingerprint([source, reading.text_field, reading.strict])[:16])
+        if reading.streams
+        else None
+    )
     if kept:
         yield from kept.texts()
         if kept.is_whole:
@@ -59,11 +63,10 @@ def _texts(source: str, stream: Any, condition: str, reading: Reading, kept: Kep
         for index, record in enumerate(stream):
             if not condition or _matches(record, condition, source):
                 text = text_field(record, f"{source}, record {index}", reading)
-                for document in cut(text):
-                    if document and not document.isspace():
-                        part.append(document)
-                        size += len(document)
-                        yield document
+                whole = [document for document in cut(text) if document and not document.isspace()]
+                part += whole  # before the first is given out: its reader may have enough in the middle of a record
+                size += sum(map(len, whole))
+                yield from whole
             if kept and (size >= PART_BYTES or (index + 1) % PART_RECORDS == 0):
                 kept.add(part, stream.state_dict())
                 part, size = [], 0

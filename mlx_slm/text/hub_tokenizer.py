@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer as HuggingFace
 
 from mlx_slm.errors import SlmError
-from mlx_slm.files import Damaged, load_tokenizer_json, read_json
+from mlx_slm.files import JSON_BYTES, Damaged, load_tokenizer_json, read_json, read_text
 from mlx_slm.storage.artifacts import load_manifest, new_artifact, sha256, verify
 from mlx_slm.storage.forms import ConfigForm, TokenizerSettings
 from mlx_slm.text.tokenizer import CHAT_TEMPLATE, FILES, KIND, MODEL_FILE, SPACE, Tokenizer, TrainedTokenizer
@@ -122,6 +122,7 @@ def import_tokenizer(model: Path, directory: Path, inputs: dict) -> Tokenizer:
     Raises SlmError if there is no tokenizer.json, or no end-of-text token.
     """
     require_tokenizer_json(model)
+    chat_template_of(model)
     settings = _settings(model)
     ours = (model / MODEL_FILE).exists() and settings.get("tokenizer_class") == "PreTrainedTokenizerFast"
     with new_artifact(directory, KIND, inputs) as (path, info):
@@ -161,7 +162,7 @@ def require_tokenizer_json(model: Path) -> None:
 def chat_template_of(model: Path) -> str | None:
     """How a chat becomes text, by the files of a model directory."""
     if (model / TEMPLATE_FILE).exists():
-        return (model / TEMPLATE_FILE).read_text(encoding="utf-8")
+        return read_text(model / TEMPLATE_FILE, JSON_BYTES)
     template = _settings(model).get("chat_template")
     return template if isinstance(template, str) else None
 
@@ -178,7 +179,7 @@ def end_of_text(model: Path) -> int:
     eos_id = load_tokenizer_json(model / JSON_FILE).token_to_id(token) if token else None
     if eos_id is None and (model / "config.json").exists():
         named = read_json(model / "config.json", ConfigForm).get("eos_token_id")
-        eos_id = named[0] if isinstance(named, list) else named
+        eos_id = next(iter(named), None) if isinstance(named, list) else named
     if eos_id is None:
         raise SlmError(f"{model}: no end-of-text token: name one as eos_token in {CONFIG_FILE}")
     return int(eos_id)

@@ -135,13 +135,12 @@ def adopt_tokenizer(project: Project, model: Path, called: str) -> Project:
     """
     require_tokenizer_json(model)
     directory, config = project.workspace.tokenizer, project.config
-    if not (directory / MANIFEST).exists():
-        settings = config.tokenizer.model_copy(update={"path": str(model.absolute())})
-        project.report.line(f"taking the tokenizer of {model}")
-        with _alone_preparing(project):
+    with _alone_preparing(project):
+        if not (directory / MANIFEST).exists():
+            project.report.line(f"taking the tokenizer of {model}")
+            settings = config.tokenizer.model_copy(update={"path": str(model.absolute())})
             inputs = {"settings": settings.model_dump(exclude_none=True), "text": file_fingerprint(model / JSON_FILE)}
             import_tokenizer(model, directory, inputs)
-        return project.having(tokenizer=settings)
     tokenizer = open_tokenizer(directory)
     if not same_ids(model, directory):
         raise SlmError(
@@ -220,12 +219,16 @@ def _prepare(project: Project, request: Preparation) -> bool:
         shards = tokenise(documents, tokenizer, partial, report, f"tokenising {name}")
     warn_about(documents.reading, documents.counts, report)
     with unused(workspace, name):
-        for split in ("test", "valid", "train"):
-            directory, facts = workspace.data(name, split), {"replaced": documents.reading.replaced}
-            merge_shards(shards[split], directory, tokenizer, inputs, facts)
-        near = compare(project, name)
-        if config.data.drop_near_duplicates and near["marked"].any() and not near["marked"].all():
-            merge_shards(shards["train"], workspace.data(name, "train"), tokenizer, inputs, facts, near["marked"])
+        facts, left_out = {"replaced": documents.reading.replaced}, None
+        for split in ("test", "valid"):
+            merge_shards(shards[split], workspace.data(name, split), tokenizer, inputs, facts)
+        if config.data.drop_near_duplicates:
+            merge_shards(shards["train"], partial / "all", tokenizer, inputs, facts)
+            near = compare(project, name, partial / "all")
+            left_out = near["marked"] if not near["marked"].all() else None
+        merge_shards(shards["train"], workspace.data(name, "train"), tokenizer, inputs, facts, left_out)
+        if not config.data.drop_near_duplicates:
+            near = compare(project, name, workspace.data(name, "train"))
     tell(project, name, near)
     shutil.rmtree(partial)
     shutil.rmtree(_streams(workspace, name), ignore_errors=True)

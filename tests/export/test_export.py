@@ -25,6 +25,7 @@ from mlx_slm.models.families import FAMILIES
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import initialise
 from mlx_slm.storage.artifacts import MANIFEST, load_manifest
+from mlx_slm.storage.records import read_record, write_record
 from mlx_slm.text.hub_tokenizer import open_tokenizer
 
 
@@ -83,6 +84,17 @@ def test_a_card_keeps_what_was_said_and_written_by_hand(workspace, capsys):
     assert (workspace.model("kept") / "README.md").read_text() == text
     assert about_of(workspace.model("kept")) == About("mit", ("en", "de"), ("me/texts",), "me/base")
     shutil.rmtree(workspace.model("kept"))
+    for options in ([], ["--quantize", "8"]):
+        code, _, err = call(capsys, workspace, "export", "slm", *options)
+        assert code == 0 and (path / "README.md").read_text() == text and (path / "notes.txt").exists(), err
+    run = workspace.run("slm") / "run.json"
+    record = read_record(run)
+    write_record(run, record | {"started": record["started"] + 1})  # as if it had been trained again
+    code, _, err = call(capsys, workspace, "export", "slm")
+    assert code == 0 and "was changed by hand" in err
+    assert (path / "README.md").read_text() == text and (path / "notes.txt").read_text() == "mine"
+    (path / "README.md").unlink()
+    call(capsys, workspace, "export", "slm", "--license", "mit")
 
 
 def test_a_card_shows_evaluations_of_its_own_weights(workspace, capsys):

@@ -89,7 +89,7 @@ def test_adapters_fit_the_original(model, notes, tmp_path, capsys):
     changed = {n: v + 1 if n == "model.norm.weight" else v for n, v in weights.items()}
     try:
         mx.save_safetensors(str(model / "model.safetensors"), changed)
-        code, _, err = call(capsys, workspace, "evaluate", name, "--domain", "notes")
+        shutil.rmtree(workspace.model(name))
         code, _, err = call(capsys, workspace, "export", name, "--fuse")
         assert code == 1 and "has other weights since" in err and err.count("\n") == 1
     finally:
@@ -149,6 +149,9 @@ def damaged(directory, **config):
         (lambda d: (d / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda d: (d / "tokenizer_config.json").write_text("{}") and damaged(d, eos_token_id=None), "no end-of-text"),
         (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 64), "model.safetensors"),
+        (lambda d: damaged(d, quantization=5), "quantization is 5"),
+        (lambda d: damaged(d, max_position_embeddings=None), "how long a text it reads"),
+        (lambda d: (d / "chat_template.jinja").write_bytes(b"\xff\xfe"), "chat_template.jinja: not UTF-8"),
     ],
 )
 def test_a_model_that_cannot_be_started_from(break_it, wanted, model, notes, tmp_path, capsys):
@@ -264,3 +267,41 @@ def test_sixty_notes_are_enough(model, texts, tmp_path, capsys):
     assert sum(counts) >= 58 and min(counts) >= 2 and counts[0] > 40
     code, out, err = call(capsys, workspace, *command)
     assert code == 0 and "is finished" in out, err
+
+
+def test_a_workspace_keeps_what_its_model_brought(model, notes, texts, tmp_path, capsys):
+    """Context, shares and tokenizer hold for the sets and models that follow, and a failed start binds nothing."""
+    workspace, steps = (
+        Workspace(tmp_path / "w"),
+        ("--set", "finetuning.max_steps=2", "--set", "finetuning.warmup_steps=1"),
+    )
+    code, _, err = call(
+        capsys, workspace, "specialize", "--domain", "notes", "--from", str(model), str(tmp_path / "no")
+    )
+    assert code == 1 and not (workspace.root / "tokenizer").exists(), err
+    code, _, err = call(capsys, workspace, "specialize", "--domain", "notes", "--from", str(model), str(notes), *steps)
+    assert code == 0 and workspace.config_file.exists(), err
+    two = write_jsonl(tmp_path / "two.jsonl", texts[300:450])
+    command = ("specialize", "--domain", "two", "--from", "notes-tiny-20M-all", str(two), *steps)
+    code, _, err = call(capsys, workspace, *command)
+    assert code == 0, err
+    assert Store(workspace.data("two", "train")).context_length == 64
+    code, out, err = call(capsys, workspace, "evaluate", "--json")
+    assert code == 0 and len(json.loads(out)["results"]) == 4, err
+    odd = tmp_path / "ck" / "snapshots" / "step1"
+    shutil.copytree(model, odd)
+    (odd / "README.md").write_text("---\nlicense: 2024-01-01\ndatasets: 5\n---\n")
+    code, _, err = call(
+        capsys, workspace, "specialize", "--domain", "two", "--from", str(odd), *steps, "--lora", "4", "--fuse"
+    )
+    assert code == 0, err
+    assert "base_model" not in ModelCard.load(workspace.model("two-step1-lora-all") / "README.md").data.to_dict()
+
+
+def test_our_own_models_are_evaluated_anywhere(model, prepared, notes, tmp_path, capsys):
+    own, other = Workspace(tmp_path / "own"), Workspace(tmp_path / "other")
+    assert call(capsys, own, "specialize", "--domain", "notes", "--from", str(model), str(notes), *SETTINGS)[0] == 0
+    shutil.copytree(prepared.root, other.root)
+    path = own.model("notes-tiny-20M-all")
+    code, out, err = call(capsys, other, "evaluate", str(path), "--domain", "notes", "--json")
+    assert code == 0 and json.loads(out)["results"][0]["tokenizer"] == "own", err

@@ -113,3 +113,25 @@ def test_long_documents_are_cut_as_long_files_are(tmp_path, texts):
     parts = list(read_hub(f"hf:{tmp_path / 'data'}", Reading()))
     assert parts[:-1] == list(read_file(tmp_path / "book.txt", Reading())) and parts[-1] == "short"
     assert "".join(parts[:-1]) == book and len(parts) > 5
+
+
+def test_who_stops_within_a_long_record_loses_nothing_of_it(tmp_path, texts):
+    (tmp_path / "data").mkdir()
+    books = ["\n\n".join([f"book {i}", *texts])[:200_000] for i in range(3)]
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps({"text": book}) + "\n" for book in books))
+    reading = Reading(streams=tmp_path / "streams")
+    first = read_hub(f"hf:{tmp_path / 'data'}", reading)
+    next(first), next(first)
+    first.close()
+    assert list(read_hub(f"hf:{tmp_path / 'data'}", reading)) == list(read_hub(f"hf:{tmp_path / 'data'}", Reading()))
+
+
+def test_another_field_is_another_stream(tmp_path):
+    (tmp_path / "data").mkdir()
+    records = [{"text": f"text {i}", "other": f"other {i}"} for i in range(20)]
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    first = read_hub(f"hf:{tmp_path / 'data'}", Reading(streams=tmp_path / "streams"))
+    next(first)
+    first.close()
+    other = list(read_hub(f"hf:{tmp_path / 'data'}", Reading("other", streams=tmp_path / "streams")))
+    assert other == [record["other"] for record in records]

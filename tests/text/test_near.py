@@ -113,3 +113,31 @@ def test_documents_without_a_shingle_are_not_compared(tmp_path, capsys, texts):
     windows = store.windows[:]
     lengths = np.bincount(windows["document"], windows["length"])
     assert (found[lengths - 1 < 8] == -1).all() and (lengths - 1 < 8).sum() > 30
+
+
+def test_an_interruption_leaves_no_set_that_only_says_it_was_thinned(collection, tmp_path, capsys, monkeypatch):
+    from mlx_slm.text import prepare
+
+    workspace, source = prepared_set(tmp_path, collection)
+    command = ("prepare", "generic", str(source), "--drop-near-duplicates")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "compare", interrupted)
+        assert call(capsys, workspace, *command)[0] == 130
+    code, out, err = call(capsys, workspace, *command)
+    assert code == 0 and "(left out)" in out, err
+    stores = [Store(workspace.data("generic", split)) for split in ("test", "valid", "train")]
+    assert not near_duplicates(stores).marked(2, [0, 1, 2]).any()
+
+
+def test_a_damaged_domain_does_not_stop_the_generic_set(texts, tmp_path, capsys):
+    workspace, source = prepared_set(tmp_path, texts[:300])
+    notes = write_jsonl(tmp_path / "notes.jsonl", texts[300:500])
+    assert call(capsys, workspace, "prepare", "generic", str(source))[0] == 0
+    assert call(capsys, workspace, "prepare", "notes", str(notes))[0] == 0
+    (workspace.data("notes", "test") / "manifest.json").unlink()
+    code, _, err = call(capsys, workspace, "prepare", "generic", str(source), "--fresh")
+    assert code == 0, err
