@@ -196,7 +196,13 @@ class Method:
         is for it; raises SlmError for a request that does not fit."""
         if not isinstance(source, Run) or not has_experts(source):
             if request.select:
-                what = f"{source.name}" if source else "training from scratch"
+                what = (
+                    f"run {source.name}"
+                    if isinstance(source, Run)
+                    else source.name
+                    if source
+                    else "training from scratch"
+                )
                 raise SlmError(
                     f"--select {request.select}: {what} has no experts to choose from; it is for methods pn and mix"
                 )
