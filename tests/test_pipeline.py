@@ -267,8 +267,8 @@ def test_a_workspace_of_another_tokenizer(own, tmp_path, texts, config, capsys):
     assert call(capsys, own, "prepare", "generic", str(source), "--fresh", *settings)[0] == 0
     code, _, err = call(capsys, own, "specialize", "--domain", "notes", *settings)
     assert code == 1 and "was made by another tokenizer" in err
-    code, _, err = call(capsys, own, "evaluate", "slm", "--domain", "generic", *settings)
-    assert code == 1 and "were made with different tokenizers" in err
+    code, out, _ = call(capsys, own, "evaluate", "slm", "--domain", "generic", *settings)
+    assert code == 0 and "only bits per byte compare" in out, "the model reads the text with its own tokenizer"
 
 
 def test_info_verifies_every_artifact(own, capsys):
