@@ -2,8 +2,8 @@
 
 `hf:<dataset>[:<config>][?<field>=<value>]`: the train split; a local data set's directory works too. With `?` only
 records whose field (such as meta.pile_set_name) has that value are taken. Long documents are cut as long text files
-are. Texts lie in parts of about PART_BYTES, each
-with the state of the stream behind it, so that a second pass reads them from the disk, and one that broke off goes on.
+are. Texts lie in parts of about PART_BYTES, each with the state of the stream behind it, so that a second pass reads
+them from the disk, and one that broke off goes on.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def read_hub(source: str, reading: Reading) -> Iterator[str]:
         there = " what came is kept: the same command goes on from there" if kept and kept.parts else ""
         raise SlmError(
             f"{source}: cannot be read ({reason}); check the name and the network{there and ';' + there}"
-        ) from (error)
+        ) from error
 
 
 def _texts(source: str, stream: Any, condition: str, reading: Reading, kept: Kept | None) -> Iterator[str]:

@@ -100,12 +100,12 @@ def piece_bytes(tokenizer: HuggingFace) -> list[bytes]:
 
 def open_tokenizer(directory: Path) -> Tokenizer:
     """The workspace's tokenizer, trained or taken from a model."""
-    files = load_manifest(directory, KIND)["files"]
+    manifest = load_manifest(directory, KIND)
+    files = manifest["files"]
     if JSON_FILE not in files or not all("sha256" in entry for entry in files.values()):
         raise Damaged(f"{directory} is not a tokenizer with its {JSON_FILE}; remove it and make it again")
     if MODEL_FILE in files:
         return TrainedTokenizer(directory)
-    manifest = load_manifest(directory, KIND)
     verify(directory, manifest)
     return HuggingFaceTokenizer(directory, manifest["info"].get("eos_id", -1), manifest)
 

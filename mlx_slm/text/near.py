@@ -53,7 +53,7 @@ def near_duplicates(stores: Sequence[Store]) -> Near:
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]) if len(counts) else np.zeros(0, np.int64)
     signatures, comparable = _signatures(stores)
     earlier = np.full(int(counts.sum()), -1, np.int64)
-    places = [_places(store) for store in stores]
+    places = [store.documents() for store in stores]
 
     def shingles(document: int) -> np.ndarray:
         store = int(np.searchsorted(starts, document, side="right")) - 1
@@ -81,23 +81,13 @@ def hashes(tokens: np.ndarray) -> np.ndarray:
     return value
 
 
-def _places(store: Store) -> np.ndarray:
-    """(offset, tokens without the end of text) of each document, int64 [documents, 2]."""
-    windows = store.windows[:]
-    starts = np.flatnonzero(np.diff(windows["document"].astype(np.int64), prepend=-1))
-    if not len(starts):
-        return np.zeros((0, 2), np.int64)
-    lengths = np.add.reduceat(windows["length"].astype(np.int64), starts) - 1
-    return np.stack([windows["offset"][starts].astype(np.int64), lengths], axis=1)
-
-
 def _signatures(stores: Sequence[Store]) -> tuple[np.ndarray, np.ndarray]:
     """(uint32 [documents, PERMUTATIONS], which are long enough to be compared)."""
     from rensa import RMinHash
 
     parts, long_enough, left = [np.zeros((0, PERMUTATIONS), np.uint32)], [np.zeros(0, bool)], MOST_DOCUMENTS
     for store in stores:
-        for places in _blocks(_places(store)[:left]):
+        for places in _blocks(store.documents()[:left]):
             rows = [hashes(store.tokens[int(start) : int(start + length)]) for start, length in places]
             offsets = np.cumsum([0, *map(len, rows)], dtype=np.uint64)
             flat = np.concatenate([*rows, np.zeros(0, np.uint64)])

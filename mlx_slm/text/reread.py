@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlx_slm.text.store import WINDOW, Store, cut_windows
+from mlx_slm.text.store import Store, cut_windows
 from mlx_slm.text.tokenizer import Tokenizer
 
 
@@ -26,9 +26,4 @@ class Reread(Store):
 
 def documents_of(store: Store) -> list[list[int]]:
     """The ids of each document of a store, without the end of text."""
-    windows = store.windows[:]
-    assert windows.dtype == WINDOW
-    starts = np.flatnonzero(np.diff(windows["document"], prepend=-1))
-    lengths = np.add.reduceat(windows["length"].astype(np.int64), starts) if len(starts) else np.zeros(0, np.int64)
-    offsets = windows["offset"][starts].astype(np.int64)
-    return [store.tokens[a : a + n - 1].tolist() for a, n in zip(offsets.tolist(), lengths.tolist(), strict=True)]
+    return [store.tokens[start : start + length].tolist() for start, length in store.documents().tolist()]

@@ -53,6 +53,15 @@ class Store:
         window = self.windows[int(index)]
         return self.tokens[int(window["offset"]) : int(window["offset"]) + int(window["length"])]
 
+    def documents(self) -> np.ndarray:
+        """(offset, tokens without the end of text) of each document, int64 [documents, 2]."""
+        windows = self.windows[:]
+        starts = np.flatnonzero(np.diff(windows["document"].astype(np.int64), prepend=-1))
+        if not len(starts):
+            return np.zeros((0, 2), np.int64)
+        lengths = np.add.reduceat(windows["length"].astype(np.int64), starts) - 1
+        return np.stack([windows["offset"][starts].astype(np.int64), lengths], axis=1)
+
     @property
     def name(self) -> str:
         """Of the set."""
