@@ -181,13 +181,14 @@ def specialize(session: Session, **given) -> None:
     _show_run(session, run)
 
 
-def _how_to_use(session: Session, base: dict, adapter: Path) -> str:
+def _how_to_use(session: Session, run, adapter: Path) -> str:
     """How to run an adapter: with its base where that is exported at the same step, else fused."""
     from mlx_slm.files import read_json
     from mlx_slm.storage.artifacts import MANIFEST
 
-    if "model" in base:
-        return f"mlx_lm.generate --model {base['model']} --adapter-path {adapter} --prompt TEXT"
+    if run.published:
+        return f"mlx_lm.generate --model {run.published['model']} --adapter-path {adapter} --prompt TEXT"
+    base = run.record["inputs"]["from"]
     model = session.workspace.model(base["run"])
     exported = read_json(model / MANIFEST)["inputs"] if (model / MANIFEST).exists() else {}
     if exported.get("step") == base["step"]:
@@ -218,7 +219,7 @@ def _show_run(session: Session, run) -> None:
     if model:
         text = f"model: {model}\nnext: mlx-slm evaluate {run.name}"
     elif "adapter" in result:
-        text = f"adapter: {adapter}\nnext: " + _how_to_use(session, record["inputs"]["from"], adapter)
+        text = f"adapter: {adapter}\nnext: " + _how_to_use(session, run, adapter)
     elif run.finished:
         text = f"run {run.name} has its experts\nnext: mlx-slm specialize --domain NAME --from {run.name}"
     else:

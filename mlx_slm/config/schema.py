@@ -290,6 +290,9 @@ class FinetuningConfig(Section):
     """Passes over the domain set without a gain that end the first try. Not specified by the paper."""
     again: Multiple = 1
     """Steps of the second try, as a multiple of those of the first. Not specified by the paper."""
+    replay: Fraction = 0.0
+    """Share of the rows that are generic ones, resampled to the domain: it needs the generic set, and clusters. Not in
+    the paper."""
     select_tokens: PositiveSize = 50_000
     """Tokens of the domain set on which `--select pretrained` scores every expert. Not specified by the paper."""
     seed: Seed = 0

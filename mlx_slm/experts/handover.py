@@ -24,7 +24,7 @@ from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.tokenizer import KIND as TOKENIZER
 from mlx_slm.training.checkpoint import KIND as CHECKPOINT
 from mlx_slm.training.checkpoint import STATE, WEIGHTS, checkpoint_path
-from mlx_slm.training.runs import CONFIG, RECORD, Run, expert_path, read_run, require_expert
+from mlx_slm.training.runs import CONFIG, RECORD, Run, expert_path, read_run, require_expert, without_path
 
 
 def export_bundle(workspace: Workspace, run: Run, directory: Path) -> dict:
@@ -80,6 +80,8 @@ def _write_weights(run: Run, path: Path) -> None:
     if run.milestone is not None and step is not None:
         state = read_json(checkpoint_path(run.path, step) / STATE)
         record |= {"status": "finished", "step": step, "tokens": state["tokens"], "seconds": state["seconds"]}
+    if run.published:
+        record |= {"published": without_path(run.published)}
     path.mkdir(parents=True, exist_ok=True)
     write_record(path / RECORD, record)
     if step is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlx_slm.errors import SlmError
 from mlx_slm.files import JSON_BYTES, load_tokenizer_json, read_text
 from mlx_slm.models.shape import Shape
 from mlx_slm.storage.artifacts import EDITABLE as CARD
@@ -21,12 +23,23 @@ MARK = "\n<!-- written by mlx-slm "
 """In front of the SHA-256 of what stands above: a card that was changed by hand does not fit it."""
 
 
+LICENSE = ("license", "license_name", "license_link")
+"""Fields of a card that go together."""
+
+
+IDENTIFIER = re.compile(r"[a-z0-9]+([.+_-][a-z0-9]+)*")
+LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
 @dataclass(frozen=True)
 class About:
     """What only the author knows of a model; None and () where it was not said."""
 
     license: str | None = None
-    """An identifier of the Hub, such as apache-2.0."""
+    """An identifier of the Hub, such as apache-2.0; `other` for one with a name of its own."""
+    license_name: str | None = None
+    license_link: str | None = None
     languages: tuple[str, ...] = ()
     """Codes such as en."""
     datasets: tuple[str, ...] = ()
@@ -36,7 +49,26 @@ class About:
 
     def over(self, other: About | None) -> About:
         """This, and what it does not say from another."""
-        return replace(other, **{key: value for key, value in vars(self).items() if value}) if other else self
+        if other is None:
+            return self
+        said = {key: value for key, value in vars(self).items() if value}
+        if self.license:
+            said |= {key: getattr(self, key) for key in LICENSE}
+        return replace(other, **said)
+
+
+def require_known_form(about: About) -> None:
+    """Raise SlmError for what the Hub would not take: said by hand, or in a script."""
+    named = {
+        "--license": (IDENTIFIER, "an identifier of the Hub, such as apache-2.0", (about.license,)),
+        "--language": (LANGUAGE, "a code, such as en or pt-BR", about.languages),
+        "--dataset": (REPOSITORY, "OWNER/DATASET or DATASET on the Hub", about.datasets),
+        "--base-model": (REPOSITORY, "OWNER/MODEL on the Hub", (about.base_model,)),
+    }
+    for option, (form, wanted, values) in named.items():
+        for value in values:
+            if value and not form.fullmatch(value):
+                raise SlmError(f"{option} {value}: give {wanted}")
 
 
 def about_of(directory: Path) -> About | None:
@@ -50,22 +82,20 @@ def about_of(directory: Path) -> About | None:
     except Exception:  # whatever stands there by hand
         return None
     listed = lambda value: (value,) if isinstance(value, str) else _names(value)  # noqa: E731
-    said, base = data.get("license"), data.get("base_model")
-    return About(
-        said if isinstance(said, str) and said != "other" else None,
-        listed(data.get("language")),
-        listed(data.get("datasets")),
-        base if isinstance(base, str) else None,
-    )
+    text = {key: value for key in (*LICENSE, "base_model") if isinstance(value := data.get(key), str)}
+    if text.get("license") == "other" and "license_name" not in text:
+        del text["license"]
+    return About(languages=listed(data.get("language")), datasets=listed(data.get("datasets")), **text)
 
 
 def _names(value) -> tuple[str, ...]:
     return tuple(name for name in value if isinstance(name, str)) if isinstance(value, list) else ()
 
 
-def _inherited(origin: dict) -> About:
+def _inherited(published: dict) -> About:
     """What holds for a model because it holds for the published one that it comes from."""
-    return About(license=origin["license"], base_model=origin["model"] if origin["revision"] else None)
+    license, name, link = (published.get(key) for key in LICENSE)
+    return About(license, name, link, base_model=published.get("base_model"))
 
 
 def is_own_card(directory: Path) -> bool:
@@ -82,8 +112,7 @@ def write_card(
     """Write README.md of a model directory from its manifest's `inputs` and `info`, and rows of `evaluate`."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    origin = manifest["info"].get("from")
-    published = origin if isinstance(origin, dict) and "model" in origin else None
+    published = manifest["info"].get("published")
     about = (about or About()).over(_inherited(published) if published else None)
     measures = [
         EvalResult(
@@ -99,6 +128,8 @@ def write_card(
     ]
     data = ModelCardData(
         license=about.license or "other",
+        license_name=about.license_name,
+        license_link=about.license_link,
         language=list(about.languages) or None,
         library_name="mlx",
         tags=["mlx", "mlx-slm"],
@@ -136,7 +167,7 @@ def _text(directory: Path, name: str, manifest: dict, results: Sequence[dict]) -
         "method": inputs.get("method"),
         "run": inputs.get("run"),
         "domain": info.get("domain"),
-        "from": _named(info.get("from")),
+        "from": _named(info.get("from"), info.get("published")),
         "training": f"{info['tokens']:,} tokens, {info['seconds']:,.0f} s on {info['device']}"
         if info.get("tokens") and info.get("seconds")
         else None,
@@ -164,13 +195,16 @@ there.{chat}
 {commands}"""
 
 
-def _named(origin: dict | str | None) -> str | None:
+def _named(origin: dict | str | None, published: dict | None) -> str | None:
     """What a model comes from, in words."""
-    if not isinstance(origin, dict):
-        return None
-    if "run" in origin:
-        return f"run {origin['run']}, step {origin['step']:,}" if origin["step"] is not None else f"run {origin['run']}"
-    return f"{origin['model']}@{origin['revision']}" if origin["revision"] else Path(origin["model"]).name
+    parts = []
+    if isinstance(origin, dict) and "run" in origin:
+        step = f", step {origin['step']:,}" if origin["step"] is not None else ""
+        parts.append(f"run {origin['run']}{step}")
+    if published:
+        name, revision = published["model"], published["revision"]
+        parts.append(f"{name}@{revision}" if revision else name)
+    return ", of ".join(parts) or None
 
 
 def _commands(name: str, shape: Shape, bits: int | None) -> list[str]:

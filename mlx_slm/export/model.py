@@ -25,7 +25,7 @@ from mlx_slm.storage.records import write_json
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.hub_tokenizer import open_tokenizer, require_tokenizer_json, same_ids, tokenizer_of
 from mlx_slm.text.tokenizer import Tokenizer
-from mlx_slm.training.runs import Run, find_run
+from mlx_slm.training.runs import Run, find_run, without_path
 
 KIND, ADAPTER = "model", "adapter"
 GROUP = 64
@@ -41,7 +41,11 @@ def export_run(workspace: Workspace, run: Run, report: Report, fuse: bool = Fals
     step, inputs = run.weights_step(), run.record["inputs"]
     made_from = {"run": run.name, "step": step, "method": run.record["method"], "tokenizer": inputs["tokenizer"]}
     info = {key: run.record.get(key) for key in ("tokens", "seconds", "device", "valid_nll", "started", "selection")}
-    info |= {"domain": inputs.get("domain"), "from": inputs.get("from")}
+    info |= {
+        "domain": inputs.get("domain"),
+        "from": inputs.get("from"),
+        "published": without_path(published_of(workspace, run)),
+    }
     lora = lora_of(run)
     if lora and not _is_written(workspace.adapter(run.name), ADAPTER, run):
         arrays, config = lora.to_mlx_lm(run.weights())
@@ -79,8 +83,8 @@ def weights_of(workspace: Workspace, run: Run) -> dict:
     if lora is None:
         return run.weights()
     origin = run.record["inputs"]["from"]
-    if "model" in origin:
-        return lora.applied(_original(run, origin).parameters(), run.weights())
+    if run.published:
+        return lora.applied(_original(run, run.published, origin["weights"]).parameters(), run.weights())
     base = find_run(workspace, origin["run"])
     if base.identity != origin["identity"]:
         raise SlmError(
@@ -90,12 +94,25 @@ def weights_of(workspace: Workspace, run: Run) -> dict:
     return lora.applied(start, run.weights())
 
 
-def _original(run: Run, origin: dict) -> Pretrained:
+def published_of(workspace: Workspace, run: Run) -> dict | None:
+    """What a record says of the published model that a run goes back to, over any number of runs between."""
+    origin = run.record["inputs"].get("from")
+    if run.published or not isinstance(origin, dict) or origin.get("run") not in workspace.runs():
+        return run.published
+    return published_of(workspace, find_run(workspace, origin["run"]))
+
+
+def _original(run: Run, published: dict, weights: str) -> Pretrained:
     """The published model that a run adapted; raises SlmError where it is another one by now."""
-    name = origin["model"]
-    path = download(f"{name}@{origin['revision']}") if origin["revision"] else Path(name)
+    name = published["model"]
+    path = download(f"{name}@{published['revision']}") if published["revision"] else Path(name)
+    if not path.exists():
+        raise SlmError(
+            f"run {run.name} adapted {name}, which is not there any more: bring it back, or run the command of "
+            f"{run.name} again with --from its new place"
+        )
     model = Pretrained(path, run.shape.context_length, option=None)
-    if model.fingerprint != origin["weights"]:
+    if model.fingerprint != weights:
         raise SlmError(
             f"{name} has other weights since {run.name} adapted them: specialise it again, with --lora --fresh"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_slm.errors import SlmError
-from mlx_slm.export.card import about_of
+from mlx_slm.export.card import LICENSE, About, about_of
 from mlx_slm.export.published import revision_of
 from mlx_slm.files import read_json, require_form
 from mlx_slm.machine.trees import flat, nested
@@ -74,13 +74,17 @@ class Pretrained:
         return re.sub(r"[^\w.+-]+", "-", self.name.rstrip("/").rpartition("/")[2]).strip("-.") or "model"
 
     @property
-    def origin(self) -> dict:
-        """For a record."""
-        revision, name = revision_of(self.directory), self.name
-        where = name if revision else str(self.directory.resolve())
-        about = about_of(self.directory)
-        said = about and about.license
-        return {"model": where, "revision": revision, "weights": self.fingerprint, "license": said}
+    def identity(self) -> dict:
+        """What of it decides the outcome of a training, for a record."""
+        return {"weights": self.fingerprint}
+
+    @property
+    def facts(self) -> dict:
+        """Where it lies and what its author says of it, for a record: these may change and the model stay."""
+        revision, about = revision_of(self.directory), about_of(self.directory) or About()
+        said = {key: getattr(about, key) for key in LICENSE if getattr(about, key)}
+        where = {"model": self.name if revision else str(self.directory.resolve()), "revision": revision}
+        return where | said | {"base_model": self.name if revision else about.base_model}
 
     def parameters(self) -> dict:
         """Parameters for a `Transformer(shape)`; raises SlmError naming what is missing or has another shape."""

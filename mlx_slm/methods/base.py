@@ -117,6 +117,11 @@ class Setup:
         }
         return inputs | ({"init_from": self.origin.fingerprint} if self.origin else {})
 
+    @property
+    def published(self) -> dict | None:
+        """What a record says of the published model that it starts from."""
+        return self.origin.facts if self.origin else None
+
     def steps(self, rows: int, tokens: int | None) -> int:
         """Steps of a training on a set of `rows` rows; of `tokens` tokens where they are given."""
         training = self.project.config.training

@@ -49,6 +49,10 @@ class WithTeacher(Start):
     def origin(self) -> dict | str:
         return self.start.origin
 
+    @property
+    def published(self) -> dict | None:
+        return self.start.published
+
     def rate(self, config: Config, recipe: Recipe) -> float:
         return self.start.rate(config, recipe)
 

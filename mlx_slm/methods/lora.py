@@ -44,6 +44,10 @@ class WithAdapters(Start):
     def origin(self) -> dict | str:
         return self.start.origin
 
+    @property
+    def published(self) -> dict | None:
+        return self.start.published
+
     def rate(self, config: Config, recipe: Recipe) -> float:
         return self.multiple * self.start.rate(config, recipe)
 

@@ -70,7 +70,7 @@ class Mixture(Method):
             def announce() -> None:
                 announce_jobs(left, project.config.training, project.report)
 
-            asked = RunRequest(path, self.name, inputs, project.config, whole, remedy=remedy)
+            asked = RunRequest(path, self.name, inputs, project.config, whole, remedy=remedy, published=setup.published)
             run = open_run(project.workspace, asked, announce)
             if request.fresh:
                 run.record["started"] = time.time()

@@ -78,6 +78,7 @@ class ProjectedNetwork(Method):
             shape.flops_per_token(rows * setup.shape.context_length),
             f"{shape.k} experts of {setup.shape.num_parameters:,} parameters each, from h = {shape.h} tensors of "
             f"{len(shape.matrices)} matrices; {groups} clusters a step; T learns at {rate:.2f} times the rate",
+            published=setup.published,
         )
 
     def flops_per_token(self, models: Models) -> float:

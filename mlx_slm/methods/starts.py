@@ -43,6 +43,11 @@ class Start(ABC):
         """For the record."""
 
     @property
+    def published(self) -> dict | None:
+        """What a record says of the published model that it is."""
+        return None
+
+    @property
     def is_from_scratch(self) -> bool:
         return self.origin == SCRATCH
 
@@ -122,7 +127,11 @@ class FromPublished(Whole):
 
     @property
     def origin(self) -> dict | str:
-        return self.model.origin
+        return self.model.identity
+
+    @property
+    def published(self) -> dict | None:
+        return self.model.facts
 
     def rate(self, config: Config, recipe: Recipe) -> float:
         return config.finetuning.learning_rate or config.finetuning.published_rate

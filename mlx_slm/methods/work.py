@@ -49,6 +49,8 @@ class TrainingJob:
     """What the user should read before it starts."""
     files: dict = field(default_factory=dict)
     """JSON to lie in the run, by name."""
+    published: dict | None = None
+    """`Pretrained.facts` of the model that it begins with."""
 
 
 def plain_job(
@@ -71,6 +73,7 @@ def plain_job(
         evaluate=validation_loss(model, setup.valid, setup.windows),
         num_parameters=shape.num_parameters,
         flops_per_token=shape.flops_per_token,
+        published=setup.published,
     )
     return replace(job, **changes)
 
@@ -88,7 +91,7 @@ def work(
         announce_jobs([job], config.training, report)
 
     with alone_in(job.path):
-        asked = RunRequest(job.path, job.inputs["method"], job.inputs, config, fresh)
+        asked = RunRequest(job.path, job.inputs["method"], job.inputs, config, fresh, published=job.published)
         run = open_run(project.workspace, asked, announce or say)
         for file, value in job.files.items():
             write_record(job.path / file, value)

@@ -8,7 +8,16 @@ from pathlib import Path
 from mlx_slm.errors import SlmError
 from mlx_slm.evaluation.evaluate import evaluate
 from mlx_slm.experts.experts import has_experts
-from mlx_slm.export.card import CARD, QUANTIZED, About, about_of, is_own_card, results_of, write_card
+from mlx_slm.export.card import (
+    CARD,
+    QUANTIZED,
+    About,
+    about_of,
+    is_own_card,
+    require_known_form,
+    results_of,
+    write_card,
+)
 from mlx_slm.export.gguf import write_gguf
 from mlx_slm.export.hub import push
 from mlx_slm.export.model import ADAPTER, KIND, export_run, load_exported, lora_of, require_model, say_sizes
@@ -41,6 +50,8 @@ class Export:
 def export(project: Project, request: Export) -> dict:
     """Write what is asked for; returns `{"path", ...}`. An older one stays until the new one is whole."""
     workspace = project.workspace
+    if request.about:
+        require_known_form(request.about)
     if request.name in workspace.runs():
         if adapters := _export_run(project, request):
             return adapters

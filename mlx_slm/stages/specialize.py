@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import shutil
 
-import numpy as np
-
 from mlx_slm.config.files import dump_config
 from mlx_slm.config.schema import DataConfig, Recipe
 from mlx_slm.errors import Busy, Interrupted, SlmError
@@ -21,6 +19,7 @@ from mlx_slm.fields import format_size
 from mlx_slm.files import read_json
 from mlx_slm.finetuning.domain import DomainSet, domain_set
 from mlx_slm.finetuning.finetune import Finetuning, choose_recipe, schedule_of
+from mlx_slm.finetuning.rows import finetuning_rows, require_replay
 from mlx_slm.methods import METHODS, find_method
 from mlx_slm.methods.plain import Small
 from mlx_slm.methods.requests import SCRATCH, Specialisation
@@ -34,10 +33,11 @@ from mlx_slm.storage.locks import in_use
 from mlx_slm.storage.records import write_text
 from mlx_slm.text.hub_tokenizer import open_tokenizer
 from mlx_slm.text.prepare import adopt_tokenizer, sources_of
-from mlx_slm.text.rows import Sampler, Stream
 from mlx_slm.training.optimizer import OPTIMIZER_FIELDS
 from mlx_slm.training.runs import EXPERT, RECORD, Run, RunRequest, alone_in, default_run, open_run
 
+UNRECORDED = {"recipes", "select_tokens", "published_rate", "replay"}
+"""Settings of fine-tuning that change nothing, or that a record has in another place."""
 HELD_OUT = 0.1
 """Share of the documents for validation, and as many for testing, where there is a domain alone and nothing is said."""
 
@@ -50,10 +50,14 @@ def specialize(project: Project, request: Specialisation) -> Run:
     workspace, config, report, name = project.workspace, project.config, project.report, request.domain
     if name == config.data.generic:
         raise SlmError(f"--domain {name}: that is the generic set; specialise to another one")
+    require_replay(project)
     model, is_new = _published(project, request.source), not (workspace.tokenizer / MANIFEST).exists()
+    configured = workspace.config_file.exists()
     if model:
         project = _as_it_reads(project, model)
         config = project.config
+        if not configured:
+            write_text(workspace.config_file, dump_config(config))
     start, tokens = _resolved(project, request, model)
     named = sources_of(name, list(request.sources), workspace, config)
     try:
@@ -61,9 +65,9 @@ def specialize(project: Project, request: Specialisation) -> Run:
     except SlmError:
         if model and is_new and not workspace.sets():  # another model can be taken then
             shutil.rmtree(workspace.tokenizer)
+            if not configured:
+                workspace.config_file.unlink()
         raise
-    if model and not workspace.config_file.exists():
-        write_text(workspace.config_file, dump_config(config))
     for pretrained in start.runs():
         _require_fit(pretrained, domain, report)
     start = start.ready(lambda teacher, run: _tuned_teacher(project, domain, teacher, run))
@@ -71,21 +75,22 @@ def specialize(project: Project, request: Specialisation) -> Run:
     shape = start.shape(config, tokenizer.vocab_size, domain.store.context_length)
     recipe = choose_recipe(config.finetuning, tokens or domain.num_tokens, start.is_from_scratch)
     rate = start.rate(config, recipe)
+    job, announcement, replayed = _job(project, domain, shape, recipe, rate)
     inputs = {
         "method": start.method,
         "from": start.origin,
         "optimizer": config.training.model_dump(mode="json", include=set(OPTIMIZER_FIELDS)),
         "shape": shape.to_dict(),
-        "finetuning": config.finetuning.model_dump(mode="json", exclude={"recipes", "select_tokens", "published_rate"}),
+        "finetuning": config.finetuning.model_dump(mode="json", exclude=UNRECORDED),
         "recipe": recipe.model_dump(mode="json") | {"learning_rate": rate},
         "tokenizer": tokenizer.fingerprint,
         **domain.inputs(),
         **start.inputs(config),
+        **replayed,
     }
     path = workspace.run(request.name or f"{name}-{start.label}-{_size(tokens)}")
-    job, announcement = _job(project, domain, shape, recipe, rate)
     with alone_in(path):
-        asked = RunRequest(path, start.method, inputs, config, request.fresh, select="best")
+        asked = RunRequest(path, start.method, inputs, config, request.fresh, "best", published=start.published)
         run = open_run(workspace, asked, lambda: report.line(f"{start.what} on {announcement}"))
         if run.finished:
             report.line(run.already_finished)
@@ -142,25 +147,31 @@ def _resolved(project: Project, request: Specialisation, model: Pretrained | Non
     return start, _sampled_tokens(source, request, project.report)
 
 
-def _job(project: Project, domain: DomainSet, shape: Shape, recipe: Recipe, rate: float) -> tuple[Finetuning, str]:
-    """(the fine-tuning, what it is in words)."""
+def _job(
+    project: Project, domain: DomainSet, shape: Shape, recipe: Recipe, rate: float
+) -> tuple[Finetuning, str, dict]:
+    """(the fine-tuning, what it is in words, what a record says of its rows beyond the domain set)."""
     config, report = project.config, project.report
-    finetuning, stream = config.finetuning, Stream.of(domain.store, domain.windows)
-    if finetuning.batch_rows > max(8, stream.num_rows):
+    finetuning = config.finetuning
+    sampler, per_pass, replayed = finetuning_rows(project, domain, finetuning.max_steps or recipe.steps)
+    rows = sampler.streams[0].num_rows
+    if finetuning.batch_rows > max(8, rows):
         report.warn(
-            f"finetuning.batch_rows {finetuning.batch_rows:,} is more than the domain set's {stream.num_rows:,} rows: "
+            f"finetuning.batch_rows {finetuning.batch_rows:,} is more than the domain set's {rows:,} rows: "
             "each step reads all of them, some again"
         )
-    sampler = Sampler([stream], np.ones(1), finetuning.batch_rows, finetuning.seed)
-    per_pass = sampler.num_rows / finetuning.batch_rows
     per_evaluation = domain.valid_tokens / (finetuning.batch_rows * sampler.row_length)
     schedule = schedule_of(config, recipe, rate, per_pass, per_evaluation)
     job = Finetuning(
         config, shape, sampler, schedule, domain.valid, domain.valid_windows, report, shape.flops_per_token
     )
-    return job, (
-        f"{domain.num_tokens:,} tokens of {domain.name} ({per_pass:.0f} steps a pass), rate {rate:.1e}, at most "
-        f"{schedule.steps:,} steps"
+    return (
+        job,
+        (
+            f"{domain.num_tokens:,} tokens of {domain.name} ({per_pass:.0f} steps a pass), rate {rate:.1e}, at most "
+            f"{schedule.steps:,} steps"
+        ),
+        replayed,
     )
 
 

@@ -45,6 +45,15 @@ def renamed(inputs: dict, back: bool = False) -> dict:
     return {section: keyed(section, values) for section, values in inputs.items()}
 
 
+def published_apart(record: dict) -> dict:
+    """A run's record with what is said of a published model apart from what identifies it: its weights."""
+    origin = record["inputs"].get("from")
+    if not isinstance(origin, dict) or "model" not in origin:
+        return record
+    said = {key: value for key, value in origin.items() if key != "weights"}
+    return record | {"inputs": record["inputs"] | {"from": {"weights": origin["weights"]}}, "published": said}
+
+
 class OtherFormat(SlmError):
     """An artifact in a format of another version."""
 

@@ -168,6 +168,17 @@ class Inputs(Form):
     mixture: MixtureConfig | None = None
 
 
+class PublishedForm(Form):
+    """What a record says of a published model."""
+
+    model: StrictStr
+    revision: StrictStr | None = None
+    license: StrictStr | None = None
+    license_name: StrictStr | None = None
+    license_link: StrictStr | None = None
+    base_model: StrictStr | None = None
+
+
 class RunForm(Form):
     """run.json"""
 
@@ -181,6 +192,7 @@ class RunForm(Form):
     tokens: Count | None = None
     seconds: Annotated[StrictFloat | StrictInt, Field(ge=0, allow_inf_nan=False)] | None = None
     name: PlainPath | None = None
+    published: PublishedForm | None = None
 
     @model_validator(mode="after")
     def experts_are_known(self) -> RunForm:

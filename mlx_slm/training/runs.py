@@ -63,6 +63,11 @@ class Run:
         """Another one for a run of the same name that was trained again, or differently."""
         return fingerprint([formats.renamed(self.record["inputs"], back=True), self.record["started"]])
 
+    @property
+    def published(self) -> dict | None:
+        """Where the published model lies that this run began with, and what its author says of it."""
+        return self.record.get("published")
+
     def finish(self, state: State, flops: float) -> None:
         """Record the outcome and what it cost."""
         last = checkpoint.checkpoint_steps(self.path)[-1]
@@ -159,6 +164,13 @@ class Run:
             ) from error
 
 
+def without_path(published: dict | None) -> dict | None:
+    """What a record says of a published model, for what leaves this machine."""
+    if not published or published["revision"]:
+        return published
+    return published | {"model": Path(published["model"]).name}
+
+
 def alone_in(path: Path) -> contextlib.AbstractContextManager[None]:
     """Hold the lock of a run. Raises Busy if another process has it."""
     busy = f"run {path.name} is being trained by another process: wait, or give --name"
@@ -184,6 +196,8 @@ class RunRequest:
     """Which checkpoint stands for it: the last or the best."""
     remedy: str = REMEDY
     """What to do where the name belongs to another configuration."""
+    published: dict | None = None
+    """`Pretrained.facts` of the model that it begins with."""
 
 
 def open_run(workspace: Workspace, asked: RunRequest, announce: Callable[[], None] = lambda: None) -> Run:
@@ -212,7 +226,11 @@ def open_run(workspace: Workspace, asked: RunRequest, announce: Callable[[], Non
     if not record or record["status"] != "finished":
         announce()
     if record:
-        return Run(path, record)
+        run = Run(path, record)
+        if run.published != asked.published:
+            run.record["published"] = asked.published
+            run.save()
+        return run
     if fresh:
         shutil.rmtree(path, ignore_errors=True)
         if path == workspace.run(path.name):
@@ -222,6 +240,8 @@ def open_run(workspace: Workspace, asked: RunRequest, announce: Callable[[], Non
     write_text(path / CONFIG, dump_config(asked.config))
     record = {"method": asked.method, "inputs": inputs, "status": "running", "select": asked.select}
     record["started"] = time.time()
+    if asked.published:
+        record["published"] = asked.published
     run = Run(path, record | {"config": sha256(path / CONFIG)})
     run.save()
     return run
@@ -230,7 +250,7 @@ def open_run(workspace: Workspace, asked: RunRequest, announce: Callable[[], Non
 def read_run(path: Path) -> dict:
     """The record of the run in a directory; raises Damaged for one that was changed."""
     record = read_record(path / RECORD, RunForm)
-    return record | {"inputs": formats.renamed(record["inputs"])}
+    return formats.published_apart(record | {"inputs": formats.renamed(record["inputs"])})
 
 
 def expert_path(run: Path, expert: int) -> Path:

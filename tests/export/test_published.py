@@ -50,8 +50,8 @@ def test_a_published_model_is_specialised_in_an_empty_workspace(model, notes, tm
     done = json.loads(out)
     assert done["run"] == "notes-tiny-20M-all" and workspace.sets() == ["notes"], "no generic set is needed"
     run, origin = find_run(workspace, done["run"]), Pretrained(model, 32)
-    assert run.record["inputs"]["from"] == {"model": str(model), "revision": None, "weights": origin.fingerprint,
-                                                 "license": "apache-2.0"}  # fmt: skip
+    assert run.record["inputs"]["from"] == {"weights": origin.fingerprint}
+    assert run.published == {"model": str(model), "revision": None, "license": "apache-2.0", "base_model": None}
     assert run.record["inputs"]["recipe"]["learning_rate"] == 1e-3
     code, out, err = call(capsys, workspace, "evaluate", str(model), done["run"], "--domain", "notes", "--json")
     assert code == 0, err
@@ -218,8 +218,8 @@ def test_a_name_of_the_hub_with_its_revision(model, notes, tmp_path):
     done = run("specialize", "--domain", "notes", "--from", f"me/tiny@{sha}", str(notes), *SETTINGS, "--json")
     assert done.returncode == 0, done.stderr
     workspace = Workspace(tmp_path / "w")
-    origin = find_run(workspace, json.loads(done.stdout)["run"]).record["inputs"]["from"]
-    assert origin["model"] == "me/tiny" and origin["revision"] == sha
+    origin = find_run(workspace, json.loads(done.stdout)["run"]).published
+    assert origin["model"] == origin["base_model"] == "me/tiny" and origin["revision"] == sha
     data = ModelCard.load(workspace.model("notes-tiny-all") / "README.md").data
     assert data.base_model == "me/tiny" and data.license == "apache-2.0"
     done = run("generate", "me/tiny", "-p", "Return", "-m", "2", "--json")

@@ -1,0 +1,45 @@
+"""The rows of a fine-tuning: the domain set's, and with replay generic ones among them, resampled to the domain."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mlx_slm.clustering.target import SamplingTarget, clusters_for, importance_of, inputs_of
+from mlx_slm.errors import SlmError
+from mlx_slm.finetuning.domain import DomainSet
+from mlx_slm.project import Project
+from mlx_slm.text.rows import Sampler, Stream
+from mlx_slm.text.store import Store
+
+
+def require_replay(project: Project) -> None:
+    """Raise SlmError, before any long work, where rows are to be replayed from a generic set that is not there."""
+    data, share = project.config.data, project.config.finetuning.replay
+    if share and data.generic not in project.workspace.sets():
+        raise SlmError(
+            f"finetuning.replay={share:g} draws rows of the set {data.generic!r}, which is not prepared in "
+            f"{project.workspace.root}: `mlx-slm prepare {data.generic} SOURCE...` first, or set finetuning.replay=0"
+        )
+
+
+def finetuning_rows(project: Project, domain: DomainSet, steps: int) -> tuple[Sampler, float, dict]:
+    """(the rows, steps of a pass over the domain set, what a record says of replay); `steps`: at most so many.
+
+    With replay the share r of the rows of each step is drawn as SLM-is draws them for this domain set.
+    """
+    config, report = project.config, project.report
+    tuning, own = config.finetuning, Stream.of(domain.store, domain.windows)
+    streams, distribution, inputs = [own], np.ones(1), {}
+    if tuning.replay:
+        target = SamplingTarget(domain.name, domain.tokens)
+        clusters = clusters_for(project, target)
+        generic = clusters.assigned(config.data.generic, "train").streams(
+            Store(project.workspace.data(config.data.generic, "train"))
+        )
+        aim = importance_of(project, target, clusters, generic, round(steps * tuning.batch_rows * tuning.replay))
+        report.line(f"{tuning.replay:.0%} of the rows are replayed from {config.data.generic}\n{aim.lines}")
+        streams += generic
+        distribution = np.concatenate([[1 - tuning.replay], tuning.replay * aim.distribution])
+        inputs = {"replay": {"share": tuning.replay, **inputs_of(config, target, clusters, aim)}}
+    sampler = Sampler(streams, distribution, tuning.batch_rows, tuning.seed)
+    return sampler, own.num_rows / (tuning.batch_rows * (1 - tuning.replay)), inputs
