@@ -139,6 +139,11 @@ def serve(session: Session, models, host, port, origins) -> None:
 @click.argument("name", type=PLACE, metavar="RUN_OR_MODEL")
 @click.option("--quantize", type=click.Choice(["4", "8"]), help="Write models/NAME-4bit (or 8) by mlx-lm's conversion.")
 @click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16"]),
+    help="Write models/NAME-bf16 (or fp16) with 16 bits a weight, as most published models have; training gives 32.",
+)
+@click.option(
     "--format",
     "form",
     type=click.Choice(["mlx", "gguf"]),
@@ -165,6 +170,7 @@ def export(session: Session, name, form, kind, bundle, **how) -> None:
     mlx-slm export notes-slm                          models/notes-slm, its card with its evaluations
     mlx-slm export notes-lora --fuse                  adapters, and the model with them applied
     mlx-slm export notes-slm --quantize 4             models/notes-slm-4bit
+    mlx-slm export notes-slm --dtype bfloat16         models/notes-slm-bf16
     mlx-slm export notes-slm --format gguf            gguf/notes-slm-f16.gguf
     mlx-slm export pn --bundle pn-to-go               for `specialize --from pn-to-go` on another machine
     mlx-slm export notes-slm --license mit --push-to-hub me/notes
@@ -172,7 +178,9 @@ def export(session: Session, name, form, kind, bundle, **how) -> None:
     card = {key: how.pop(key) for key in ("license", "languages", "datasets", "base_model")}
     if kind and form != "gguf":
         raise click.UsageError("--type is for --format gguf")
-    if form == "gguf" and (how["quantize"] or how["repo"] or bundle or any(card.values())):
+    if how["quantize"] and how["dtype"]:
+        raise click.UsageError("give --quantize or --dtype, not both")
+    if form == "gguf" and (how["quantize"] or how["dtype"] or how["repo"] or bundle or any(card.values())):
         raise click.UsageError("--format gguf goes with --type and --fuse alone: --type q8_0 makes a small file")
     if bundle and (any(how.values()) or any(card.values())):
         raise click.UsageError("--bundle goes without other options")

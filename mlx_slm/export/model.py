@@ -7,12 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_slm.errors import SlmError, nearest
 from mlx_slm.export.card import QUANTIZED, about_of, is_own_card, write_card
 from mlx_slm.export.published import download, is_hub_name
 from mlx_slm.export.start import Pretrained, no_weights
 from mlx_slm.files import Damaged, load_tokenizer_json, read_json, require_form, require_safetensors
-from mlx_slm.machine.trees import flat
+from mlx_slm.machine.trees import flat, nested
 from mlx_slm.models.families import FAMILIES
 from mlx_slm.models.lora import Lora
 from mlx_slm.models.shape import Shape
@@ -55,8 +57,16 @@ def export_run(workspace: Workspace, run: Run, report: Report, fuse: bool = Fals
             write_json(path / "adapter_config.json", config)
     if (fuse or not lora) and not _is_written(workspace.model(run.name), KIND, run):
         parameters, tokenizer = weights_of(workspace, run), open_tokenizer(workspace.tokenizer)
-        export_model(workspace.model(run.name), run.shape, parameters, tokenizer, made_from, info)
-        say_sizes(run.name, run.shape, report)
+        shape = _as_long(run.shape, info["published"])
+        export_model(workspace.model(run.name), shape, parameters, tokenizer, made_from, info)
+        say_sizes(run.name, shape, report)
+
+
+def _as_long(shape: Shape, published: dict | None) -> Shape:
+    """A shape with the context of the published model that it comes from, of which training took shorter windows."""
+    if not published or FAMILIES[shape.family].learned_positions:
+        return shape
+    return dataclasses.replace(shape, context_length=max(shape.context_length, published.get("context_length") or 0))
 
 
 def say_sizes(name: str, shape: Shape, report: Report) -> None:
@@ -173,7 +183,7 @@ def load_exported(path: Path) -> tuple[Transformer, dict]:
         raise Damaged(
             f"{path / 'model.safetensors'} does not fit the shape in {MANIFEST}; remove {path}, make it again"
         )
-    model.update(weights)
+    model.update(nested({name: value.astype(mx.float32) for name, value in flat(weights).items()}))
     return model, manifest
 
 

@@ -39,7 +39,7 @@ class Pretrained:
     `fingerprint`. `option` is what named it; quantised weights are for evaluation alone, without one."""
 
     def __init__(self, directory: Path, context_length: int | None, option: str | None = "--init-from"):
-        self.directory = Path(directory)
+        self.directory, self._option = Path(directory), option
         self.name = str(directory) if revision_of(self.directory) is None else _repository(self.directory)
         """As a user would give it."""
         self.called = f"{option} {self.name}" if option else self.name
@@ -84,7 +84,12 @@ class Pretrained:
         revision, about = revision_of(self.directory), about_of(self.directory) or About()
         said = {key: getattr(about, key) for key in LICENSE if getattr(about, key)}
         where = {"model": self.name if revision else str(self.directory.resolve()), "revision": revision}
-        return where | said | {"base_model": self.name if revision else about.base_model}
+        reads = {"context_length": longest_context(self.config)}
+        return where | reads | said | {"base_model": self.name if revision else about.base_model}
+
+    def fitted(self, context_length: int) -> Pretrained:
+        """The same for windows of another length; raises SlmError for longer ones than it reads."""
+        return Pretrained(self.directory, context_length, self._option)
 
     def parameters(self) -> dict:
         """Parameters for a `Transformer(shape)`; raises SlmError naming what is missing or has another shape."""

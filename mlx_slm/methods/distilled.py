@@ -17,7 +17,7 @@ from mlx_slm.methods.base import Method, Models, Rows
 from mlx_slm.methods.costs import Cost, Spending
 from mlx_slm.methods.plain import Large, Small
 from mlx_slm.methods.requests import Specialisation
-from mlx_slm.methods.starts import Start
+from mlx_slm.methods.starts import Start, find_published
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.project import Project
@@ -32,7 +32,7 @@ class WithTeacher(Start):
     """What the student starts from."""
     teacher_name: str
     """As it was asked for."""
-    teacher: Run
+    teacher: Run | Pretrained
     tuned: Run | None = None
     """The teacher once it is fine-tuned on the domain."""
 
@@ -57,18 +57,18 @@ class WithTeacher(Start):
         return self.start.rate(config, recipe)
 
     def shape(self, config: Config, vocab_size: int, context_length: int) -> Shape:
-        return self.start.shape(config, vocab_size, context_length)
+        shape, rows = self.start.shape(config, vocab_size, context_length), self.teacher.shape.vocab_size
+        if rows < shape.vocab_size:
+            raise SlmError(
+                f"--teacher {self.teacher_name}: its embedding has {rows:,} rows, the student's "
+                f"{shape.vocab_size:,}: a teacher knows every token of its student"
+            )
+        return shape
 
     def runs(self) -> list[Run]:
-        return [*self.start.runs(), self.teacher]
+        return [*self.start.runs(), *([self.teacher] if isinstance(self.teacher, Run) else [])]
 
-    def ready(self, tune: Callable[[str, Run], Run]) -> WithTeacher:
-        for student in self.start.runs():
-            if self.teacher.shape.vocab_size != student.shape.vocab_size:
-                raise SlmError(
-                    f"--teacher {self.teacher_name}: its embedding has {self.teacher.shape.vocab_size:,} rows, that of "
-                    f"{student.name} {student.shape.vocab_size:,}: they must share a vocabulary"
-                )
+    def ready(self, tune: Callable[[str, Run | Pretrained], Run]) -> WithTeacher:
         return replace(self, tuned=tune(self.teacher_name, self.teacher))
 
     def inputs(self, config: Config) -> dict:
@@ -105,7 +105,8 @@ class Distilled(Method):
             raise SlmError(
                 "--teacher and an expert of a network do not go together: give --from a run of a single model"
             )
-        teacher = find_source(project.workspace, request.teacher)
+        published = find_published(project, request.teacher, "--teacher")
+        teacher = published or find_source(project.workspace, request.teacher)
         return WithTeacher(self.name, super().start(project, request, source), request.teacher, teacher)
 
     def cost(self, spending: Spending) -> Cost:

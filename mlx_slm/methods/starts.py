@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mlx_slm.config.schema import Config, Recipe
+from mlx_slm.experts.bundle import bundle_at
 from mlx_slm.experts.experts import FINETUNED, PRETRAINED, Experts
-from mlx_slm.export.model import weights_of
-from mlx_slm.export.start import Pretrained
+from mlx_slm.export.model import check_directory, find_directory, weights_of
+from mlx_slm.export.start import Pretrained, longest_context
+from mlx_slm.files import read_json
 from mlx_slm.finetuning.domain import DomainSet
 from mlx_slm.finetuning.finetune import Finetuning, finetune_all
 from mlx_slm.finetuning.selection import chosen, describe, select_expert
@@ -20,6 +22,19 @@ from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import initialise
 from mlx_slm.project import Project
 from mlx_slm.training.runs import Run
+
+
+def find_published(project: Project, name: str | None, option: str) -> Pretrained | None:
+    """The published model that an option names, where that is no run, no bundle and not `none`."""
+    workspace = project.workspace
+    if name in (None, SCRATCH) or name.partition("@")[0] in workspace.runs() or bundle_at(workspace, name):
+        return None
+    directory = find_directory(workspace, name)
+    if directory is None:
+        return None
+    check_directory(directory)
+    context = min(project.config.data.context_length, longest_context(read_json(directory / "config.json")) or 0)
+    return Pretrained(directory, context or None, option)
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ class Start(ABC):
         """What decides the outcome beside the origin, for the record."""
         return {}
 
-    def ready(self, tune: Callable[[str, Run], Run]) -> Start:
+    def ready(self, tune: Callable[[str, Run | Pretrained], Run]) -> Start:
         """The same once the runs that it needs are fine-tuned themselves, by `tune(name as asked for, run)`."""
         return self
 
@@ -137,10 +152,10 @@ class FromPublished(Whole):
         return config.finetuning.learning_rate or config.finetuning.published_rate
 
     def shape(self, config: Config, vocab_size: int, context_length: int) -> Shape:
-        return self.model.shape
+        return self.model.fitted(context_length).shape
 
     def parameters(self, project: Project, job: Finetuning) -> dict:
-        return self.model.parameters()
+        return self.model.fitted(job.shape.context_length).parameters()
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,9 @@ class Family(ABC):
     computes: ClassVar[dict[str, Any]]
     """What this code computes; a config.json that says otherwise is refused."""
 
+    learned_positions: ClassVar[bool] = False
+    """Whether a model can only read as long a text as it was trained on."""
+
     @abstractmethod
     def body(self, shape: Shape) -> nn.Module:
         """Called with (tokens [B, L], run_layer), it gives hidden states [B, L, dims]."""

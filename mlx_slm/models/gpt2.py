@@ -103,6 +103,7 @@ class GPT2(Family):
     name, summary = "gpt2", "LayerNorm, learned positions, GELU"
     embedding, looked_up = "wte", ("wte.weight", "wpe.weight")
     into_residual = ("c_proj",)
+    learned_positions = True
     projected = ("model.h.{}.mlp.c_fc", "model.h.{}.mlp.c_proj")
     form, architecture, gguf_names = GPT2Form, "GPT2LMHeadModel", GGUF_NAMES
     computes: ClassVar = {

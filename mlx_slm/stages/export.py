@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mlx_slm.errors import SlmError
@@ -21,7 +23,7 @@ from mlx_slm.export.card import (
 from mlx_slm.export.gguf import write_gguf
 from mlx_slm.export.hub import push
 from mlx_slm.export.model import ADAPTER, KIND, export_run, load_exported, lora_of, require_model, say_sizes
-from mlx_slm.export.quantize import bits_per_weight, quantize
+from mlx_slm.export.quantize import bits_per_weight, halve, quantize
 from mlx_slm.export.start import Pretrained
 from mlx_slm.models.shape import Shape
 from mlx_slm.project import Project
@@ -37,6 +39,8 @@ class Export:
     """Of a run, of a model in models/, or (for a GGUF) a directory of a model."""
     quantize: int | None = None
     """Bits: 4 or 8."""
+    dtype: str | None = None
+    """Of all weights: bfloat16 or float16."""
     gguf: str | None = None
     """The type of its matrices: f16, q8_0 or f32."""
     fuse: bool = False
@@ -65,8 +69,10 @@ def export(project: Project, request: Export) -> dict:
             f"{path} was not exported here: name a run or a model of {workspace.root}; only --format gguf takes others"
         )
     result: dict = {}
-    if request.quantize:
-        path, result = _quantized(project, path, request.quantize)
+    if bits := request.quantize:
+        path, result = _smaller(project, path, partial(quantize, workspace, str(path), bits))
+    elif request.dtype:
+        path, result = _smaller(project, path, partial(halve, workspace, str(path), request.dtype))
     manifest = load_manifest(path, KIND)
     if request.name not in workspace.runs():
         say_sizes(path.name, Shape(**manifest["info"]["shape"]), project.report)
@@ -94,7 +100,7 @@ def _export_run(project: Project, request: Export) -> dict | None:
     apart = lora_of(run) is not None
     if request.fuse and not apart:
         raise SlmError(f"run {run.name} trained all weights: there are no adapters for --fuse")
-    whole = request.fuse or not apart or bool(request.quantize or request.gguf)
+    whole = request.fuse or not apart or bool(request.quantize or request.dtype or request.gguf)
     if not whole and (request.repo or request.about):
         raise SlmError(f"{run.name} is adapters, which have no card and no place on the Hub here: --fuse makes a model")
     export_run(project.workspace, run, project.report, whole and apart)
@@ -115,15 +121,15 @@ def _gguf(project: Project, path: Path, kind: str) -> dict:
     return {"path": str(file), **write_gguf(file, path, shape, parameters, kind)}
 
 
-def _quantized(project: Project, whole: Path, bits: int) -> tuple[Path, dict]:
-    """(the quantised model, the perplexity of both on held-out text of their domain where there is some)."""
+def _smaller(project: Project, whole: Path, make: Callable[[], Path]) -> tuple[Path, dict]:
+    """(the model in fewer bits, the perplexity of both on held-out text of their domain where there is some)."""
     name = load_manifest(whole, KIND)["info"].get("domain") or project.config.data.generic
     try:
         project.workspace.require_set(name, "valid")
     except SlmError as error:
         project.report.warn(f"what it costs in perplexity is not measured: {error}")
-        return quantize(project.workspace, str(whole), bits), {}
+        return make(), {}
     before = evaluate(project, [str(whole)], [name], split="valid")["results"]
-    path = quantize(project.workspace, str(whole), bits)
+    path = make()
     rows = [*before, *evaluate(project, [str(path)], [name], split="valid")["results"]]
     return path, {"set": name, "perplexity": [row["perplexity"] for row in rows]}

@@ -12,11 +12,10 @@ import shutil
 from mlx_slm.config.files import dump_config
 from mlx_slm.config.schema import DataConfig, Recipe
 from mlx_slm.errors import Busy, Interrupted, SlmError
-from mlx_slm.experts.bundle import bundle_at, find_source
-from mlx_slm.export.model import check_directory, export_run, find_directory
-from mlx_slm.export.start import Pretrained, longest_context
+from mlx_slm.experts.bundle import find_source
+from mlx_slm.export.model import export_run
+from mlx_slm.export.start import Pretrained
 from mlx_slm.fields import format_size
-from mlx_slm.files import read_json
 from mlx_slm.finetuning.domain import DomainSet, domain_set
 from mlx_slm.finetuning.finetune import Finetuning, choose_recipe, schedule_of
 from mlx_slm.finetuning.rows import finetuning_rows, require_replay
@@ -24,7 +23,7 @@ from mlx_slm.methods import METHODS, find_method
 from mlx_slm.methods.plain import Small
 from mlx_slm.methods.requests import SCRATCH, Specialisation
 from mlx_slm.methods.scratch import Scratch
-from mlx_slm.methods.starts import Start
+from mlx_slm.methods.starts import Start, find_published
 from mlx_slm.models.shape import Shape
 from mlx_slm.project import Project
 from mlx_slm.report import Report
@@ -51,10 +50,12 @@ def specialize(project: Project, request: Specialisation) -> Run:
     if name == config.data.generic:
         raise SlmError(f"--domain {name}: that is the generic set; specialise to another one")
     require_replay(project)
-    model, is_new = _published(project, request.source), not (workspace.tokenizer / MANIFEST).exists()
-    configured = workspace.config_file.exists()
-    if model:
-        project = _as_it_reads(project, model)
+    is_new, configured = not (workspace.tokenizer / MANIFEST).exists(), workspace.config_file.exists()
+    model, teacher = (
+        find_published(project, *given) for given in ((request.source, "--from"), (request.teacher, "--teacher"))
+    )
+    for published in filter(None, (model, teacher)):
+        project = _as_it_reads(project, published)
         config = project.config
         if not configured:
             write_text(workspace.config_file, dump_config(config))
@@ -63,16 +64,16 @@ def specialize(project: Project, request: Specialisation) -> Run:
     try:
         domain = domain_set(project, name, tokens, named if request.sources else [])
     except SlmError:
-        if model and is_new and not workspace.sets():  # another model can be taken then
+        if (model or teacher) and is_new and not workspace.sets():  # another model can be taken then
             shutil.rmtree(workspace.tokenizer)
             if not configured:
                 workspace.config_file.unlink()
         raise
     for pretrained in start.runs():
         _require_fit(pretrained, domain, report)
-    start = start.ready(lambda teacher, run: _tuned_teacher(project, domain, teacher, run))
     tokenizer = open_tokenizer(workspace.tokenizer)
     shape = start.shape(config, tokenizer.vocab_size, domain.store.context_length)
+    start = start.ready(lambda teacher, run: _tuned_teacher(project, domain, teacher, run))
     recipe = choose_recipe(config.finetuning, tokens or domain.num_tokens, start.is_from_scratch)
     rate = start.rate(config, recipe)
     job, announcement, replayed = _job(project, domain, shape, recipe, rate)
@@ -101,19 +102,6 @@ def specialize(project: Project, request: Specialisation) -> Run:
             shutil.rmtree(candidate)
         export_run(workspace, run, report, request.fuse)
     return run
-
-
-def _published(project: Project, name: str | None) -> Pretrained | None:
-    """The published model that `--from` names, where that is no run, no bundle and not `none`."""
-    workspace = project.workspace
-    if name in (None, SCRATCH) or name.partition("@")[0] in workspace.runs() or bundle_at(workspace, name):
-        return None
-    directory = find_directory(workspace, name)
-    if directory is None:
-        return None
-    check_directory(directory)
-    context = min(project.config.data.context_length, longest_context(read_json(directory / "config.json")) or 0)
-    return Pretrained(directory, context or None, "--from")
 
 
 def _as_it_reads(project: Project, model: Pretrained) -> Project:
@@ -175,7 +163,7 @@ def _job(
     )
 
 
-def _tuned_teacher(project: Project, domain: DomainSet, teacher: str, run: Run) -> Run:
+def _tuned_teacher(project: Project, domain: DomainSet, teacher: str, run: Run | Pretrained) -> Run:
     """The teacher fine-tuned on the domain set, made where that was not done."""
     name = name_of_teacher(run, domain.name, domain.tokens)
     known = project.workspace.run(name) / RECORD
@@ -193,7 +181,7 @@ def _tuned_teacher(project: Project, domain: DomainSet, teacher: str, run: Run) 
         ) from error
 
 
-def name_of_teacher(run: Run, domain: str, tokens: int | None) -> str:
+def name_of_teacher(run: Run | Pretrained, domain: str, tokens: int | None) -> str:
     """The name of a pretrained run that is fine-tuned to teach: one that is there is used again."""
     return f"{domain}-{run.label}-{_size(tokens)}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,7 +14,14 @@ from mlx_slm.machine.trees import flat, nested
 
 def save_arrays(path: Path, tree: dict, metadata: dict[str, str] | None = None) -> None:
     """Write a nested dict of arrays as safetensors; raises OSError where the disk does not take it."""
-    arrays = {name: np.ascontiguousarray(np.array(value, copy=False)) for name, value in flat(tree).items()}
+    values = flat(tree)
+    if any(value.dtype == mx.bfloat16 for value in values.values()):  # which numpy has no name for
+        try:
+            mx.save_safetensors(str(path), values, metadata or {})
+        except RuntimeError as error:
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        return
+    arrays = {name: np.ascontiguousarray(np.array(value, copy=False)) for name, value in values.items()}
     write_arrays(path, arrays, metadata)
 
 

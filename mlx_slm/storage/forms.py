@@ -173,6 +173,7 @@ class PublishedForm(Form):
 
     model: StrictStr
     revision: StrictStr | None = None
+    context_length: Count | None = None
     license: StrictStr | None = None
     license_name: StrictStr | None = None
     license_link: StrictStr | None = None

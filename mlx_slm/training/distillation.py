@@ -19,7 +19,10 @@ from mlx_slm.training.loss import chunk_rows, chunked_loss
 
 
 class Distillation:
-    """The loss of a model that learns from `teacher`: a callable (model, tokens, weights), as a training step takes."""
+    """The loss of a model that learns from `teacher`: a callable (model, tokens, weights), as a training step takes.
+
+    Of a teacher with a larger output matrix, padded as many are, the first rows count, those of the student's tokens.
+    """
 
     def __init__(self, teacher: Transformer, a: float, tau: float):
         self.teacher, self.a, self.tau = teacher, a, tau
@@ -31,7 +34,7 @@ class Distillation:
         hidden, theirs = (one(tokens[:, :-1]) for one in (model, self.teacher))
         return linear_distillation(
             Head(hidden.reshape(-1, hidden.shape[-1]), model.head),
-            Head(mx.stop_gradient(theirs.reshape(-1, theirs.shape[-1])), self.teacher.head),
+            Head(mx.stop_gradient(theirs.reshape(-1, theirs.shape[-1])), self.teacher.head[: len(model.head)]),
             (tokens[:, 1:].reshape(-1), weights.reshape(-1)),
             self.a,
             self.tau,

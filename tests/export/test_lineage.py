@@ -58,12 +58,17 @@ def test_a_licence_holds_for_every_generation(model, notes, tmp_path, texts, cap
     workspace, generic = Workspace(tmp_path / "w"), write_jsonl(tmp_path / "generic.jsonl", texts[:400])
     first = ("specialize", "--domain", "notes", *STEPS, "--name", "first", "--from", str(model), str(notes))
     assert call(capsys, workspace, *first)[0] == 0
-    assert call(capsys, workspace, "specialize", "--domain", "notes", *STEPS, "--name", "second", "--from", "first")[0] == 0
+    assert (
+        call(capsys, workspace, "specialize", "--domain", "notes", *STEPS, "--name", "second", "--from", "first")[0]
+        == 0
+    )
     assert call(capsys, workspace, "prepare", "generic", str(generic))[0] == 0
     training = ("--tokens", "512", "--set", "training.batch_rows=4", "--set", "training.warmup_steps=1")
     code, _, err = call(capsys, workspace, "pretrain", "--init-from", str(model), *training, *STEPS)
     assert code == 0, err
-    assert call(capsys, workspace, "specialize", "--domain", "notes", *STEPS, "--name", "third", "--from", "slm")[0] == 0
+    assert (
+        call(capsys, workspace, "specialize", "--domain", "notes", *STEPS, "--name", "third", "--from", "slm")[0] == 0
+    )
     for name in ("first", "second", "slm", "third"):
         card = ModelCard.load(workspace.model(name) / "README.md")
         said = card.data.license, card.data.license_name, card.data.license_link

@@ -51,7 +51,8 @@ def test_a_published_model_is_specialised_in_an_empty_workspace(model, notes, tm
     assert done["run"] == "notes-tiny-20M-all" and workspace.sets() == ["notes"], "no generic set is needed"
     run, origin = find_run(workspace, done["run"]), Pretrained(model, 32)
     assert run.record["inputs"]["from"] == {"weights": origin.fingerprint}
-    assert run.published == {"model": str(model), "revision": None, "license": "apache-2.0", "base_model": None}
+    assert run.published == {"model": str(model), "revision": None, "license": "apache-2.0", "base_model": None,
+                             "context_length": 64}  # fmt: skip
     assert run.record["inputs"]["recipe"]["learning_rate"] == 1e-3
     code, out, err = call(capsys, workspace, "evaluate", str(model), done["run"], "--domain", "notes", "--json")
     assert code == 0, err

@@ -36,4 +36,6 @@ def test_replayed_rows_are_those_of_the_domains_clusters(prepared, config, tmp_p
     drawn = [sampler.rows(step) for step in range(20)]
     for tokens, _, clusters in drawn:
         assert (clusters == 0).sum() == 6
-        assert all((tuple(row) in own) == (cluster == 0) for row, cluster in zip(tokens.tolist(), clusters, strict=True))
+        assert all(
+            (tuple(row) in own) == (cluster == 0) for row, cluster in zip(tokens.tolist(), clusters, strict=True)
+        )
