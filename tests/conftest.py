@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -32,6 +33,7 @@ from mlx_slm.export.model import huggingface_config
 from mlx_slm.machine import runtime
 from mlx_slm.methods.requests import Pretraining
 from mlx_slm.models.families import FAMILIES
+from mlx_slm.models.rope import RopeScaling
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import initialise
 from mlx_slm.project import Project
@@ -163,6 +165,16 @@ def texts() -> list[str]:
         if len(found) == 1200:
             break
     return found
+
+
+AS_LLAMA3 = {"attention_bias": True, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 64)}
+"""What Llama 3 and others of its family have beyond a plain one. Heads of 16: one wavelength stays, two lie between."""
+
+
+def shape_of(settings: ModelConfig, vocab_size: int, context_length: int, published: bool = False) -> Shape:
+    """The shape of a model as trained here or, of the family llama, with all that published ones have."""
+    shape = Shape.of(settings, vocab_size, context_length)
+    return dataclasses.replace(shape, **AS_LLAMA3) if published else shape
 
 
 def small_config(**changes) -> Config:

@@ -125,7 +125,7 @@ class ModelConfig(Section):
     num_kv_heads: Dimension | None = None
     """Heads of keys and values (not of gpt2). Default: num_heads."""
     head_dims: Dimension | None = None
-    """Size of a head (qwen3 only). Default: dims / num_heads."""
+    """Size of a head (llama and qwen3). Default: dims / num_heads."""
     rope_theta: RopeTheta = 10_000.0
     norm_eps: NormEps = 1e-5
 

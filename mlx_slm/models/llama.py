@@ -1,17 +1,20 @@
-"""The llama family: RMSNorm, rotary positions, SwiGLU, as many heads of keys and values as are asked for."""
+"""The llama family: RMSNorm, rotary positions, SwiGLU, as many heads of keys and values as are asked for, of any size;
+as published also with biases in attention and with stretched positions."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from mlx_slm.fields import MAX_LAYERS, Form, StrictDimension, StrictNormEps, StrictRopeTheta
 from mlx_slm.models.family import Adapted, Family
 from mlx_slm.models.layers import Linear, RMSNorm, attend, split_heads
 from mlx_slm.models.ops import swiglu
+from mlx_slm.models.rope import Positive, RopeScalingForm, ScaledRope
 
 if TYPE_CHECKING:
     from mlx_slm.models.shape import Heads, Shape
@@ -42,11 +45,12 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
         d, width, kv_width = shape.dims, shape.num_heads * shape.head_dims, shape.num_kv_heads * shape.head_dims
         self.scale = shape.head_dims**-0.5
-        self.q_proj = Linear(d, width, bias=False)
-        self.k_proj = Linear(d, kv_width, bias=False)
-        self.v_proj = Linear(d, kv_width, bias=False)
-        self.o_proj = Linear(width, d, bias=False)
-        self.rope = nn.RoPE(shape.head_dims, base=shape.rope_theta)
+        self.q_proj = Linear(d, width, bias=shape.attention_bias)
+        self.k_proj = Linear(d, kv_width, bias=shape.attention_bias)
+        self.v_proj = Linear(d, kv_width, bias=shape.attention_bias)
+        self.o_proj = Linear(width, d, bias=shape.attention_bias)
+        scaling, theta = shape.rope_scaling, shape.rope_theta
+        self.rope = ScaledRope(shape.head_dims, theta, scaling) if scaling else nn.RoPE(shape.head_dims, base=theta)
 
     def project_queries(self, x: mx.array) -> mx.array:
         """[B, num_heads, L, head_dims], before their positions."""
@@ -106,6 +110,19 @@ class RopeForm(Form):
     rope_type: StrictStr | None = None
     type: StrictStr | None = None
     rope_theta: StrictRopeTheta | None = None
+    factor: Positive | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_max_position_embeddings: StrictDimension | None = None
+
+    @model_validator(mode="after")
+    def scaling_is_whole(self) -> RopeForm:
+        if "llama3" not in (self.rope_type, self.type):
+            return self
+        if missing := [key for key in RopeScalingForm.model_fields if getattr(self, key) is None]:
+            raise ValueError(f"rope_type llama3 needs {', '.join(missing)}")
+        RopeScalingForm.require_order(self.low_freq_factor, self.high_freq_factor)
+        return self
 
 
 class LlamaForm(Form):
@@ -122,6 +139,7 @@ class LlamaForm(Form):
     rope_scaling: RopeForm | None = None
     rms_norm_eps: StrictNormEps = 1e-6
     tie_word_embeddings: StrictBool = False
+    attention_bias: StrictBool = False
 
 
 class Llama(Family):
@@ -133,7 +151,8 @@ class Llama(Family):
     gguf_names = GGUF_NAMES
     turned: ClassVar[bool] = True
     """Whether llama.cpp pairs neighbours in the rotary positions of this architecture."""
-    computes: ClassVar = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    rope_types: ClassVar[tuple[str, ...]] = ("default", "llama3")
+    computes: ClassVar = {"hidden_act": "silu", "mlp_bias": False}
 
     def body(self, shape: Shape) -> nn.Module:
         return Body(shape)
@@ -142,12 +161,11 @@ class Llama(Family):
         return -(-dims * 8 // 192) * 64
 
     def check(self, of: Heads) -> None:
-        if of.dims % of.num_heads:
-            raise ValueError(f"dims {of.dims} is not a multiple of num_heads {of.num_heads}")
-        if of.head_dims not in (None, of.dims // of.num_heads):
-            raise ValueError(f"head_dims is dims / num_heads = {of.dims // of.num_heads} for family {self.name}")
-        if of.dims // of.num_heads % 2:
-            raise ValueError(f"dims / num_heads = {of.dims // of.num_heads} must be even for rotary positions")
+        if not of.head_dims and of.dims % of.num_heads:
+            raise ValueError(f"dims {of.dims} is not a multiple of num_heads {of.num_heads}: give head_dims")
+        head_dims = of.head_dims or of.dims // of.num_heads
+        if head_dims % 2:
+            raise ValueError(f"heads of {head_dims} numbers: rotary positions need an even size")
         super().check(of)
 
     def layer_products(self, shape: Shape) -> int:
@@ -155,7 +173,8 @@ class Llama(Family):
         return attention + 3 * shape.dims * shape.hidden_dims
 
     def layer_vectors(self, shape: Shape) -> int:
-        return 2 * shape.dims
+        biases = shape.dims + (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dims
+        return 2 * shape.dims + (biases if shape.attention_bias else 0)
 
     def other_parameters(self, shape: Shape) -> int:
         return shape.dims
@@ -181,10 +200,12 @@ class Llama(Family):
             "rms_norm_eps": shape.norm_eps,
             "rope_theta": shape.rope_theta,
             **self.computes,
+            **({"attention_bias": True} if shape.attention_bias else {}),
+            **({"rope_scaling": {"rope_type": "llama3", **asdict(shape.rope_scaling)}} if shape.rope_scaling else {}),
         }
 
     def from_hub_config(self, config: dict) -> dict:
-        heads = config["num_attention_heads"]
+        heads, rope = config["num_attention_heads"], _rope(config)
         return {
             "num_layers": config["num_hidden_layers"],
             "dims": config["hidden_size"],
@@ -192,7 +213,12 @@ class Llama(Family):
             "num_heads": heads,
             "num_kv_heads": config.get("num_key_value_heads") or heads,
             "vocab_size": config["vocab_size"],
-            "rope_theta": _rope(config).get("rope_theta") or config.get("rope_theta", 10_000.0),
+            "head_dims": config.get("head_dim") or 0,
+            "attention_bias": config.get("attention_bias", False),
+            "rope_theta": rope.get("rope_theta") or config.get("rope_theta", 10_000.0),
+            "rope_scaling": {key: rope[key] for key in RopeScalingForm.model_fields}
+            if _kind(rope) == "llama3"
+            else None,
             "norm_eps": config.get("rms_norm_eps", 1e-6),
             "tied": config.get("tie_word_embeddings", False),
         }
@@ -214,23 +240,20 @@ class Llama(Family):
         heads, turned = {"q_proj": shape.num_heads, "k_proj": shape.num_kv_heads}, {}
         for name, value in parameters.items():
             if count := heads.get(name.split(".")[-2]):
-                value = value.reshape(count, 2, -1, shape.dims).swapaxes(1, 2).reshape(value.shape)
+                value = value.reshape(count, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
             turned[name] = value
+        if shape.rope_scaling:
+            turned["rope_freqs.weight"] = mx.array(shape.rope_scaling.factors(shape.head_dims, shape.rope_theta))
         return super().to_gguf(shape, turned)
 
     def refused(self, config: dict) -> list[str]:
-        rope, reasons = _rope(config), []
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            reasons.append(f"rope_scaling is {rope}")
-        if not self.takes_head_dim(config):
-            reasons.append(f"head_dim is {config['head_dim']}")
-        return reasons
-
-    def takes_head_dim(self, config: dict) -> bool:
-        """Whether heads of the size that config.json gives are supported: here hidden_size / num_attention_heads."""
-        heads = config["num_attention_heads"]
-        return (config.get("head_dim") or config["hidden_size"] // heads) * heads == config["hidden_size"]
+        rope = _rope(config)
+        return [] if _kind(rope) in self.rope_types else [f"rope_scaling is {rope}"]
 
 
 def _rope(config: dict) -> dict:
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _kind(rope: dict) -> str:
+    return rope.get("rope_type") or rope.get("type") or "default"

@@ -10,7 +10,7 @@ from mlx_slm.models import llama
 from mlx_slm.models.layers import Linear
 
 if TYPE_CHECKING:
-    from mlx_slm.models.shape import Shape
+    from mlx_slm.models.shape import Heads, Shape
 
 
 class Attention(llama.Attention):
@@ -30,11 +30,18 @@ class Body(llama.Body):
 
 class Qwen2(llama.Llama):
     name, summary = "qwen2", "as llama, with biases on queries, keys and values"
-    architecture, turned = "Qwen2ForCausalLM", False
+    architecture, turned, rope_types = "Qwen2ForCausalLM", False, ("default",)
     computes: ClassVar = {"hidden_act": "silu", "use_sliding_window": False}
 
     def body(self, shape: Shape) -> nn.Module:
         return Body(shape)
+
+    def check(self, of: Heads) -> None:
+        if of.dims % of.num_heads:
+            raise ValueError(f"dims {of.dims} is not a multiple of num_heads {of.num_heads}")
+        if of.head_dims not in (None, of.dims // of.num_heads):
+            raise ValueError(f"head_dims is dims / num_heads = {of.dims // of.num_heads} for family {self.name}")
+        super().check(of)
 
     def layer_vectors(self, shape: Shape) -> int:
         return 2 * shape.dims + (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dims

@@ -8,11 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slm.models import llama
-from mlx_slm.models.family import Family
 from mlx_slm.models.layers import RMSNorm
 
 if TYPE_CHECKING:
-    from mlx_slm.models.shape import Heads, Shape
+    from mlx_slm.models.shape import Shape
 
 
 class Attention(llama.Attention):
@@ -34,25 +33,14 @@ class Body(llama.Body):
 
 class Qwen3(llama.Llama):
     name, summary = "qwen3", "as llama, with normalised queries and keys and head_dims of its own"
-    architecture, turned = "Qwen3ForCausalLM", False
+    architecture, turned, rope_types = "Qwen3ForCausalLM", False, ("default",)
     computes: ClassVar = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
 
     def body(self, shape: Shape) -> nn.Module:
         return Body(shape)
-
-    def check(self, of: Heads) -> None:
-        head_dims = of.head_dims or of.dims // of.num_heads
-        if not of.head_dims and of.dims % of.num_heads:
-            raise ValueError(f"dims {of.dims} is not a multiple of num_heads {of.num_heads}: give head_dims")
-        if head_dims % 2:
-            raise ValueError(f"head_dims {head_dims} must be even for rotary positions")
-        Family.check(self, of)
 
     def layer_vectors(self, shape: Shape) -> int:
         return 2 * shape.dims + 2 * shape.head_dims
 
     def from_hub_config(self, config: dict) -> dict:
         return super().from_hub_config(config) | {"head_dims": config.get("head_dim", 128)}
-
-    def takes_head_dim(self, config: dict) -> bool:
-        return True

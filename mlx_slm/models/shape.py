@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr, mo
 
 from mlx_slm.fields import MAX_DIMENSION, MAX_LAYERS, Form, StrictDimension, StrictNormEps, StrictRopeTheta
 from mlx_slm.models.families import FAMILIES, known_family
+from mlx_slm.models.rope import RopeScaling, RopeScalingForm
 
 
 class Heads(Protocol):
@@ -57,8 +58,14 @@ class Shape:
     """Whether the output matrix is that of the input embeddings."""
     head_dims: int = 0
     """Size of a head; 0 becomes dims / num_heads."""
+    attention_bias: bool = False
+    """Whether queries, keys, values and the output of attention have biases (llama)."""
+    rope_scaling: RopeScaling | None = None
+    """Of a dict too, as records have it (llama)."""
 
     def __post_init__(self):
+        if isinstance(self.rope_scaling, dict):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         object.__setattr__(self, "head_dims", self.head_dims or self.dims // self.num_heads)
 
     @classmethod
@@ -107,12 +114,14 @@ class Shape:
         return 3 * self.forward_flops_per_token
 
     def to_dict(self) -> dict:
-        """For a record; a size of heads that follows from the rest is left out, as in records of before there was
-        another."""
+        """For a record; what is as in every model of before there was another is left out."""
         sizes = asdict(self)
-        if self.head_dims * self.num_heads == self.dims:
-            del sizes["head_dims"]
-        return sizes
+        usual = {
+            "head_dims": self.head_dims * self.num_heads == self.dims,
+            "attention_bias": not self.attention_bias,
+            "rope_scaling": self.rope_scaling is None,
+        }
+        return {key: value for key, value in sizes.items() if not usual.get(key)}
 
 
 class ShapeForm(Form):
@@ -130,6 +139,8 @@ class ShapeForm(Form):
     norm_eps: StrictNormEps = 1e-5
     tied: StrictBool = True
     head_dims: StrictDimension | None = None
+    attention_bias: StrictBool = False
+    rope_scaling: RopeScalingForm | None = None
 
     @model_validator(mode="after")
     def heads_fit(self) -> ShapeForm:

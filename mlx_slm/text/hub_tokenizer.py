@@ -30,6 +30,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+        self._encoder = _without_special_pieces(self._tokenizer)
         self.token_bytes = self._token_bytes()
         self.vocab_size = len(self.token_bytes)
         if not 0 <= self.eos_id < self.vocab_size:
@@ -55,7 +56,7 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizer.save(str(directory / JSON_FILE))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return [e.ids for e in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -70,6 +71,21 @@ class HuggingFaceTokenizer(Tokenizer):
             if token.special:
                 sizes[index] = 0
         return sizes
+
+
+def _without_special_pieces(tokenizer: HuggingFace) -> HuggingFace:
+    """The same for encoding: a unigram model would take a special token that is written out in a text for a piece."""
+    settings = json.loads(tokenizer.to_str())
+    special = {token["content"] for token in settings["added_tokens"] if token["special"]}
+    if settings["model"]["type"] != "Unigram":
+        return tokenizer
+    unwritten = {token: f"\ue000{token}\ue001" for token in special}
+    settings["model"]["vocab"] = [[unwritten.get(piece, piece), score] for piece, score in settings["model"]["vocab"]]
+    for token in settings["added_tokens"]:
+        token["content"] = unwritten.get(token["content"], token["content"])
+    encoder = HuggingFace.from_str(json.dumps(settings))
+    encoder.encode_special_tokens = True
+    return encoder
 
 
 PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))

@@ -19,6 +19,7 @@ from mlx_slm.storage.records import fingerprint, write_text
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.compare import compare, tell
 from mlx_slm.text.documents import Counts, Documents
+from mlx_slm.text.fidelity import lost, why_lost
 from mlx_slm.text.hub_tokenizer import JSON_FILE, import_tokenizer, open_tokenizer, require_tokenizer_json, same_ids
 from mlx_slm.text.readers import Reading
 from mlx_slm.text.shards import merge_shards, start_shards, tokenise
@@ -140,7 +141,7 @@ def adopt_tokenizer(project: Project, model: Path, called: str) -> Project:
             project.report.line(f"taking the tokenizer of {model}")
             settings = config.tokenizer.model_copy(update={"path": str(model.absolute())})
             inputs = {"settings": settings.model_dump(exclude_none=True), "text": file_fingerprint(model / JSON_FILE)}
-            import_tokenizer(model, directory, inputs)
+            _tell_what_is_lost(import_tokenizer(model, directory, inputs), model, project.report)
     tokenizer = open_tokenizer(directory)
     if not same_ids(model, directory):
         raise SlmError(
@@ -148,6 +149,14 @@ def adopt_tokenizer(project: Project, model: Path, called: str) -> Project:
             "prepared with the model's tokenizer"
         )
     return project.having(tokenizer=TokenizerConfig(**tokenizer.manifest["inputs"]["settings"]))
+
+
+def _tell_what_is_lost(tokenizer: Tokenizer, model: Path, report: Report) -> None:
+    if kinds := lost(tokenizer):
+        report.warn(
+            f"the tokenizer of {model} ({why_lost(tokenizer)}) changes text, which is learnt and scored as changed: it "
+            f"does not keep {', '.join(kinds)}"
+        )
 
 
 def text_needed(tokens: int) -> int:
@@ -269,8 +278,10 @@ def ensure_tokenizer(project: Project, request: Preparation, sources: list[Sourc
         )
     if config.tokenizer.path:
         report.line(f"taking the tokenizer of {config.tokenizer.path}")
-        inputs = {"settings": settings, "text": origin}
-        return import_tokenizer(Path(config.tokenizer.path).expanduser(), workspace.tokenizer, inputs)
+        taken = Path(config.tokenizer.path).expanduser()
+        tokenizer = import_tokenizer(taken, workspace.tokenizer, {"settings": settings, "text": origin})
+        _tell_what_is_lost(tokenizer, taken, report)
+        return tokenizer
     documents = Documents(sources, config, _reading(config, request.strict, _streams(workspace, name)))
     with report.progress("reading a sample for the tokenizer", None, "B") as advance:
 

@@ -6,7 +6,7 @@ import urllib.request
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import call, copy_of
+from conftest import AS_LLAMA3, call, copy_of
 
 from mlx_slm.errors import SlmError
 from mlx_slm.export.gguf import write_gguf
@@ -29,6 +29,7 @@ HARD = [
     "",
 ]
 CONTEXT = 32
+FORMS = {family: family for family in FAMILIES} | {"llama3": "llama"}
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,10 @@ def workspace(with_experts, tmp_path_factory):
     pytest.importorskip("gguf", reason="needs the gguf package (extra: peers)")
     workspace = copy_of(with_experts, tmp_path_factory.mktemp("gguf") / "w")
     tokenizer = open_tokenizer(workspace.tokenizer)
-    for seed, family in enumerate(FAMILIES):
+    for seed, family in enumerate(FORMS):
         kv, head = (2, 0) if family == "gpt2" else (1, 32 if family == "qwen3" else 0)
-        shape = Shape(family, 2, 64, 256, 2, kv, tokenizer.vocab_size, CONTEXT, head_dims=head)
+        more = AS_LLAMA3 | {"head_dims": 16} if family == "llama3" else {"head_dims": head}
+        shape = Shape(FORMS[family], 2, 64, 256, 2, kv, tokenizer.vocab_size, CONTEXT, **more)
         weights = {n: 3 * v if v.ndim == 2 else v + 0.1 for n, v in flat(initialise(shape, seed)).items()}
         made_from = {"run": "slm", "method": "slm", "tokenizer": tokenizer.fingerprint}
         export_model(workspace.model(family), shape, nested(weights), tokenizer, made_from, {})
@@ -74,7 +76,7 @@ class LlamaCpp:
         return list(zip(answer["tokens"], tops, strict=True))
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(FORMS))
 @pytest.mark.parametrize(("kind", "bound"), [("f32", 1e-3), ("f16", 1e-2), ("q8_0", 0.2)])
 def test_llama_cpp_reads_the_same_model(family, kind, bound, workspace, capsys):
     """f32: to the 1e-3 that its tables of GELU in half precision leave. f16 rounds weights and activations to 2^-11,

@@ -20,6 +20,11 @@ from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.hub_tokenizer import HuggingFaceTokenizer, open_tokenizer
 from mlx_slm.text.store import Store
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
 
 def byte_level_tokenizer(texts, folder):
     """A GPT-2 tokenizer of 500 pieces, written by transformers."""
@@ -72,6 +77,10 @@ def transformers_model(family, texts, folder, **changes):
         ("gpt2", {}),
         ("llama", {"tie_word_embeddings": False}),
         ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True}),
+        ("llama", {"head_dim": 16}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("llama", {"rope_parameters": LLAMA3, "head_dim": 32, "attention_bias": True, "tie_word_embeddings": True}),
         ("qwen2", {"tie_word_embeddings": True}),
         ("qwen2", {"tie_word_embeddings": False}),
         ("qwen3", {"tie_word_embeddings": False, "head_dim": 16}),
@@ -177,9 +186,14 @@ def test_mlx_lms_layout_of_gpt2_is_read(tmp_path, tokenizer):
             "tie_word_embeddings is False",
         ),
         ({"model_type": "mistral"}, "of type 'mistral'; supported: gpt2, llama"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_scaling is"),
-        ({"head_dim": 16}, "head_dim is 16"),
+        ({"attention_bias": True}, "do not fit config.json: model.layers.0.self_attn.q_proj.bias is missing"),
+        ({"mlp_bias": True}, "not supported: mlp_bias is True"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type llama3 needs low_freq_factor, high_freq"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4}}, "high_freq_factor 4 is not above low_freq_factor 4"),
+        ({"rope_scaling": LLAMA3 | {"factor": float("inf")}}, "rope_scaling.factor: input should be less than"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8}}, "not supported: rope_scaling is"),
+        ({"head_dim": 16}, r"q_proj.weight \(32, 32\), expected \(64, 32\)"),
+        ({"head_dim": 7}, "heads of 7 numbers: rotary positions need an even size"),
         ({"quantization": {"bits": 4}}, "quantised; dequantise them first: mlx_lm.convert"),
         ({"max_position_embeddings": 8}, "it reads 8 tokens, data.context_length is 32: set data.context_length=8"),
         ({"num_hidden_layers": 3}, "do not fit config.json: model.layers.2"),

@@ -42,7 +42,8 @@ def test_a_published_model_teaches_in_an_empty_workspace(texts, tmp_path, capsys
     assert code == 1 and "a teacher knows every token of its student" in err and err.count("\n") == 1
 
 
-def test_a_padded_teacher_teaches_as_one_that_is_not(rng=np.random.default_rng(3)):
+def test_a_padded_teacher_teaches_as_one_that_is_not():
+    rng = np.random.default_rng(3)
     student, wide = Shape("llama", 1, 32, 64, 2, 2, 50, 16), Shape("llama", 1, 32, 64, 2, 2, 80, 16)
     padded = initialise(wide, 1)
     table = padded["model"]["embed_tokens"]["weight"]
@@ -62,7 +63,7 @@ def test_windows_longer_than_asked_for_are_read_as_they_are(texts, tmp_path, cap
     notes = write_jsonl(tmp_path / "notes.jsonl", texts[600:800])
     first = ("specialize", "--domain", "notes", "--from", str(model), *STEPS)
     assert call(capsys, workspace, *first, "--name", "a", str(notes))[0] == 0
-    code, out, err = call(capsys, workspace, *first, "--name", "b", "--set", "data.context_length=16", "--json")
+    code, _, err = call(capsys, workspace, *first, "--name", "b", "--set", "data.context_length=16", "--json")
     assert code == 0 and find_run(workspace, "b").shape.context_length == 64, err
     losses = [find_run(workspace, name).record["valid_nll"] for name in "ab"]
     assert losses[0] == losses[1]

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from conftest import shape_of
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_slm.config.schema import ModelConfig
@@ -14,12 +15,14 @@ from mlx_slm.models.lora import Lora
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer, initialise
 
-FAMILIES = [("gpt2", 4), ("llama", 4), ("llama", 2)]
+FAMILIES = [("gpt2", 4), ("llama", 4), ("llama", 2), ("llama3", 2), ("qwen2", 2), ("qwen3", 2)]
 
 
 def make(family, num_kv_heads, rank=3):
-    config = ModelConfig(family=family, num_layers=2, dims=32, num_heads=4, num_kv_heads=num_kv_heads)
-    shape = Shape.of(config, 400, 32)
+    head = 16 if family in ("llama3", "qwen3") else None
+    sizes = {"num_layers": 2, "dims": 32, "num_heads": 4, "num_kv_heads": num_kv_heads, "head_dims": head}
+    config = ModelConfig(family=family.removesuffix("3") if family == "llama3" else family, **sizes)
+    shape = shape_of(config, 400, 32, published=family == "llama3")
     lora = Lora(shape, rank, 4.0)
     adapters = tree_map(lambda x: 0.1 * mx.random.normal(x.shape, key=mx.random.key(x.size)), lora.initialise(1))
     return shape, lora, initialise(shape, 0), adapters

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import shape_of
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slm.config.files import find_config, load_config
@@ -31,7 +32,8 @@ def test_the_papers_counts(h, millions):
 
 
 def make(family="gpt2", **changes):
-    base = Shape.of(ModelConfig(family=family, num_layers=3, dims=32, num_heads=4), 60, 16)
+    settings = ModelConfig(family="llama" if family == "llama3" else family, num_layers=3, dims=32, num_heads=4)
+    base = shape_of(settings, 60, 16, published=family == "llama3")
     config = ProjectionConfig(**{"h": 4, "k": 5, "layers": [0, 2]} | changes)
     shape = ProjectedShape.of(config, base)
     return shape, initialise_network(shape, config, 0)
@@ -56,13 +58,13 @@ def rows(count, seed=0):
     return mx.array(np.random.default_rng(seed).integers(0, 60, (count, 17)))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "llama3", "qwen2", "qwen3"])
 def test_the_count_is_that_of_the_tensors(family):
     shape, parameters = make(family)
     assert shape.num_parameters == sum(value.size for _, value in tree_flatten(parameters))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "llama3", "qwen2", "qwen3"])
 def test_anchored_every_expert_begins_as_the_small_model(family):
     shape, parameters = make(family)
     tokens = rows(2)[:, :16]
@@ -72,7 +74,7 @@ def test_anchored_every_expert_begins_as_the_small_model(family):
     assert len(np.unique(np.array(parameters["E"])[:, 1])) == 5, "but their coefficients differ"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "llama3", "qwen2", "qwen3"])
 def test_the_network_on_a_cluster_is_that_clusters_expert(family):
     shape, parameters = make(family)
     parameters = apart(parameters)

@@ -1,12 +1,17 @@
+import json
+import math
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import shape_of
 from mlx.utils import tree_flatten
 
 from mlx_slm.config.schema import Config, ModelConfig
 from mlx_slm.export.model import export_model, load_exported
 from mlx_slm.files import Damaged
 from mlx_slm.models.families import FAMILIES
+from mlx_slm.models.rope import RopeScaling
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer, initialise
 from mlx_slm.training.loss import next_token_loss
@@ -16,19 +21,21 @@ CONFIGS = {
     "llama": ModelConfig(
         family="llama", num_layers=3, dims=48, num_heads=4, num_kv_heads=2, hidden_dims=112, rope_theta=5e4
     ),
+    "llama3": ModelConfig(family="llama", num_layers=2, dims=48, num_heads=4, num_kv_heads=2, head_dims=16),
     "qwen2": ModelConfig(family="qwen2", num_layers=2, dims=48, num_heads=4, num_kv_heads=2),
     "qwen3": ModelConfig(family="qwen3", num_layers=2, dims=48, num_heads=4, num_kv_heads=2, head_dims=16),
 }
 ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
+    "llama3": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
 
 
 def make(family, vocab_size=400, context=64, recompute_layers=False):
-    shape = Shape.of(CONFIGS[family], vocab_size, context)
+    shape = shape_of(CONFIGS[family], vocab_size, context, published=family == "llama3")
     model = Transformer(shape, recompute_layers)
     parameters = initialise(shape, 1)
     # Norms and biases away from 1 and 0, so that leaving one out shows.
@@ -90,7 +97,7 @@ def test_loss_and_gradients_of_a_step_equal_transformers(exported, family):
 
     found, gradients = mx.value_and_grad(loss)(parameters)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    ours = dict(tree_flatten(FAMILIES[family].to_hub(gradients)))
+    ours = dict(tree_flatten(FAMILIES[CONFIGS[family].family].to_hub(gradients)))
     theirs = {name.removeprefix("transformer."): p.grad.numpy() for name, p in other.named_parameters()}
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
@@ -188,6 +195,21 @@ def test_flops_by_hand_for_the_papers_models():
     wide = Shape.of(CONFIGS["qwen3"], 500, 64)
     layer = 48 * 16 * (4 + 2 + 2 + 4) + 3 * 48 * 128
     assert wide.flops_per_token == 6 * (2 * layer + 500 * 48) + 12 * 2 * 64 * (4 * 16), "attention is over all heads"
+
+
+def test_a_shape_as_published_is_recorded():
+    shape = shape_of(CONFIGS["llama3"], 400, 64, published=True)
+    assert Shape(**json.loads(json.dumps(shape.to_dict()))) == shape
+    assert not {"attention_bias", "rope_scaling"} & set(Shape.of(CONFIGS["llama"], 400, 64).to_dict())
+
+
+def test_stretched_wavelengths_by_hand():
+    """Head of 16, base 10,000: wavelengths 2 pi (1, 3.16, 10, 31.6, ...), turns in 64 tokens 10.2, 3.22, 1.02, 0.32."""
+    factors = RopeScaling(8.0, 1.0, 4.0, 64).factors(16, 10_000.0)
+    assert factors[0] == 1 and (factors[3:] == 8).all()
+    for index, wavelength in ((1, 10**0.5), (2, 10.0)):
+        smooth = (64 / (2 * math.pi * wavelength) - 1) / 3
+        assert factors[index] == pytest.approx(1 / ((1 - smooth) / 8 + smooth))
 
 
 def test_a_size_of_heads_is_recorded_only_where_it_is_one_of_its_own():
