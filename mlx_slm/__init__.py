@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from mlx_slm.project import Project
     from mlx_slm.stages.pretrain import pretrain
     from mlx_slm.stages.specialize import specialize
-    from mlx_slm.text.prepare import Preparation, prepare
+    from mlx_slm.text.prepare import prepare
+    from mlx_slm.text.sources import Preparation
 
 __version__ = "0.1.0"
 

@@ -42,7 +42,8 @@ from mlx_slm.stages.pretrain import pretrain
 from mlx_slm.storage.arrays import save_arrays
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.docstrings import documents
-from mlx_slm.text.prepare import Preparation, prepare
+from mlx_slm.text.prepare import prepare
+from mlx_slm.text.sources import Preparation
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import TrainedTokenizer
 from mlx_slm.training.runs import find_run

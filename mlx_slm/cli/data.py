@@ -24,9 +24,10 @@ from mlx_slm.cli.common import SIZE, Session, common
 def prepare(session: Session, name, sources, drop, **how) -> None:
     """Read the text of set NAME, split it by document, and tokenise it.
 
-    A SOURCE is a file, a glob, a directory, hf:<dataset>[:<config>] or docs:<package>[,<package>...]; with train=,
-    valid= or test= in front it is that split. Files: txt md jsonl csv tsv (also .gz, .zst), parquet. The generic set
-    comes first: the tokenizer is trained on it.
+    A SOURCE is a file, a glob, a directory, hf:OWNER/DATASET[@REVISION][:CONFIG] or docs:<package>[,<package>...]; with
+    train=, valid= or test= in front it is that split. Files: txt md jsonl csv tsv (also .gz, .zst), parquet. Behind a
+    source on the Hub, ?split=validation takes another split of it than train, ?files=data/*.gz other files, and
+    ?FIELD=VALUE only such records; & joins them. The generic set comes first: the tokenizer is trained on it.
     """
     from mlx_slm.text import prepare as work
     from mlx_slm.text.store import Store

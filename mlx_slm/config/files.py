@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, StrictFloat, StrictStr, ValidationError
 from pydantic_core import ErrorDetails
 
 from mlx_slm.config.schema import RENAMED, Config
 from mlx_slm.errors import SlmError, nearest
-from mlx_slm.files import parse_yaml, read_yaml
+from mlx_slm.fields import Form
+from mlx_slm.files import parse_yaml, read_yaml, require_form
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -33,10 +34,23 @@ def find_config(name: str) -> Path:
     )
 
 
-def known_domains() -> dict[str, list[str]]:
-    """Sources of the domains in the shipped domains.yaml."""
+class KnownSet(Form):
+    """An entry of the shipped domains.yaml."""
+
+    sources: list[StrictStr]
+    license: StrictStr
+    cost: StrictFloat
+    """Megabytes of text for a million tokens."""
+    opt_in: StrictStr | None = None
+    """Why it is read only where its source is named."""
+
+
+def known_sets() -> dict[str, KnownSet]:
+    """The sets of the shipped domains.yaml."""
     path = shipped_configs().get("domains")
-    return read_yaml(path) if path else {}
+    if path is None:
+        return {}
+    return {name: require_form(entry, KnownSet, path) for name, entry in read_yaml(path).items()}
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:

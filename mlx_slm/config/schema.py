@@ -42,7 +42,8 @@ class DataConfig(Section):
     generic: str = "generic"
     """The name of the generic set; every other set is a domain."""
     sets: dict[str, list[str]] = {}
-    """Sources per set: files, globs, `hf:<dataset>[:<config>]`, `docs:<packages>`; `train=` and so on in front."""
+    """Sources per set: files, globs, `hf:OWNER/DATASET[@REVISION][:CONFIG][?split=SPLIT&files=PATTERN&FIELD=VALUE]`,
+    `docs:<packages>`; `train=` and so on in front."""
     field: str = "text"
     """The field (column, key) that holds the text in jsonl, csv, parquet and Hugging Face sources."""
     context_length: Dimension = Field(1024, ge=2)

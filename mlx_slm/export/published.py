@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mlx_slm.errors import SlmError
+from mlx_slm.hub import said_by_the_hub
 
 HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 READ = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md")
@@ -22,31 +22,13 @@ def download(name: str) -> Path:
 
     Raises SlmError: no such model or revision, not allowed, or not reached.
     """
-    from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
     parts = HUB_NAME.fullmatch(name)
     assert parts is not None
     repo, revision = parts["repo"], parts["revision"]
-    try:
+    with said_by_the_hub(name, repo, revision):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(READ)))
-    except hub.GatedRepoError as error:
-        raise SlmError(
-            f"{name}: its owner lets in those who asked: ask on https://huggingface.co/{repo}, then `hf auth login`"
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        raise SlmError(f"{name}: the Hub has no revision {revision!r} of it") from error
-    except hub.RepositoryNotFoundError as error:
-        raise SlmError(
-            f"{name}: no such directory here and no such model on the Hub; for a private one `hf auth login` first"
-        ) from error
-    except hub.HFValidationError as error:
-        raise SlmError(f"{name}: not the name of a model on the Hub") from error
-    except Exception as error:  # of whichever library it reaches the network with
-        reason = " ".join(str(error).split())[:200]
-        raise SlmError(
-            f"{name}: no such directory here, and the Hub was not reached ({type(error).__name__}: {reason})"
-        ) from error
 
 
 def revision_of(directory: Path) -> str | None:

@@ -9,7 +9,8 @@ import numpy as np
 from mlx_slm.project import Project
 from mlx_slm.storage.records import fingerprint
 from mlx_slm.text.hub_tokenizer import open_tokenizer
-from mlx_slm.text.prepare import STREAMED_TOKENS, Preparation, ensure_set, prepare, text_needed
+from mlx_slm.text.prepare import STREAMED_TOKENS, ensure_set, prepare, text_needed
+from mlx_slm.text.sources import Preparation
 from mlx_slm.text.store import Store, first_windows
 from mlx_slm.training.scoring import validation_windows
 

@@ -17,9 +17,10 @@ from mlx_slm.project import Project
 from mlx_slm.storage.forms import Count
 from mlx_slm.storage.records import fingerprint, read_record, write_record
 from mlx_slm.text.hub_tokenizer import open_tokenizer
-from mlx_slm.text.prepare import adopt_tokenizer, ensure_set, sources_of, text_needed
+from mlx_slm.text.prepare import ensure_set, sources_of, text_needed
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import Tokenizer
+from mlx_slm.text.workspace_tokenizer import adopt_tokenizer
 from mlx_slm.training.scoring import validation_windows
 from mlx_slm.training.step import measure_speed, rows_that_fit
 

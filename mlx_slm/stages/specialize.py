@@ -31,7 +31,8 @@ from mlx_slm.storage.artifacts import MANIFEST
 from mlx_slm.storage.locks import in_use
 from mlx_slm.storage.records import write_text
 from mlx_slm.text.hub_tokenizer import open_tokenizer
-from mlx_slm.text.prepare import adopt_tokenizer, sources_of
+from mlx_slm.text.prepare import sources_of
+from mlx_slm.text.workspace_tokenizer import adopt_tokenizer
 from mlx_slm.training.optimizer import OPTIMIZER_FIELDS
 from mlx_slm.training.runs import EXPERT, RECORD, Run, RunRequest, alone_in, default_run, open_run
 

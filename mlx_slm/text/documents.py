@@ -1,7 +1,8 @@
 """Sources -> the distinct documents of a set, each in one split.
 
-A document's split depends on the hash of its text alone, so it stays where it is when the set grows. Texts that differ
-in white space alone are one document.
+A document's split depends on the hash of its text alone, so it stays where it is when the set grows; but for a split
+that would be empty, which gets the document that is nearest to it. Texts that differ in white space alone are one
+document.
 """
 
 from __future__ import annotations
@@ -31,15 +32,17 @@ class Counts:
 class Documents:
     """The distinct documents of a set as (digest, text, split), in a fixed order: held-out sources first.
 
-    A text that stands in a held-out source and in the training source is kept where it is held out. The document of
-    the digest `training` is a training document whatever its hash says.
+    A text that stands in a held-out source and in the training source is kept where it is held out. `placed`: the
+    splits of some documents, by their digests, whatever their hashes say.
     """
 
-    def __init__(self, sources: list[Source], config: Config, reading: Reading, training: bytes | None = None):
+    def __init__(self, sources: list[Source], config: Config, reading: Reading, placed: dict[bytes, str] | None = None):
         self.sources = sorted(sources, key=lambda s: {"test": 0, "valid": 1}.get(s.split or "", 2))
         self.reading, self.counts = reading, Counts()
-        self._config, self._data, self._training = config, config.data, training
-        self._nearest: bytes | None = None
+        self._config, self._data, self.placed = config, config.data, placed or {}
+        self._of_split: Counter[str] = Counter()
+        self._held_out_last: bytes | None = None
+        self._trained_first: list[bytes] = []
         remote = any(source.remote for source in sources)
         self._size = None if remote else sum(p.stat().st_size for source in sources for p in source.files())
 
@@ -52,6 +55,7 @@ class Documents:
     def __iter__(self) -> Iterator[tuple[bytes, str, str]]:
         seen: set[bytes] = set()
         counts = self.counts = Counts()
+        self._of_split, self._held_out_last, self._trained_first = Counter(), None, []
         for source in self.sources:
             for text in source.documents(self.reading):
                 digest = hashlib.blake2b("".join(text.split()).encode(), digest_size=12).digest()
@@ -62,31 +66,54 @@ class Documents:
                 counts.documents += 1
                 counts.bytes += len(text.encode())
                 split = source.split or self._split(digest)
-                if split != "train" and not source.split:
-                    self._nearest = max(self._nearest or digest, digest, key=_place)
+                self._of_split[split] += 1
+                if not source.split:
+                    self._note(digest, split)
                 counts.training_bytes += len(text.encode()) if split == "train" else 0
                 yield digest, text, split
                 if self._data.limit and counts.training_bytes >= self._data.limit:
                     return
 
-    def with_training_text(self) -> Documents:
-        """The same, with one document to train on: of those that chance held out, all of them there were, the one that
-        is nearest to being a training document. Raises SlmError where there is none."""
-        if self._nearest is None:
-            raise SlmError(f"{', '.join(s.text for s in self.sources)}: no text to train on: name some with train=PATH")
+    def in_every_split(self) -> Documents:
+        """The same with a document in each split that chance left empty: the one that is nearest to being there, and
+        for the held-out splits only while training keeps one; itself where none is. Raises SlmError where there is
+        nothing to train on."""
+        placed: dict[bytes, str] = {}
+        if not self._of_split["train"]:
+            if self._held_out_last is None:
+                named = ", ".join(source.text for source in self.sources)
+                raise SlmError(f"{named}: no text to train on: name some with train=PATH")
+            placed[self._held_out_last] = "train"
+        wanted = [split for split, share, given in reversed(self._shares()) if share and not given]
+        empty = [split for split in wanted if not self._of_split[split]]
+        for digest, split in zip(self._trained_first[: self._of_split["train"] - 1], empty, strict=False):
+            placed[digest] = split
+        if not placed:
+            return self
         reading = dataclasses.replace(self.reading, replaced=0, empty_files=[], left_out=Counter(), bytes_read=0)
-        return Documents(self.sources, self._config, reading, self._nearest)
+        return Documents(self.sources, self._config, reading, placed)
+
+    def _note(self, digest: bytes, split: str) -> None:
+        if split == "train":
+            self._trained_first = sorted([*self._trained_first, digest], key=_place)[:2]
+        else:
+            self._held_out_last = max(self._held_out_last or digest, digest, key=_place)
+
+    def _shares(self) -> list[tuple[str, float, bool]]:
+        """(split, its share of the hashes, whether a source is given for it) of what is held out."""
+        given = {source.split for source in self.sources}
+        shares = (("test", self._data.test_fraction), ("valid", self._data.valid_fraction))
+        return [(split, share, split in given) for split, share in shares]
 
     def _split(self, digest: bytes) -> str:
         """By hash, into the splits that no source is given for."""
-        if digest == self._training:
-            return "train"
+        if digest in self.placed:
+            return self.placed[digest]
         place = _place(digest)
-        given = {source.split for source in self.sources}
-        for split, fraction in (("test", self._data.test_fraction), ("valid", self._data.valid_fraction)):
-            if 0 <= place < fraction and split not in given:
+        for split, share, given in self._shares():
+            if 0 <= place < share and not given:
                 return split
-            place -= fraction
+            place -= share
         return "train"
 
 

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import glob
 import shutil
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_slm.config.files import dump_config, known_domains
-from mlx_slm.config.schema import Config, TokenizerConfig
+from mlx_slm.config.files import dump_config, known_sets
+from mlx_slm.config.schema import Config
 from mlx_slm.errors import Interrupted, SlmError, nearest
 from mlx_slm.project import Project
 from mlx_slm.report import Report
-from mlx_slm.storage.artifacts import MANIFEST, file_fingerprint, is_made, load_manifest
-from mlx_slm.storage.locks import alone, unused
+from mlx_slm.storage.artifacts import MANIFEST, load_manifest
+from mlx_slm.storage.locks import unused
 from mlx_slm.storage.records import fingerprint, write_text
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.compare import compare, tell
 from mlx_slm.text.documents import Counts, Documents
-from mlx_slm.text.fidelity import lost, why_lost
-from mlx_slm.text.hub_tokenizer import JSON_FILE, import_tokenizer, open_tokenizer, require_tokenizer_json, same_ids
 from mlx_slm.text.readers import Reading
 from mlx_slm.text.shards import merge_shards, start_shards, tokenise
-from mlx_slm.text.sources import SPLITS, Source
+from mlx_slm.text.sources import SPLITS, Preparation, Source
 from mlx_slm.text.store import KIND
 from mlx_slm.text.tokenizer import KIND as TOKENIZER
-from mlx_slm.text.tokenizer import Tokenizer, sample_documents, train_tokenizer
+from mlx_slm.text.workspace_tokenizer import (
+    alone_preparing,
+    ensure_tokenizer,
+    no_text,
+    other_settings,
+    reading_of,
+    streams_of,
+)
 
 READ_WITH = ("field", "limit", "valid_fraction", "test_fraction", "max_document_bytes")
 """Settings of the reading, beside the tokenizer's and the context."""
-BYTES_PER_TOKEN = 4.7
-"""Of English text at 32k pieces (4.3), with room to spare: how much text this many tokens need."""
+BYTES_PER_TOKEN = 5.5
+"""Of English text at 32k pieces (2.9 to 4.9, by domain), with room to spare: how much text this many tokens need."""
 STREAMED_TOKENS = 8_000_000
 """Tokens of a domain that are streamed from the Hub where `--tokens` does not say."""
 
@@ -40,34 +43,24 @@ def sources_of(name: str, given: list[str], workspace: Workspace, config: Config
     """The sources of a set: as given, recorded, configured, or shipped, in this order; raises SlmError for none."""
     if given:
         return given
-    domains = known_domains()
+    known_by_name = known_sets()
     if (workspace.data(name, "train") / MANIFEST).exists():
         return load_manifest(workspace.data(name, "train"), KIND, any_format=True)["inputs"]["sources"]
     if name in config.data.sets:
         return config.data.sets[name]
-    if name in domains:
-        return domains[name]
-    prepared, known = workspace.sets(), sorted({*config.data.sets, *domains})
+    if name in known_by_name:
+        shipped = known_by_name[name]
+        if shipped.opt_in:
+            raise SlmError(
+                f"{name}: {shipped.opt_in}, so it is read only where you name its source: mlx-slm prepare {name} "
+                f"{' '.join(shipped.sources)}"
+            )
+        return shipped.sources
+    prepared, known = workspace.sets(), sorted({*config.data.sets, *known_by_name})
     raise SlmError(
         f"unknown set {name!r}{nearest(name, [*prepared, *known])}; prepared: {', '.join(prepared) or 'none'}; "
         f"known by their sources: {', '.join(known) or 'none'}; name its text: mlx-slm prepare {name} SOURCE..."
     )
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """A set that is to be read, split and tokenised."""
-
-    name: str
-    sources: list[str]
-    fresh: bool = False
-    """Make it again, even if its inputs changed."""
-    strict: bool = False
-    """Fail on invalid UTF-8 instead of replacing it."""
-    field: str | None = None
-    """The field that holds the text. Default: the configuration's."""
-    limit: int | None = None
-    """Stop after this many bytes of training text. Default: the configuration's."""
 
 
 def ensure_set(project: Project, name: str, limit: int | None = None) -> None:
@@ -105,17 +98,12 @@ def _tell_what_is_kept(project: Project, name: str) -> None:
     """Say which settings of a set and of its tokenizer are others than the configuration's."""
     workspace, config, report = project.workspace, project.config, project.report
     made = load_manifest(workspace.tokenizer, TOKENIZER)["inputs"]["settings"]
-    kept = _other({key: value for key, value in made.items() if key != "path"}, config.tokenizer.model_dump())
+    kept = other_settings({key: value for key, value in made.items() if key != "path"}, config.tokenizer.model_dump())
     context = load_manifest(workspace.data(name, "train"), KIND)["inputs"]["context_length"]
     if context != config.data.context_length:
         kept.append(f"data.context_length={context}")
     if kept:
         report.warn(f"set {name!r} was prepared with {', '.join(kept)}, which stay: a new --workspace takes others")
-
-
-def _other(made: dict, settings: dict) -> list[str]:
-    """Settings that a tokenizer was made with and that are others now."""
-    return [f"tokenizer.{key}={value}" for key, value in made.items() if settings.get(key) != value]
 
 
 def _as_prepared(project: Project, name: str) -> Project:
@@ -127,36 +115,6 @@ def _as_prepared(project: Project, name: str) -> Project:
         told = ", ".join(f"data.{key}={value}" for key, value in changed.items())
         report.line(f"set {name!r} is used as it was prepared, with {told}")
     return project.having(data=config.data.model_copy(update=changed))
-
-
-def adopt_tokenizer(project: Project, model: Path, called: str) -> Project:
-    """Take the tokenizer of a model directory into a workspace that has none; returns the project with its settings.
-
-    Raises SlmError if the workspace has another one.
-    """
-    require_tokenizer_json(model)
-    directory, config = project.workspace.tokenizer, project.config
-    with _alone_preparing(project):
-        if not (directory / MANIFEST).exists():
-            project.report.line(f"taking the tokenizer of {model}")
-            settings = config.tokenizer.model_copy(update={"path": str(model.absolute())})
-            inputs = {"settings": settings.model_dump(exclude_none=True), "text": file_fingerprint(model / JSON_FILE)}
-            _tell_what_is_lost(import_tokenizer(model, directory, inputs), model, project.report)
-    tokenizer = open_tokenizer(directory)
-    if not same_ids(model, directory):
-        raise SlmError(
-            f"{called}: it has another tokenizer than this workspace: use a new --workspace, whose text is then "
-            "prepared with the model's tokenizer"
-        )
-    return project.having(tokenizer=TokenizerConfig(**tokenizer.manifest["inputs"]["settings"]))
-
-
-def _tell_what_is_lost(tokenizer: Tokenizer, model: Path, report: Report) -> None:
-    if kinds := lost(tokenizer):
-        report.warn(
-            f"the tokenizer of {model} ({why_lost(tokenizer)}) changes text, which is learnt and scored as changed: it "
-            f"does not keep {', '.join(kinds)}"
-        )
 
 
 def text_needed(tokens: int) -> int:
@@ -175,14 +133,8 @@ def prepare(project: Project, request: Preparation) -> bool:
     The generic set's configuration becomes the workspace's. Returns False if all is there already and nothing changed;
     raises SlmError if the inputs changed, unless `fresh`.
     """
-    with _alone_preparing(project):
+    with alone_preparing(project):
         return _prepare(project, request)
-
-
-def _alone_preparing(project: Project) -> AbstractContextManager[None]:
-    root, report = project.workspace.root, project.report
-    busy = f"another process is preparing text in {root}: waiting for it"
-    return alone(root / ".prepare.lock", busy, waiting=lambda: report.line(busy))
 
 
 def _prepare(project: Project, request: Preparation) -> bool:
@@ -199,7 +151,10 @@ def _prepare(project: Project, request: Preparation) -> bool:
         and not report.confirm(f"stream all of {', '.join(endless)}? (--limit 1B stops)")
     ):
         raise Interrupted("not started; nothing was downloaded")
-    reading = _reading(config, request.strict, _streams(workspace, name))
+    shipped = known_sets().get(name)
+    if shipped and shipped.sources == sources:
+        report.line(f"{name}: licence: {shipped.license}; about {shipped.cost:g} MB of text for a million tokens")
+    reading = reading_of(config, request.strict, streams_of(workspace, name))
     origin = fingerprint([[s.split, s.fingerprint()] for s in parsed])
     tokenizer = ensure_tokenizer(project, request, parsed, origin)
     inputs: dict = {
@@ -221,14 +176,18 @@ def _prepare(project: Project, request: Preparation) -> bool:
     start_shards(partial, plan, report)
     shards = tokenise(documents, tokenizer, partial, report, f"tokenising {name}")
     if not documents.counts.documents:
-        raise SlmError(_no_text(parsed))
-    if not shards["train"]:
-        documents = documents.with_training_text()
-        start_shards(partial, plan | {"training": "the nearest"}, report)
+        raise SlmError(no_text(parsed))
+    if (filled := documents.in_every_split()) is not documents:
+        documents = filled
+        placed = {digest.hex(): split for digest, split in documents.placed.items()}
+        start_shards(partial, plan | {"placed": placed}, report)
         shards = tokenise(documents, tokenizer, partial, report, f"tokenising {name}")
     warn_about(documents.reading, documents.counts, report)
     with unused(workspace, name):
-        facts, left_out = {"replaced": documents.reading.replaced}, None
+        facts: dict = {"replaced": documents.reading.replaced}
+        if reading.revisions:
+            facts["revisions"] = reading.revisions
+        left_out = None
         for split in ("test", "valid"):
             merge_shards(shards[split], workspace.data(name, split), tokenizer, inputs, facts)
         if config.data.drop_near_duplicates:
@@ -240,72 +199,10 @@ def _prepare(project: Project, request: Preparation) -> bool:
             near = compare(project, name, workspace.data(name, "train"))
     tell(project, name, near)
     shutil.rmtree(partial)
-    shutil.rmtree(_streams(workspace, name), ignore_errors=True)
+    shutil.rmtree(streams_of(workspace, name), ignore_errors=True)
     if name == config.data.generic:
         write_text(workspace.config_file, dump_config(whole))
     return True
-
-
-def ensure_tokenizer(project: Project, request: Preparation, sources: list[Source], origin: str) -> Tokenizer:
-    """Load the tokenizer, or train it if this is the generic set; raises SlmError for a domain that comes before.
-
-    `origin`: the fingerprint of the sources.
-    """
-    workspace, config, report = project.workspace, project.config, project.report
-    name, fresh = request.name, request.fresh
-    settings = config.tokenizer.model_dump(exclude_none=True)
-    remake = fresh and name == config.data.generic and not is_made(workspace.tokenizer, TOKENIZER)
-    if (workspace.tokenizer / MANIFEST).exists() and not remake:
-        tokenizer = open_tokenizer(workspace.tokenizer)
-        made = tokenizer.manifest["inputs"]
-        recorded = {key: value for key, value in made["settings"].items() if key != "path" or "path" in settings}
-        if recorded != settings and not (fresh and name == config.data.generic):
-            raise SlmError(
-                f"{workspace.tokenizer} was made with other settings ({', '.join(_other(recorded, settings))}): "
-                f"put these back in {workspace.config_file} or with --set, or rebuild with "
-                f"`mlx-slm prepare {config.data.generic} --fresh` and then every set"
-            )
-        # A changed generic set keeps its tokenizer once there are models that rest on it.
-        stale = fresh and name == config.data.generic and made["text"] != origin
-        if recorded == settings and (not stale or workspace.runs()):
-            if stale:
-                report.line(f"{workspace.tokenizer} is kept, though trained on other text: runs rest on it")
-            return tokenizer
-    if name != config.data.generic:
-        raise SlmError(
-            f"no tokenizer yet: it is trained on the generic set, so prepare that first: "
-            f"mlx-slm prepare {config.data.generic} SOURCE..."
-        )
-    if config.tokenizer.path:
-        report.line(f"taking the tokenizer of {config.tokenizer.path}")
-        taken = Path(config.tokenizer.path).expanduser()
-        tokenizer = import_tokenizer(taken, workspace.tokenizer, {"settings": settings, "text": origin})
-        _tell_what_is_lost(tokenizer, taken, report)
-        return tokenizer
-    documents = Documents(sources, config, _reading(config, request.strict, _streams(workspace, name)))
-    with report.progress("reading a sample for the tokenizer", None, "B") as advance:
-
-        def training_text(documents: Documents):
-            for digest, text, split in documents:
-                advance(len(text), documents.expected_bytes())
-                if split == "train":
-                    yield digest, text
-
-        texts = sample_documents(training_text(documents), config.tokenizer)
-        if not documents.counts.documents:
-            raise SlmError(_no_text(sources))
-        texts = texts or sample_documents(training_text(documents.with_training_text()), config.tokenizer)
-    size = sum(map(len, texts))
-    report.line(f"training a tokenizer of {config.tokenizer.vocab_size:,} pieces on {size / 1e6:.1f} MB of text")
-    return train_tokenizer(workspace.tokenizer, texts, config.tokenizer, {"settings": settings, "text": origin})
-
-
-def _reading(config: Config, strict: bool, streams: Path) -> Reading:
-    return Reading(config.data.field, strict, config.data.max_document_bytes, streams=streams)
-
-
-def _streams(workspace: Workspace, name: str) -> Path:
-    return workspace.root / "data" / name / ".streams"
 
 
 def _up_to_date(workspace: Workspace, name: str, inputs: dict, strict: bool) -> bool:
@@ -341,11 +238,6 @@ def warn_about(reading: Reading, counts: Counts, report: Report) -> None:
         report.warn(f"replaced invalid UTF-8 in {reading.replaced:,} documents (--strict fails instead)")
     if reading.empty_files:
         report.warn(f"no text in {', '.join(reading.empty_files[:5])}{' ...' if len(reading.empty_files) > 5 else ''}")
-
-
-def _no_text(sources: list[Source]) -> str:
-    named = ", ".join(source.text for source in sources)
-    return f"no text in {named}: every file is empty or only white space; check the path and --field"
 
 
 def _absolute(source: str) -> str:

@@ -43,6 +43,8 @@ class Reading:
     empty_files: list[str] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)
     """Files of directories that were not read, by why."""
+    revisions: dict[str, str] = field(default_factory=dict)
+    """The commit of each source on the Hub."""
     streams: Path | None = None
     """Where what comes from the Hub is kept until the set is prepared."""
     bytes_read: int = 0

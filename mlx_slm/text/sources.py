@@ -1,4 +1,5 @@
-"""Sources -> documents. A source is a file, a glob, a directory, `hf:<dataset>[:<config>]` or `docs:<packages>`."""
+"""Sources -> documents. A source is a file, a glob, a directory, `hf:<dataset>...` (hub_source) or
+`docs:<packages>`."""
 
 from __future__ import annotations
 
@@ -100,3 +101,19 @@ class Source:
                     yield document
                 if not count:
                     reading.empty_files.append(str(path))
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A set that is to be read, split and tokenised."""
+
+    name: str
+    sources: list[str]
+    fresh: bool = False
+    """Make it again, even if its inputs changed."""
+    strict: bool = False
+    """Fail on invalid UTF-8 instead of replacing it."""
+    field: str | None = None
+    """The field that holds the text. Default: the configuration's."""
+    limit: int | None = None
+    """Stop after this many bytes of training text. Default: the configuration's."""

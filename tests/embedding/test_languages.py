@@ -15,7 +15,8 @@ from mlx_slm.embedding.lsi import LsiEncoder
 from mlx_slm.project import Project
 from mlx_slm.report import Report
 from mlx_slm.storage.workspace import Workspace
-from mlx_slm.text.prepare import Preparation, prepare
+from mlx_slm.text.prepare import prepare
+from mlx_slm.text.sources import Preparation
 
 TOPICS = {
     "Chinese": (

@@ -11,8 +11,9 @@ from mlx_slm.text.hub_tokenizer import tokenizer_of
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 HARD = [
-    "", " ", "  a  b", "\n\n\tx\r\n ", "a <|end|> b <|im_start|>user", "don't WON'T 3.14 1234567", "cafe\u0301 \ufb01 \uff21",
-    "漢字 عربي 🎉👩‍👧 \U0001f1e9\U0001f1ea", "x" * 500, "\x00\x07\x7f\u200b\ufeff", "def f(x):\n    return x**2  # ok\n",
+    "", " ", "  a  b", "\n\n\tx\r\n ", "a <|end|> b <|im_start|>user", "don't WON'T 3.14 1234567", "x" * 500,
+    "cafe\u0301 \ufb01 \uff21", "漢字 عربي 🎉👩‍👧 \U0001f1e9\U0001f1ea", "\x00\x07\x7f\u200b\ufeff",
+    "def f(x):\n    return x**2  # ok\n",
 ]  # fmt: skip
 LOSSLESS = ("gpt2", "llama3", "smollm2")
 
@@ -80,7 +81,7 @@ def published(request, tmp_path, texts):
 def test_ids_are_those_of_transformers(published, texts):
     """But for special tokens that are written out in a text, which stay text here."""
     transformers = pytest.importorskip("transformers", reason="needs transformers (extra: peers)")
-    kind, directory = published
+    _, directory = published
     ours, theirs = tokenizer_of(directory), transformers.AutoTokenizer.from_pretrained(str(directory))
     assert ours.eos_id == theirs.eos_token_id
     documents = [*texts[400:600], *(text for text in HARD if "<|" not in text)]
