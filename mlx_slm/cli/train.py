@@ -62,6 +62,12 @@ def quickstart(session: Session, fresh) -> None:
 @click.option("--domain", help="With --method is: the set that the generic set is resampled to look like.")
 @click.option("--domain-tokens", type=SIZE, help="Use this many tokens of the domain, such as 1M. [default: all]")
 @click.option(
+    "--domain-share",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="With --method is: share of the rows that are the domain's own text, such as 0.1. [default: "
+    "clusters.domain_share]",
+)
+@click.option(
     "--weights",
     type=PLACE,
     help="With --method is: weights of the clusters (YAML or JSON) in place of a domain.",
@@ -111,9 +117,13 @@ def pretrain(session: Session, method, domain, weights, k, **given) -> None:
         raise click.UsageError(f"--k is for {those(lambda each: each.section)}")
     if not of.takes_experts and given["experts"]:
         raise click.UsageError(f"--experts is for {those(lambda each: each.takes_experts)}")
+    share = given.pop("domain_share")
+    if share is not None and not domain:
+        raise click.UsageError("--domain-share needs --domain")
     if domain_tokens and not domain:
         raise click.UsageError("--domain-tokens needs --domain")
     changes = {"training.tokens": tokens, "training.hours": hours, f"{of.section}.k": k}
+    changes["clusters.domain_share"] = None if share is None else str(share)
     if of.takes_experts and tokens:
         changes[f"{of.section}.tokens"] = "null"
     session.overrides = (*session.overrides, *(f"{key}={value}" for key, value in changes.items() if value))

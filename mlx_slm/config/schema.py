@@ -110,6 +110,10 @@ class ClustersConfig(Section):
     max_passes: Multiple | None = None
     """Expect no cluster to be drawn more often than this many passes; what is over goes to the generic distribution.
     Paper: no limit."""
+    domain_share: Fraction = 0.0
+    """Share of the rows of importance sampling that are the domain's own text (`pretrain --domain-share`). Paper: 0."""
+    cooldown_share: Fraction | None = None
+    """That share while the rate falls (training.cooldown). Default: domain_share."""
 
 
 class ModelConfig(Section):
@@ -194,6 +198,8 @@ class TrainingConfig(Section):
     """Linear warm-up. Paper: 1,000."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up. Not specified by the paper; cosine falls to a tenth of the rate at the horizon."""
+    cooldown: Fraction = 0.0
+    """Last part of the horizon, in which a constant rate falls linearly to zero. Not in the paper."""
     clip_norm: Real = Field(5.0, gt=0)
     """Clip by global norm. Paper: 5.0."""
     weight_decay: Real = Field(0.0, ge=0, le=100)
@@ -239,6 +245,8 @@ class TrainingConfig(Section):
         if len(given) != 1:
             named = " and ".join(given) or "none of them"
             raise ValueError(f"give exactly one of steps, tokens, passes and hours ({named} given)")
+        if self.cooldown and self.schedule != "constant":
+            raise ValueError(f"cooldown is for schedule constant, and {self.schedule} falls by itself: set one of them")
         return _check_rows(self)
 
 

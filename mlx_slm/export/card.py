@@ -38,14 +38,14 @@ class About:
 
     license: str | None = None
     """An identifier of the Hub, such as apache-2.0; `other` for one with a name of its own."""
-    license_name: str | None = None
-    license_link: str | None = None
     languages: tuple[str, ...] = ()
     """Codes such as en."""
     datasets: tuple[str, ...] = ()
     """On the Hub."""
     base_model: str | None = None
     """On the Hub."""
+    license_name: str | None = None
+    license_link: str | None = None
 
     def over(self, other: About | None) -> About:
         """This, and what it does not say from another."""
@@ -95,7 +95,7 @@ def _names(value) -> tuple[str, ...]:
 def _inherited(published: dict) -> About:
     """What holds for a model because it holds for the published one that it comes from."""
     license, name, link = (published.get(key) for key in LICENSE)
-    return About(license, name, link, base_model=published.get("base_model"))
+    return About(license, base_model=published.get("base_model"), license_name=name, license_link=link)
 
 
 def is_own_card(directory: Path) -> bool:

@@ -107,10 +107,13 @@ class Setup:
 
     def inputs(self, method: str) -> dict:
         """What a run is made from, for its record."""
+        training = self.project.config.training
         inputs = {
             "method": method,
             "shape": self.shape.to_dict(),
-            "training": self.project.config.training.model_dump(mode="json", exclude=UNSEEN),
+            "training": training.model_dump(
+                mode="json", exclude=UNSEEN if training.cooldown else {*UNSEEN, "cooldown"}
+            ),
             "tokenizer": self.tokenizer,
             "data": self.store.fingerprint,
             "valid": fingerprint([self.valid.fingerprint, self.windows.tolist()]),

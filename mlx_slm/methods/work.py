@@ -56,19 +56,21 @@ class TrainingJob:
 def plain_job(
     setup: Setup, inputs: dict, streams: list[Stream], distribution: np.ndarray, **changes: Any
 ) -> TrainingJob:
-    """One transformer on rows that are drawn from a distribution over streams; `changes` are other fields of the job.
+    """One transformer on rows that are drawn from a distribution over streams, and from those of `later` phases;
+    `changes` are other fields of the job.
 
     Without `steps` among them it trains on the horizon of the setup.
     """
     shape, training = setup.shape, setup.project.config.training
     micro_rows, recompute = rows_that_fit(shape, training.batch_rows, training.micro_rows, training.recompute_layers)
     model = Transformer(shape, recompute)
+    later = changes.pop("later", ())
     job = TrainingJob(
         path=setup.path,
         inputs=inputs,
         parameters=setup.start,
         step=partial(TrainingStep, model, AdamW.of(training), micro_rows),
-        sampler=Sampler(streams, distribution, training.batch_rows, training.seed),
+        sampler=Sampler(streams, distribution, training.batch_rows, training.seed, later=later),
         steps=changes.pop("steps", None) or setup.steps(sum(stream.num_rows for stream in streams), setup.tokens),
         evaluate=validation_loss(model, setup.valid, setup.windows),
         num_parameters=shape.num_parameters,
@@ -116,6 +118,7 @@ def _trainer(job: TrainingJob, training: TrainingConfig, report: Report) -> Trai
         learning_rate=training.learning_rate,
         warmup_steps=training.warmup_steps,
         after_warmup=training.schedule,
+        cooldown_steps=cooldown_steps(training, job.steps),
         batch_rows=training.batch_rows,
         eval_every=training.eval_every,
         report_every=training.report_every,
@@ -127,6 +130,11 @@ def _trainer(job: TrainingJob, training: TrainingConfig, report: Report) -> Trai
         job.step, job.sampler, schedule, job.evaluate, job.flops_per_token, job.inputs["shape"]["vocab_size"]
     )
     return Trainer(task, job.parameters(), job.path, report)
+
+
+def cooldown_steps(training: TrainingConfig, steps: int) -> int:
+    """Of a horizon of `steps`, those in which the rate falls."""
+    return round(training.cooldown * steps)
 
 
 def announce_jobs(jobs: list[TrainingJob], training: TrainingConfig, report: Report) -> None:

@@ -15,6 +15,7 @@ The rows of step s depend on (seed, s) alone: never on the micro-batch or on the
 from __future__ import annotations
 
 import bisect
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -88,19 +89,37 @@ def separated_ends(store: Store, windows: np.ndarray) -> np.ndarray:
     return np.cumsum(facts["length"][windows].astype(np.int64) + ~is_last[windows])
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A distribution over streams that holds from a step on."""
+
+    begin: int
+    distribution: np.ndarray
+
+
 class Sampler:
     """Rows of step s: clusters by systematic sampling over `distribution`, then the next rows of each cluster.
 
     `rows_per_cluster` rows of one cluster are drawn together. No row of a cluster repeats within a pass over it.
+    `later`: other distributions, each from its step on.
     """
 
-    def __init__(self, streams: list[Stream], distribution: np.ndarray, batch_rows: int, seed: int, rows_per_cluster=1):
+    def __init__(
+        self,
+        streams: list[Stream],
+        distribution: np.ndarray,
+        batch_rows: int,
+        seed: int,
+        rows_per_cluster: int = 1,
+        later: tuple[Phase, ...] = (),
+    ):
         if batch_rows % rows_per_cluster:
             raise ValueError(f"batch_rows {batch_rows} is not a multiple of rows_per_cluster {rows_per_cluster}")
         self.streams, self.seed, self.rows_per_cluster = streams, seed, rows_per_cluster
         self.groups = batch_rows // rows_per_cluster
-        self.cumulative = np.cumsum(np.asarray(distribution, np.float64))
-        self.cumulative /= self.cumulative[-1]
+        phases = sorted([Phase(0, distribution), *later], key=lambda phase: phase.begin)
+        self._begins = [phase.begin for phase in phases]
+        self._masses = [np.asarray(phase.distribution, np.float64) / np.sum(phase.distribution) for phase in phases]
         self._step, self._drawn = 0, np.zeros(len(streams), np.int64)
 
     @property
@@ -113,6 +132,10 @@ class Sampler:
         """Rows of one pass over everything."""
         return sum(stream.num_rows for stream in self.streams)
 
+    def distribution(self, step: int) -> np.ndarray:
+        """The share of each stream in the rows of a step, float64 [streams]."""
+        return self._masses[bisect.bisect_right(self._begins, step) - 1]
+
     def clusters(self, step: int) -> np.ndarray:
         """The cluster of each group of a step, int [groups]: each count is its expectation rounded up or down."""
         count = len(self.streams)
@@ -120,8 +143,7 @@ class Sampler:
             return np.zeros(self.groups, np.int64)
         rng = np.random.default_rng((self.seed, step))
         order = rng.permutation(count)
-        mass = np.diff(self.cumulative, prepend=0.0)[order]
-        edges = np.cumsum(mass)
+        edges = np.cumsum(self.distribution(step)[order])
         points = (rng.random() + np.arange(self.groups)) / self.groups * edges[-1]
         return order[np.minimum(np.searchsorted(edges, points, side="right"), count - 1)]
 

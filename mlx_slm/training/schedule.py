@@ -69,6 +69,8 @@ class Schedule:
     """Evaluations without a gain that end the first try; None: there is one, up to the horizon."""
     again: float = 0.0
     """Steps of the second try, as a multiple of those of the first."""
+    cooldown_steps: int = 0
+    """The last steps before the horizon, in which the rate falls linearly to zero."""
     milestones: tuple[int, ...] = ()
     """Steps whose checkpoints are kept for good."""
 
@@ -77,6 +79,8 @@ class Schedule:
         begun, end = state.fall or (0, 0)
         warm = step - begun if state.second else step
         rate = learning_rate(warm, self.learning_rate, self.warmup_steps, self.after_warmup, self.steps)
+        if self.cooldown_steps:
+            rate *= min(1.0, (self.steps - step) / self.cooldown_steps)
         return rate * (end - step) / (end - begun) if state.fall else rate
 
     @property

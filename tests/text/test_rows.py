@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_slm.text.rows import Sampler, Stream, permuted
+from mlx_slm.text.rows import Phase, Sampler, Stream, permuted
 
 
 def streams_of(store, count, windows=None):
@@ -87,9 +87,29 @@ def test_counts_of_each_step_are_the_expectation_rounded(store):
     assert np.abs(counts.mean(axis=0) - 16 * weights).max() < 0.05
 
 
-def test_no_row_repeats_within_a_pass_of_a_cluster(store):
+def test_a_phase_has_its_own_distribution_and_goes_on_with_the_passes(store):
+    """Steps 0 to 9 from clusters 0 and 1, 10 to 19 from 1 and 2, then from 2 alone."""
+    first, second, last = np.array([3, 1, 0]), np.array([0, 1, 1]), np.array([0, 0, 1])
+
+    def sampler():
+        later = (Phase(20, last), Phase(10, second))
+        return Sampler(streams_of(store, 3), first, 8, seed=4, later=later)
+
+    counts = [np.bincount(sampler().clusters(step), minlength=3).tolist() for step in (0, 9, 10, 19, 20, 500)]
+    assert counts == [[6, 2, 0]] * 2 + [[0, 4, 4]] * 2 + [[0, 0, 8]] * 2
+    forward = [one.rows(step) for one in [sampler()] for step in range(25)]
+    for step in (24, 9, 12):
+        assert all((found == wanted).all() for found, wanted in zip(sampler().rows(step), forward[step], strict=True))
+    of_cluster_1 = [tuple(row) for rows, _, c in forward[:20] for row, at in zip(rows, c, strict=True) if at == 1]
+    size = streams_of(store, 3)[1].num_rows
+    assert len(of_cluster_1) == 60 and len(set(of_cluster_1[:size])) == min(size, 60), "a pass goes on over phases"
+
+
+@pytest.mark.parametrize("later", [(), (1, 2, 3, 4)])
+def test_no_row_repeats_within_a_pass_of_a_cluster(store, later):
     streams = streams_of(store, 4, windows=120)
-    sampler = Sampler(streams, np.array([4, 3, 2, 1]), 8, seed=1)
+    phases = (Phase(17, np.array(later)),) if later else ()
+    sampler = Sampler(streams, np.array([4, 3, 2, 1]), 8, seed=1, later=phases)
     drawn = {c: [] for c in range(4)}
     for step in range(60):
         tokens, _, clusters = sampler.rows(step)

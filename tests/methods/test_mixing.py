@@ -1,0 +1,103 @@
+"""Importance sampling with the domain's own text among its rows, and with a rate that falls at the end."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import call, small_config, write_jsonl
+
+from mlx_slm.clustering.target import SamplingTarget
+from mlx_slm.config.files import dump_config
+from mlx_slm.config.schema import ClustersConfig, TrainingConfig
+from mlx_slm.errors import SlmError
+from mlx_slm.methods import work
+from mlx_slm.methods.importance import mixed, mixing_of
+from mlx_slm.storage.workspace import Workspace
+from mlx_slm.training.runs import find_run
+from mlx_slm.training.schedule import Schedule, State
+
+NOTES = SamplingTarget("notes")
+
+
+@pytest.fixture
+def workspace(prepared, config, tmp_path):
+    shutil.copytree(prepared.root, tmp_path / "w")
+    workspace = Workspace(tmp_path / "w")
+    workspace.config_file.write_text(dump_config(config))
+    return workspace
+
+
+def config_of(share, last=None, cooldown=0.0):
+    training = TrainingConfig(steps=100, schedule="constant", cooldown=cooldown)
+    return small_config(clusters=ClustersConfig(domain_share=share, cooldown_share=last), training=training)
+
+
+def test_shares_by_hand():
+    plain = mixing_of(config_of(0.0), NOTES, 100)
+    assert plain.mean == 0 and plain.inputs == {}, "nothing new in the records of runs without it"
+    assert mixing_of(config_of(0.1), NOTES, 100).phases == [(0, 0.1)]
+    assert mixing_of(config_of(0.1, 0.5), NOTES, 100).phases == [(0, 0.1)], "there is no cooldown"
+    moving = mixing_of(config_of(0.1, 0.5, cooldown=0.2), NOTES, 100)
+    assert moving.phases == [(0, 0.1), (80, 0.5)] and moving.mean == pytest.approx(0.8 * 0.1 + 0.2 * 0.5)
+    assert mixing_of(config_of(0.1, cooldown=0.2), NOTES, 100).phases == [(0, 0.1)]
+    np.testing.assert_allclose(mixed(np.array([0.25, 0.75]), 0.2), [0.2, 0.6, 0.2])
+    with pytest.raises(SlmError, match="--weights names no domain"):
+        mixing_of(config_of(0.1), SamplingTarget(weights="w.yaml"), 100)
+
+
+def test_the_rate_falls_to_zero_at_the_end():
+    """Constant 1 after 10 steps of warm-up; the last 20 of 100 fall by a twentieth each."""
+    schedule = Schedule(100, 1.0, 10, 8, 10, 10, 10, cooldown_steps=20)
+    rates = [schedule.rate(step, State()) for step in range(100)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
+    assert set(rates[10:81]) == {1.0}
+    np.testing.assert_allclose(rates[80:], np.arange(20, 0, -1) / 20)
+
+
+def test_a_run_with_the_domain_among_its_rows(workspace, capsys, monkeypatch):
+    """A quarter of the rows: two of eight in each step, and half of them while the rate falls."""
+    seen, real = [], work.Sampler
+
+    class Watched(real):
+        def rows(self, step):
+            found = super().rows(step)
+            seen.append((step, int((found[2] == len(self.streams) - 1).sum())))
+            return found
+
+    monkeypatch.setattr(work, "Sampler", Watched)
+    command = ("pretrain", "--method", "is", "--domain", "notes", "--k", "4", "--domain-share", "0.25")
+    falling = ("--set", "training.cooldown=0.25", "--set", "clusters.cooldown_share=0.5")
+    code, out, err = call(capsys, workspace, *command, *falling, "--json")
+    assert code == 0, err
+    run = find_run(workspace, json.loads(out)["run"])
+    assert dict(seen) == {step: 2 if step < 9 else 4 for step in range(13)}, "a step ahead is drawn"
+    facts, said = run.importance(), run.record["inputs"]["importance"]
+    assert (said["domain_share"], said["cooldown_share"]) == (0.25, 0.5) and run.record["inputs"]["training"][
+        "cooldown"
+    ]
+    assert facts["domain_share"] == pytest.approx((9 * 2 + 3 * 4) / 96)
+    code, _, err = call(capsys, workspace, *command)
+    assert code == 1 and "cooldown" in err, "another training"
+    code, out, err = call(capsys, workspace, *command, *falling)
+    assert code == 0 and "is finished" in out, err
+
+
+def test_what_cannot_be(workspace, tmp_path, capsys, texts):
+    command = ("pretrain", "--method", "is", "--k", "4")
+    for options, code, message in (
+        (("--domain", "notes", "--domain-share", "1"), 2, "0<=x<1"),
+        (("--domain", "notes", "--domain-share", "-0.1"), 2, "0<=x<1"),
+        (("--domain", "notes", "--set", "clusters.domain_share=1.5"), 1, "clusters.domain_share"),
+        (("--domain", "notes", "--set", "training.cooldown=1"), 1, "training.cooldown"),
+        (("--domain", "notes", "--set", "training.cooldown=0.1", "--set", "training.schedule=cosine"), 1, "falls by"),
+        (("--weights", "w.yaml", "--domain-share", "0.1"), 2, "--domain-share needs --domain"),
+    ):
+        found, _, err = call(capsys, workspace, *command, *options)
+        assert found == code and message in err, (options, err)
+    tiny = write_jsonl(tmp_path / "tiny.jsonl", ["a b"])
+    held = write_jsonl(tmp_path / "held.jsonl", texts[:20])
+    sources = (f"train={tiny}", f"valid={held}", f"test={held}")
+    assert call(capsys, workspace, "prepare", "tiny", *sources)[0] == 0
+    code, _, err = call(capsys, workspace, *command, "--domain", "tiny", "--domain-share", "0.1")
+    assert code == 1 and "tokens to train on, a row 32" in err and not workspace.run("is-tiny-all").exists()
