@@ -1,10 +1,11 @@
-"""`prepare`: text -> tokens; `cluster`: windows -> clusters."""
+"""`prepare`: text -> tokens; `cluster`: windows -> clusters; `weigh`: what a domain asks of the clusters."""
 
 from __future__ import annotations
 
 import click
 
-from mlx_slm.cli.common import SIZE, Session, common
+from mlx_slm.cli.common import PLACE, SIZE, Session, common
+from mlx_slm.errors import SlmError
 
 
 @click.command()
@@ -90,4 +91,50 @@ def cluster(session: Session, counts, encoder, show, fresh) -> None:
     session.show({"clusters": summaries}, text)
 
 
-COMMANDS = (prepare, cluster)
+@click.command()
+@click.option("--domain", required=True, help="The set whose text the weights shall make likely.")
+@click.option("--from", "source", required=True, type=PLACE, metavar="RUN", help="A projected network or a mixture.")
+@click.option("--tokens", type=SIZE, help="Use this many tokens of the domain, such as 1M. [default: all]")
+@click.option("--out", type=PLACE, metavar="FILE", help="[default: weights-<domain>-<run>.yaml in results/]")
+@common
+def weigh(session: Session, domain, source, tokens, out) -> None:
+    """Learn weights of the clusters from a domain's text, for `pretrain --method is --weights FILE`.
+
+    They make a mixture of the experts' predictions likeliest on the domain set (its first finetuning.select_tokens
+    tokens), where importance sampling otherwise takes the domain's histogram over the clusters.
+    """
+    from pathlib import Path
+
+    import yaml
+
+    from mlx_slm.experts.bundle import find_source
+    from mlx_slm.experts.experts import Experts, has_experts
+    from mlx_slm.finetuning.domain import domain_set
+    from mlx_slm.finetuning.weights import learnt_weights
+    from mlx_slm.storage.records import write_text
+
+    session.start_computing()
+    project = session.project
+    run = find_source(session.workspace, source)
+    if not has_experts(run):
+        raise SlmError(
+            f"--from {source}: run {run.name} has no experts: weights are learnt from a network or a mixture"
+        )
+    learnt = learnt_weights(project, Experts(session.workspace, run), domain_set(project, domain, tokens, []))
+    path = Path(out) if out else session.workspace.results / f"weights-{domain}-{run.label}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, yaml.safe_dump(learnt, sort_keys=False))
+    heaviest = sorted(learnt["weights"].items(), key=lambda item: -item[1])[:5]
+
+    def text() -> None:
+        named = ", ".join(f"{cluster}: {share:.0%}" for cluster, share in heaviest)
+        session.report.line(
+            f"{learnt['nll']:.4f} nats a token by the mixture, {learnt['best_expert_nll']:.4f} by the best expert "
+            f"alone; the heaviest clusters: {named}\nweights: {path}\n"
+            f"next: mlx-slm pretrain --method is --weights {path} --k {learnt['k']}"
+        )
+
+    session.show(learnt | {"path": str(path)}, text)
+
+
+COMMANDS = (prepare, cluster, weigh)

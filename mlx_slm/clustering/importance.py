@@ -172,12 +172,27 @@ def _nats(value: float | None) -> str:
     return "infinite" if value is None else f"{value:.3f} nats"
 
 
+def require_same_clusters(path: Path, fingerprint: str) -> None:
+    """Raise SlmError for weights that were learnt on other clusters."""
+    contents = read_yaml(path)
+    learnt = contents.get("clusters") if isinstance(contents, dict) else None
+    if learnt not in (None, fingerprint):
+        raise SlmError(f"--weights {path}: its clusters are gone, others were made since: run `mlx-slm weigh` again")
+
+
 def read_weights(path: Path, k: int) -> np.ndarray:
-    """Weights of the clusters from a YAML or JSON file: a list of k numbers, or a mapping from cluster to number.
+    """Weights of the clusters from a YAML or JSON file: a list of k numbers, a mapping from cluster to number, or what
+    `mlx-slm weigh` wrote.
 
     They need not sum to 1. Returns float64 [k]; raises SlmError naming the file and the entry.
     """
     contents = read_yaml(path)
+    if isinstance(contents, dict) and "weights" in contents:
+        if contents.get("k") != k:
+            raise SlmError(
+                f"--weights {path}: of {contents.get('k')} clusters, not of {k}: give --k {contents.get('k')}"
+            )
+        contents = contents["weights"]
     pairs = list(enumerate(contents) if isinstance(contents, list) else getattr(contents, "items", list)())
     if not pairs or (isinstance(contents, list) and len(contents) != k):
         raise SlmError(f"--weights {path}: expected a list of {k} numbers, or a mapping from cluster to number")

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from mlx_slm.clustering.clusters import Clusters, as_made, ensure_clusters, far_windows
-from mlx_slm.clustering.importance import Adjustment, Importance, histogram, importance, read_weights
+from mlx_slm.clustering.importance import (
+    Adjustment,
+    Importance,
+    histogram,
+    importance,
+    read_weights,
+    require_same_clusters,
+)
 from mlx_slm.config.schema import Config
 from mlx_slm.errors import SlmError
 from mlx_slm.fields import format_size
@@ -68,6 +75,7 @@ def importance_of(
     settings, generic = config.clusters, clusters.assigned(config.data.generic, "train")
     names: dict = {"weights": str(target.weights)} if target.weights else {"domain": target.domain}
     if target.weights:
+        require_same_clusters(target.weights, clusters.fingerprint)
         counts = read_weights(target.weights, clusters.k)
     else:
         domain = target.domain or ""

@@ -6,7 +6,7 @@ Each window is read with one `</s>` before it and predicts all its tokens. The r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -75,10 +75,28 @@ class Scorer:
         self, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None
     ) -> np.ndarray:
         """Sum of the token losses of each window, float64 [W]."""
+        result = np.zeros(len(windows))
+        for members, nll, counted in self._batches(store, windows, batch_rows, report):
+            result[members] = (nll * counted).sum(axis=1)
+        return result
+
+    def token_nll(self, store: Store, windows: np.ndarray) -> np.ndarray:
+        """The loss of each token, float32 [tokens], window by window."""
+        lengths = store.lengths(windows).astype(np.int64)
+        ends = np.cumsum(lengths)
+        result = np.zeros(int(lengths.sum()), np.float32)
+        for members, nll, counted in self._batches(store, windows):
+            for member, losses, counts in zip(members, nll, counted, strict=True):
+                result[ends[member] - lengths[member] : ends[member]] = losses[counts]
+        return result
+
+    def _batches(
+        self, store: Store, windows: np.ndarray, batch_rows: int | None = None, report: Report | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(places in `windows`, losses float64 [rows, length], bool: which of them are of stored tokens)."""
         lengths = store.lengths(windows)
         if not lengths.sum():
             raise SlmError(f"{store.directory} has no text to evaluate on")
-        result = np.zeros(len(windows))
         step = -(-store.context_length // LENGTHS)
         batches = length_batches(lengths, step, store.context_length, BATCH_TOKENS, batch_rows)
 
@@ -99,9 +117,8 @@ class Scorer:
         with (report or Report()).progress("evaluating", int(lengths.sum()), " tok") as advance:
             for (members, _, length), nll in runtime.in_lanes(batches, losses):
                 counted = np.arange(length) < lengths[members][:, None]
-                result[members] = (np.array(nll, np.float64)[: len(members)] * counted).sum(axis=1)
+                yield members, np.array(nll, np.float64)[: len(members)], counted
                 advance(int(lengths[members].sum()))
-        return result
 
 
 def score_of(store: Store, windows: np.ndarray, nll: np.ndarray) -> Score:
