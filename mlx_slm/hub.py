@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 
 from mlx_slm.errors import SlmError
@@ -44,7 +43,7 @@ def said_by_the_hub(name: str, repo: str, revision: str | None, kind: str = "mod
 def asks_to_wait(error: BaseException) -> bool:
     """Whether the Hub answered that there were too many requests."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    return status == 429 or bool(re.search(r"\b429\b", str(error)))
+    return status == 429 or "429 Too Many Requests" in str(error) or "429 Client Error" in str(error)
 
 
 def reason_of(error: BaseException) -> str:

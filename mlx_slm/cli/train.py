@@ -196,9 +196,9 @@ def _how_to_use(session: Session, run, adapter: Path) -> str:
     from mlx_slm.files import read_json
     from mlx_slm.storage.artifacts import MANIFEST
 
-    if run.published:
-        return f"mlx_lm.generate --model {run.published['model']} --adapter-path {adapter} --prompt TEXT"
     base = run.record["inputs"]["from"]
+    if "weights" in base:
+        return f"mlx_lm.generate --model {run.published['model']} --adapter-path {adapter} --prompt TEXT"
     model = session.workspace.model(base["run"])
     exported = read_json(model / MANIFEST)["inputs"] if (model / MANIFEST).exists() else {}
     if exported.get("step") == base["step"]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from mlx_slm.clustering.clusters import KIND as CLUSTERS
 from mlx_slm.config.files import dump_config
 from mlx_slm.embedding.encoder import KIND as ENCODER
@@ -18,6 +20,7 @@ from mlx_slm.experts.experts import Experts, has_experts
 from mlx_slm.files import read_json
 from mlx_slm.storage.arrays import save_arrays
 from mlx_slm.storage.artifacts import EDITABLE, MANIFEST, is_litter, load_manifest, new_artifact
+from mlx_slm.storage.forms import LICENSE
 from mlx_slm.storage.locks import alone
 from mlx_slm.storage.records import write_record, write_text
 from mlx_slm.storage.workspace import Workspace
@@ -95,10 +98,13 @@ def _card(run: Run, info: dict) -> str:
     inputs, shape = run.record["inputs"], run.shape
     mass = sum(inputs["generic"])
     rows = "\n".join(f"| {i} | {tokens:,} | {tokens / mass:.2%} |" for i, tokens in enumerate(inputs["generic"]))
+    published = run.published or {}
+    said = {key: published[key] for key in LICENSE if published.get(key)}
+    terms = yaml.safe_dump(said, sort_keys=False) if said else ""
     return f"""---
 library_name: mlx
 tags: [mlx, mlx-slm]
----
+{terms}---
 
 # {run.name}
 

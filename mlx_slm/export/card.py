@@ -12,6 +12,7 @@ from mlx_slm.errors import SlmError
 from mlx_slm.files import JSON_BYTES, load_tokenizer_json, read_text
 from mlx_slm.models.shape import Shape
 from mlx_slm.storage.artifacts import EDITABLE as CARD
+from mlx_slm.storage.forms import LICENSE
 from mlx_slm.storage.records import read_json_lines, write_text
 from mlx_slm.storage.workspace import EVALUATIONS, Workspace
 from mlx_slm.text.hub_tokenizer import chat_template_of, end_of_text
@@ -23,11 +24,7 @@ MARK = "\n<!-- written by mlx-slm "
 """In front of the SHA-256 of what stands above: a card that was changed by hand does not fit it."""
 
 
-LICENSE = ("license", "license_name", "license_link")
-"""Fields of a card that go together."""
-
-
-IDENTIFIER = re.compile(r"[a-z0-9]+([.+_-][a-z0-9]+)*")
+IDENTIFIER = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*\+*")
 LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -52,7 +49,7 @@ class About:
         if other is None:
             return self
         said = {key: value for key, value in vars(self).items() if value}
-        if self.license:
+        if self.license and self.license != other.license:
             said |= {key: getattr(self, key) for key in LICENSE}
         return replace(other, **said)
 
@@ -83,6 +80,10 @@ def about_of(directory: Path) -> About | None:
         return None
     listed = lambda value: (value,) if isinstance(value, str) else _names(value)  # noqa: E731
     text = {key: value for key in (*LICENSE, "base_model") if isinstance(value := data.get(key), str)}
+    if several := _names(data.get("license")):
+        text |= {"license": "other", "license_name": ", ".join(several)}
+    if "base_model" in text and not REPOSITORY.fullmatch(text["base_model"]):
+        del text["base_model"]
     if text.get("license") == "other" and "license_name" not in text:
         del text["license"]
     return About(languages=listed(data.get("language")), datasets=listed(data.get("datasets")), **text)
@@ -96,6 +97,25 @@ def _inherited(published: dict) -> About:
     """What holds for a model because it holds for the published one that it comes from."""
     license, name, link = (published.get(key) for key in LICENSE)
     return About(license, base_model=published.get("base_model"), license_name=name, license_link=link)
+
+
+def published_in(manifest: dict) -> dict | None:
+    """What the manifest of a model says of the published one that it goes back to."""
+    info = manifest["info"]
+    origin = info.get("from")
+    before = origin if isinstance(origin, dict) and "model" in origin else None  # as it stood there first
+    return info.get("published") or before
+
+
+def said_of(directory: Path, manifest: dict | None) -> About | None:
+    """What the card of an exported model says that only its author knew, and not because of what it comes from."""
+    about = about_of(directory)
+    if about is None or manifest is None or not (published := published_in(manifest)):
+        return about
+    inherited = _inherited(published)
+    own = [None if getattr(about, key) == getattr(inherited, key) else getattr(about, key) for key in LICENSE]
+    base = None if about.base_model == inherited.base_model else about.base_model
+    return About(own[0], about.languages, about.datasets, base, own[1], own[2])
 
 
 def is_own_card(directory: Path) -> bool:
@@ -112,7 +132,7 @@ def write_card(
     """Write README.md of a model directory from its manifest's `inputs` and `info`, and rows of `evaluate`."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    published = manifest["info"].get("published")
+    published = published_in(manifest)
     about = (about or About()).over(_inherited(published) if published else None)
     measures = [
         EvalResult(
@@ -167,7 +187,8 @@ def _text(directory: Path, name: str, manifest: dict, results: Sequence[dict]) -
         "method": inputs.get("method"),
         "run": inputs.get("run"),
         "domain": info.get("domain"),
-        "from": _named(info.get("from"), info.get("published")),
+        "from": _named(info.get("from"), published_in(manifest)),
+        "teacher": _taught(info.get("teacher")),
         "training": f"{info['tokens']:,} tokens, {info['seconds']:,.0f} s on {info['device']}"
         if info.get("tokens") and info.get("seconds")
         else None,
@@ -199,12 +220,21 @@ def _named(origin: dict | str | None, published: dict | None) -> str | None:
     """What a model comes from, in words."""
     parts = []
     if isinstance(origin, dict) and "run" in origin:
-        step = f", step {origin['step']:,}" if origin["step"] is not None else ""
+        step = f", step {origin['step']:,}" if origin.get("step") is not None else ""
         parts.append(f"run {origin['run']}{step}")
     if published:
         name, revision = published["model"], published["revision"]
         parts.append(f"{name}@{revision}" if revision else name)
     return ", of ".join(parts) or None
+
+
+def _taught(teacher: dict | None) -> str | None:
+    """What a model learnt from, in words, with the licence of that."""
+    if teacher is None:
+        return None
+    published = teacher["published"]
+    said = published and (published.get("license_name") or published.get("license"))
+    return f"{_named(teacher, published)}{f' (licence: {said})' if said else ''}"
 
 
 def _commands(name: str, shape: Shape, bits: int | None) -> list[str]:

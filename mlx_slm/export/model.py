@@ -10,9 +10,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_slm.errors import SlmError, nearest
-from mlx_slm.export.card import QUANTIZED, about_of, is_own_card, write_card
+from mlx_slm.export.card import QUANTIZED, is_own_card, published_in, said_of, write_card
 from mlx_slm.export.published import download, is_hub_name
 from mlx_slm.export.start import Pretrained, no_weights
+from mlx_slm.fields import MAX_DIMENSION
 from mlx_slm.files import Damaged, load_tokenizer_json, read_json, require_form, require_safetensors
 from mlx_slm.machine.trees import flat, nested
 from mlx_slm.models.families import FAMILIES
@@ -46,8 +47,9 @@ def export_run(workspace: Workspace, run: Run, report: Report, fuse: bool = Fals
     info |= {
         "domain": inputs.get("domain"),
         "from": inputs.get("from"),
-        "published": without_path(published_of(workspace, run)),
+        "published": without_path(run.published),
     }
+    info |= {"teacher": _teacher_of(workspace, run)}
     lora = lora_of(run)
     if lora and not _is_written(workspace.adapter(run.name), ADAPTER, run):
         arrays, config = lora.to_mlx_lm(run.weights())
@@ -66,7 +68,8 @@ def _as_long(shape: Shape, published: dict | None) -> Shape:
     """A shape with the context of the published model that it comes from, of which training took shorter windows."""
     if not published or FAMILIES[shape.family].learned_positions:
         return shape
-    return dataclasses.replace(shape, context_length=max(shape.context_length, published.get("context_length") or 0))
+    longest = min(published.get("context_length") or 0, MAX_DIMENSION)
+    return dataclasses.replace(shape, context_length=max(shape.context_length, longest))
 
 
 def say_sizes(name: str, shape: Shape, report: Report) -> None:
@@ -78,7 +81,11 @@ def say_sizes(name: str, shape: Shape, report: Report) -> None:
 
 
 def _is_written(path: Path, kind: str, run: Run) -> bool:
-    return (path / MANIFEST).exists() and load_manifest(path, kind)["info"].get("started") == run.record["started"]
+    if not (path / MANIFEST).exists():
+        return False
+    manifest = load_manifest(path, kind)
+    said = without_path(run.published)
+    return manifest["info"].get("started") == run.record["started"] and said in (None, published_in(manifest))
 
 
 def lora_of(run: Run) -> Lora | None:
@@ -93,7 +100,7 @@ def weights_of(workspace: Workspace, run: Run) -> dict:
     if lora is None:
         return run.weights()
     origin = run.record["inputs"]["from"]
-    if run.published:
+    if run.published and "weights" in origin:
         return lora.applied(_original(run, run.published, origin["weights"]).parameters(), run.weights())
     base = find_run(workspace, origin["run"])
     if base.identity != origin["identity"]:
@@ -104,12 +111,22 @@ def weights_of(workspace: Workspace, run: Run) -> dict:
     return lora.applied(start, run.weights())
 
 
-def published_of(workspace: Workspace, run: Run) -> dict | None:
-    """What a record says of the published model that a run goes back to, over any number of runs between."""
+def _teacher_of(workspace: Workspace, run: Run) -> dict | None:
+    """What a model learnt from: `{"run", "published"}`, the latter as far as that run is still there."""
+    teacher = run.record["inputs"].get("teacher")
+    if teacher is None:
+        return None
+    known = find_run(workspace, teacher["run"]) if teacher["run"] in workspace.runs() else None
+    same = known is not None and known.identity == teacher["identity"]
+    return {"run": teacher["run"], "published": without_path(known.published) if known and same else None}
+
+
+def rests_on(workspace: Workspace, run: Run) -> list[str]:
+    """The names of the runs whose weights those of a run are made of: its own, and the bases of adapters."""
     origin = run.record["inputs"].get("from")
-    if run.published or not isinstance(origin, dict) or origin.get("run") not in workspace.runs():
-        return run.published
-    return published_of(workspace, find_run(workspace, origin["run"]))
+    if lora_of(run) is None or not isinstance(origin, dict) or origin.get("run") not in workspace.runs():
+        return [run.name]
+    return [run.name, *rests_on(workspace, find_run(workspace, origin["run"]))]
 
 
 def _original(run: Run, published: dict, weights: str) -> Pretrained:
@@ -138,7 +155,8 @@ def export_model(path: Path, shape: Shape, parameters: dict, tokenizer: Tokenize
         tokenizer.export(directory)
         keep_what_is_not_ours(path, directory)
         if not (directory / EDITABLE).exists():
-            write_card(directory, path.name, {"inputs": inputs, "info": facts}, about_of(path))
+            before = load_manifest(path, KIND) if (path / MANIFEST).exists() else None
+            write_card(directory, path.name, {"inputs": inputs, "info": facts}, said_of(path, before))
     return path
 
 

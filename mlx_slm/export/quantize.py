@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_slm.errors import SlmError
-from mlx_slm.export.card import QUANTIZED, about_of, write_card
+from mlx_slm.export.card import QUANTIZED, about_of, said_of, write_card
 from mlx_slm.export.model import GROUP, KIND, keep_what_is_not_ours, load_exported, reading_files, require_model
 from mlx_slm.files import read_json
 from mlx_slm.machine.trees import flat, nested
@@ -33,7 +33,7 @@ def quantize(workspace: Workspace, name: str, bits: int) -> Path:
     """
     from mlx_lm import convert
 
-    source, manifest = _whole(workspace, name)
+    source, manifest = whole_model(workspace, name)
     group = next((size for size in GROUPS if Shape(**manifest["info"]["shape"]).falls_into(size)), None)
     if group is None:
         raise SlmError(
@@ -57,7 +57,7 @@ def quantize(workspace: Workspace, name: str, bits: int) -> Path:
 def halve(workspace: Workspace, name: str, dtype: str) -> Path:
     """Write `models/<name>-bf16` (or fp16) from an exported model, all its weights rounded to `dtype`; returns its
     directory. Raises SlmError for a model that was not exported here, or is quantised."""
-    source, manifest = _whole(workspace, name)
+    source, manifest = whole_model(workspace, name)
     model, _ = load_exported(source)
     kept = {key: value.astype(getattr(mx, dtype)) for key, value in flat(model.parameters()).items()}
     if overflowing := [key for key, value in kept.items() if not mx.isfinite(value).all()]:
@@ -73,7 +73,7 @@ def halve(workspace: Workspace, name: str, dtype: str) -> Path:
     return path
 
 
-def _whole(workspace: Workspace, name: str) -> tuple[Path, dict]:
+def whole_model(workspace: Workspace, name: str) -> tuple[Path, dict]:
     """(directory, manifest) of an exported model with the weights that training gave it."""
     source = require_model(workspace, name).resolve()
     if not (source / MANIFEST).exists():
@@ -86,13 +86,15 @@ def _whole(workspace: Workspace, name: str) -> tuple[Path, dict]:
 
 def _complete(directory: Path, path: Path, source: Path, made_from: dict, facts: dict) -> None:
     """Add to the new weights in `directory`, which becomes `path`, all that `source` has beside its own."""
-    info = load_manifest(source, KIND)["info"]
+    manifest = load_manifest(source, KIND)
+    info = manifest["info"]
     for file in reading_files(source):
         shutil.copyfile(file, directory / file.name)
     facts.update(info, bits_per_weight=bits_per_weight(directory, info["shape"]))
     keep_what_is_not_ours(path, directory)
     if not (directory / EDITABLE).exists():
-        write_card(directory, path.name, {"inputs": made_from, "info": facts}, about_of(path) or about_of(source))
+        about = about_of(path) or said_of(source, manifest)
+        write_card(directory, path.name, {"inputs": made_from, "info": facts}, about)
 
 
 def bits_per_weight(directory: Path, shape: dict) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_slm.errors import SlmError
-from mlx_slm.export.card import LICENSE, About, about_of
+from mlx_slm.export.card import About, about_of
 from mlx_slm.export.published import revision_of
 from mlx_slm.files import read_json, require_form
 from mlx_slm.machine.trees import flat, nested
@@ -18,7 +18,7 @@ from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.storage.arrays import read_safetensors
 from mlx_slm.storage.artifacts import is_litter, sha256
-from mlx_slm.storage.forms import ConfigForm
+from mlx_slm.storage.forms import LICENSE, ConfigForm
 from mlx_slm.storage.records import fingerprint
 
 

@@ -27,17 +27,16 @@ def finetuning_rows(project: Project, domain: DomainSet, steps: int) -> tuple[Sa
 
     With replay the share r of the rows of each step is drawn as SLM-is draws them for this domain set.
     """
-    config, report = project.config, project.report
+    config, report, generic_name = project.config, project.report, project.config.data.generic
     tuning, own = config.finetuning, Stream.of(domain.store, domain.windows)
     streams, distribution, inputs = [own], np.ones(1), {}
     if tuning.replay:
-        target = SamplingTarget(domain.name, domain.tokens)
+        target, store = SamplingTarget(domain.name, domain.tokens), Store(project.workspace.data(generic_name, "train"))
+        store.require_context(own.row_length)
         clusters = clusters_for(project, target)
-        generic = clusters.assigned(config.data.generic, "train").streams(
-            Store(project.workspace.data(config.data.generic, "train"))
-        )
+        generic = clusters.assigned(generic_name, "train").streams(store)
         aim = importance_of(project, target, clusters, generic, round(steps * tuning.batch_rows * tuning.replay))
-        report.line(f"{tuning.replay:.0%} of the rows are replayed from {config.data.generic}\n{aim.lines}")
+        report.line(f"{tuning.replay:.0%} of the rows are replayed from {generic_name}\n{aim.lines}")
         streams += generic
         distribution = np.concatenate([[1 - tuning.replay], tuning.replay * aim.distribution])
         inputs = {"replay": {"share": tuning.replay, **inputs_of(config, target, clusters, aim)}}

@@ -57,13 +57,14 @@ class WithTeacher(Start):
         return self.start.rate(config, recipe)
 
     def shape(self, config: Config, vocab_size: int, context_length: int) -> Shape:
-        shape, rows = self.start.shape(config, vocab_size, context_length), self.teacher.shape.vocab_size
-        if rows < shape.vocab_size:
+        if isinstance(self.teacher, Pretrained):
+            self.teacher.fitted(context_length)
+        if (rows := self.teacher.shape.vocab_size) < vocab_size:
             raise SlmError(
-                f"--teacher {self.teacher_name}: its embedding has {rows:,} rows, the student's "
-                f"{shape.vocab_size:,}: a teacher knows every token of its student"
+                f"--teacher {self.teacher_name}: its embedding has {rows:,} rows, the tokenizer {vocab_size:,} tokens: "
+                "a teacher knows every token of its student"
             )
-        return shape
+        return self.start.shape(config, vocab_size, context_length)
 
     def runs(self) -> list[Run]:
         return [*self.start.runs(), *([self.teacher] if isinstance(self.teacher, Run) else [])]

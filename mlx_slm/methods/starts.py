@@ -59,7 +59,7 @@ class Start(ABC):
 
     @property
     def published(self) -> dict | None:
-        """What a record says of the published model that it is."""
+        """What a record says of the published model that it is, or goes back to over other runs."""
         return None
 
     @property
@@ -115,6 +115,10 @@ class FromRun(Whole):
     @property
     def origin(self) -> dict | str:
         return {"run": self.source.name, "step": self.source.weights_step(), "identity": self.source.identity}
+
+    @property
+    def published(self) -> dict | None:
+        return self.source.published
 
     def shape(self, config: Config, vocab_size: int, context_length: int) -> Shape:
         return self.source.shape

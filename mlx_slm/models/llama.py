@@ -139,7 +139,7 @@ class LlamaForm(Form):
     rope_scaling: RopeForm | None = None
     rms_norm_eps: StrictNormEps = 1e-6
     tie_word_embeddings: StrictBool = False
-    attention_bias: StrictBool = False
+    attention_bias: StrictBool | None = None
 
 
 class Llama(Family):
@@ -151,6 +151,8 @@ class Llama(Family):
     gguf_names = GGUF_NAMES
     turned: ClassVar[bool] = True
     """Whether llama.cpp pairs neighbours in the rotary positions of this architecture."""
+    optional_bias: ClassVar[bool] = True
+    """Whether attention may have biases or not, on the output too."""
     rope_types: ClassVar[tuple[str, ...]] = ("default", "llama3")
     computes: ClassVar = {"hidden_act": "silu", "mlp_bias": False}
 
@@ -214,7 +216,7 @@ class Llama(Family):
             "num_kv_heads": config.get("num_key_value_heads") or heads,
             "vocab_size": config["vocab_size"],
             "head_dims": config.get("head_dim") or 0,
-            "attention_bias": config.get("attention_bias", False),
+            "attention_bias": bool(config.get("attention_bias")) and self.optional_bias,
             "rope_theta": rope.get("rope_theta") or config.get("rope_theta", 10_000.0),
             "rope_scaling": {key: rope[key] for key in RopeScalingForm.model_fields}
             if _kind(rope) == "llama3"

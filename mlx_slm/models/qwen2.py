@@ -31,6 +31,7 @@ class Body(llama.Body):
 class Qwen2(llama.Llama):
     name, summary = "qwen2", "as llama, with biases on queries, keys and values"
     architecture, turned, rope_types = "Qwen2ForCausalLM", False, ("default",)
+    optional_bias = False
     computes: ClassVar = {"hidden_act": "silu", "use_sliding_window": False}
 
     def body(self, shape: Shape) -> nn.Module:

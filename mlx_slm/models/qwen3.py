@@ -34,7 +34,11 @@ class Body(llama.Body):
 class Qwen3(llama.Llama):
     name, summary = "qwen3", "as llama, with normalised queries and keys and head_dims of its own"
     architecture, turned, rope_types = "Qwen3ForCausalLM", False, ("default",)
-    computes: ClassVar = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
+    computes: ClassVar = {"hidden_act": "silu", "use_sliding_window": False}
+
+    def refused(self, config: dict) -> list[str]:
+        biased = ["attention_bias is True"] if config.get("attention_bias") else []
+        return [*super().refused(config), *biased]
 
     def body(self, shape: Shape) -> nn.Module:
         return Body(shape)

@@ -14,16 +14,16 @@ from mlx_slm.export.card import (
     CARD,
     QUANTIZED,
     About,
-    about_of,
     is_own_card,
     require_known_form,
     results_of,
+    said_of,
     write_card,
 )
 from mlx_slm.export.gguf import write_gguf
 from mlx_slm.export.hub import push
 from mlx_slm.export.model import ADAPTER, KIND, export_run, load_exported, lora_of, require_model, say_sizes
-from mlx_slm.export.quantize import bits_per_weight, halve, quantize
+from mlx_slm.export.quantize import bits_per_weight, halve, quantize, whole_model
 from mlx_slm.export.start import Pretrained
 from mlx_slm.models.shape import Shape
 from mlx_slm.project import Project
@@ -77,7 +77,7 @@ def export(project: Project, request: Export) -> dict:
     if request.name not in workspace.runs():
         say_sizes(path.name, Shape(**manifest["info"]["shape"]), project.report)
     if is_own_card(path):
-        about = (request.about or About()).over(about_of(path))
+        about = (request.about or About()).over(said_of(path, manifest))
         write_card(path, path.name, manifest, about, results_of(workspace, manifest["fingerprint"]))
     else:
         project.report.warn(f"{path / CARD} was changed by hand, so it stays; remove it to have it written anew")
@@ -123,7 +123,8 @@ def _gguf(project: Project, path: Path, kind: str) -> dict:
 
 def _smaller(project: Project, whole: Path, make: Callable[[], Path]) -> tuple[Path, dict]:
     """(the model in fewer bits, the perplexity of both on held-out text of their domain where there is some)."""
-    name = load_manifest(whole, KIND)["info"].get("domain") or project.config.data.generic
+    _, manifest = whole_model(project.workspace, str(whole))
+    name = manifest["info"].get("domain") or project.config.data.generic
     try:
         project.workspace.require_set(name, "valid")
     except SlmError as error:

@@ -7,13 +7,15 @@ student that also learns from a fine-tuned teacher.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 
 from mlx_slm.config.files import dump_config
 from mlx_slm.config.schema import DataConfig, Recipe
 from mlx_slm.errors import Busy, Interrupted, SlmError
 from mlx_slm.experts.bundle import find_source
-from mlx_slm.export.model import export_run
+from mlx_slm.export.model import export_run, rests_on
 from mlx_slm.export.start import Pretrained
 from mlx_slm.fields import format_size
 from mlx_slm.finetuning.domain import DomainSet, domain_set
@@ -30,11 +32,12 @@ from mlx_slm.report import Report
 from mlx_slm.storage.artifacts import MANIFEST
 from mlx_slm.storage.locks import in_use
 from mlx_slm.storage.records import write_text
+from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.hub_tokenizer import open_tokenizer
 from mlx_slm.text.prepare import sources_of
 from mlx_slm.text.workspace_tokenizer import adopt_tokenizer
 from mlx_slm.training.optimizer import OPTIMIZER_FIELDS
-from mlx_slm.training.runs import EXPERT, RECORD, Run, RunRequest, alone_in, default_run, open_run
+from mlx_slm.training.runs import EXPERT, RECORD, Run, RunRequest, alone_in, default_run, find_run, open_run
 
 UNRECORDED = {"recipes", "select_tokens", "published_rate", "replay"}
 """Settings of fine-tuning that change nothing, or that a record has in another place."""
@@ -51,25 +54,16 @@ def specialize(project: Project, request: Specialisation) -> Run:
     if name == config.data.generic:
         raise SlmError(f"--domain {name}: that is the generic set; specialise to another one")
     require_replay(project)
-    is_new, configured = not (workspace.tokenizer / MANIFEST).exists(), workspace.config_file.exists()
     model, teacher = (
         find_published(project, *given) for given in ((request.source, "--from"), (request.teacher, "--teacher"))
     )
-    for published in filter(None, (model, teacher)):
-        project = _as_it_reads(project, published)
+    with _unbound_where_it_fails(workspace):
+        for published in filter(None, (model, teacher)):
+            project = _as_it_reads(project, published)
         config = project.config
-        if not configured:
-            write_text(workspace.config_file, dump_config(config))
-    start, tokens = _resolved(project, request, model)
-    named = sources_of(name, list(request.sources), workspace, config)
-    try:
+        start, tokens = _resolved(project, request, model)
+        named = sources_of(name, list(request.sources), workspace, config)
         domain = domain_set(project, name, tokens, named if request.sources else [])
-    except SlmError:
-        if (model or teacher) and is_new and not workspace.sets():  # another model can be taken then
-            shutil.rmtree(workspace.tokenizer)
-            if not configured:
-                workspace.config_file.unlink()
-        raise
     for pretrained in start.runs():
         _require_fit(pretrained, domain, report)
     tokenizer = open_tokenizer(workspace.tokenizer)
@@ -91,6 +85,10 @@ def specialize(project: Project, request: Specialisation) -> Run:
         **replayed,
     }
     path = workspace.run(request.name or f"{name}-{start.label}-{_size(tokens)}")
+    if request.fresh and path.name in {rest for one in start.runs() for rest in rests_on(workspace, one)}:
+        raise SlmError(
+            f"run {path.name} is what this model starts from, and --fresh would remove it: give another --name"
+        )
     with alone_in(path):
         asked = RunRequest(path, start.method, inputs, config, request.fresh, "best", published=start.published)
         run = open_run(workspace, asked, lambda: report.line(f"{start.what} on {announcement}"))
@@ -105,8 +103,24 @@ def specialize(project: Project, request: Specialisation) -> Run:
     return run
 
 
+@contextlib.contextmanager
+def _unbound_where_it_fails(workspace: Workspace) -> Iterator[None]:
+    """Take a tokenizer and a configuration away again that a start which failed brought into an empty workspace, so
+    that another model can be taken there."""
+    is_new, configured = not (workspace.tokenizer / MANIFEST).exists(), workspace.config_file.exists()
+    try:
+        yield
+    except SlmError:
+        if is_new and not workspace.sets():
+            shutil.rmtree(workspace.tokenizer, ignore_errors=True)
+            if not configured:
+                workspace.config_file.unlink(missing_ok=True)
+        raise
+
+
 def _as_it_reads(project: Project, model: Pretrained) -> Project:
-    """The project with the model's tokenizer, taken into a workspace that has none, and with windows that it reads.
+    """The project with the model's tokenizer, taken into a workspace that has none, and with windows that it reads;
+    these become the workspace's settings where it has none.
 
     A workspace without a generic set is for the few texts of one user, of which a fiftieth may be none at all.
     """
@@ -120,7 +134,10 @@ def _as_it_reads(project: Project, model: Pretrained) -> Project:
             if getattr(data, key) == DataConfig.model_fields[key].default:
                 changes[key] = HELD_OUT
     project = project.having(data=data.model_copy(update=changes))
-    return adopt_tokenizer(project, model.directory, model.called)
+    project = adopt_tokenizer(project, model.directory, model.called)
+    if not project.workspace.config_file.exists():
+        write_text(project.workspace.config_file, dump_config(project.config))
+    return project
 
 
 def _resolved(project: Project, request: Specialisation, model: Pretrained | None) -> tuple[Start, int | None]:
@@ -167,6 +184,9 @@ def _job(
 def _tuned_teacher(project: Project, domain: DomainSet, teacher: str, run: Run | Pretrained) -> Run:
     """The teacher fine-tuned on the domain set, made where that was not done."""
     name = name_of_teacher(run, domain.name, domain.tokens)
+    if isinstance(run, Pretrained) and (project.workspace.run(name) / RECORD).exists():
+        of = find_run(project.workspace, name).record["inputs"].get("from")
+        name = name if of == run.identity else f"{name}-{run.fingerprint[:6]}"
     known = project.workspace.run(name) / RECORD
     try:
         return specialize(project, Specialisation(domain.name, teacher, domain.tokens, name))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlx_slm.config import schema
 from mlx_slm.errors import SlmError
+from mlx_slm.storage.records import fingerprint
 
 KEY = "format"
 FORMATS = {
@@ -45,13 +46,20 @@ def renamed(inputs: dict, back: bool = False) -> dict:
     return {section: keyed(section, values) for section, values in inputs.items()}
 
 
+def identity_of(record: dict) -> str:
+    """What other runs know a run by: another one where it was trained again, or differently."""
+    return record.get("identity") or fingerprint([renamed(record["inputs"], back=True), record["started"]])
+
+
 def published_apart(record: dict) -> dict:
-    """A run's record with what is said of a published model apart from what identifies it: its weights."""
+    """A run's record with what is said of a published model apart from what identifies it, its weights; records that
+    had it in one place keep the identity that they had."""
     origin = record["inputs"].get("from")
     if not isinstance(origin, dict) or "model" not in origin:
         return record
     said = {key: value for key, value in origin.items() if key != "weights"}
-    return record | {"inputs": record["inputs"] | {"from": {"weights": origin["weights"]}}, "published": said}
+    inputs = record["inputs"] | {"from": {"weights": origin["weights"]}}
+    return record | {"inputs": inputs, "published": said, "identity": identity_of(record)}
 
 
 class OtherFormat(SlmError):

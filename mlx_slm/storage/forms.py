@@ -168,6 +168,10 @@ class Inputs(Form):
     mixture: MixtureConfig | None = None
 
 
+LICENSE = ("license", "license_name", "license_link")
+"""Fields of a card that go together."""
+
+
 class PublishedForm(Form):
     """What a record says of a published model."""
 

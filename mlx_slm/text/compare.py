@@ -57,7 +57,10 @@ def tell(project: Project, name: str, near: dict) -> None:
         if near[key]
     ]
     if told:
+        every = drop and near["marked"].all()
         advice = "left out" if drop else "--drop-near-duplicates leaves them out"
+        if every:
+            advice = "all there are, so they stay: give more text, or held-out text that is none of it"
         project.report.line(f"near-duplicates among the training documents of {name}: {', '.join(told)} ({advice})")
     if near["generic"] and not (drop and name == generic):
         whose = "a domain" if name == generic else name

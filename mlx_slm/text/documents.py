@@ -43,6 +43,8 @@ class Documents:
         self._of_split: Counter[str] = Counter()
         self._held_out_last: bytes | None = None
         self._trained_first: list[bytes] = []
+        self._stopped = False
+        """Whether the limit ended the reading."""
         remote = any(source.remote for source in sources)
         self._size = None if remote else sum(p.stat().st_size for source in sources for p in source.files())
 
@@ -56,6 +58,7 @@ class Documents:
         seen: set[bytes] = set()
         counts = self.counts = Counts()
         self._of_split, self._held_out_last, self._trained_first = Counter(), None, []
+        self._stopped = False
         for source in self.sources:
             for text in source.documents(self.reading):
                 digest = hashlib.blake2b("".join(text.split()).encode(), digest_size=12).digest()
@@ -72,13 +75,14 @@ class Documents:
                 counts.training_bytes += len(text.encode()) if split == "train" else 0
                 yield digest, text, split
                 if self._data.limit and counts.training_bytes >= self._data.limit:
+                    self._stopped = True
                     return
 
     def in_every_split(self) -> Documents:
         """The same with a document in each split that chance left empty: the one that is nearest to being there, and
         for the held-out splits only while training keeps one; itself where none is. Raises SlmError where there is
         nothing to train on."""
-        placed: dict[bytes, str] = {}
+        placed = dict(self.placed)
         if not self._of_split["train"]:
             if self._held_out_last is None:
                 named = ", ".join(source.text for source in self.sources)
@@ -86,9 +90,10 @@ class Documents:
             placed[self._held_out_last] = "train"
         wanted = [split for split, share, given in reversed(self._shares()) if share and not given]
         empty = [split for split in wanted if not self._of_split[split]]
-        for digest, split in zip(self._trained_first[: self._of_split["train"] - 1], empty, strict=False):
+        most = len(empty) if self._stopped else self._of_split["train"] - 1  # more is read where the limit stopped it
+        for digest, split in zip(self._trained_first[:most], empty, strict=False):
             placed[digest] = split
-        if not placed:
+        if placed == self.placed:
             return self
         reading = dataclasses.replace(self.reading, replaced=0, empty_files=[], left_out=Counter(), bytes_read=0)
         return Documents(self.sources, self._config, reading, placed)

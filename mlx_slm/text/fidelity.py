@@ -19,6 +19,7 @@ PROBES = {
     "characters in decomposed form": "cafe\u0301",
     "compatibility characters": "\ufb01 \u00b2 \u2026 \uff21",
     "other scripts and emoji": "漢字 عربي 🎉👩‍👧",
+    "the sign \u2581": "one \u2581 two",
     "control characters": "one\x07\x7ftwo",
 }
 

@@ -41,6 +41,8 @@ class HubSource:
         if not _is_directory(name):
             name, at, revision = name.partition("@")
             revision = revision if at else None
+            if at and _is_directory(name):
+                raise SlmError(f"{text}: {name} is a directory, which has no revisions: leave @{revision} out")
         keys = [part.partition("=") for part in re.split(r"&(?=[\w.-]+=)", query)] if query else []
         if (
             not name

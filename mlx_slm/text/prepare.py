@@ -177,7 +177,9 @@ def _prepare(project: Project, request: Preparation) -> bool:
     shards = tokenise(documents, tokenizer, partial, report, f"tokenising {name}")
     if not documents.counts.documents:
         raise SlmError(no_text(parsed))
-    if (filled := documents.in_every_split()) is not documents:
+    for _ in SPLITS:
+        if (filled := documents.in_every_split()) is documents:
+            break
         documents = filled
         placed = {digest.hex(): split for digest, split in documents.placed.items()}
         start_shards(partial, plan | {"placed": placed}, report)

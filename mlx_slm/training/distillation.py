@@ -21,7 +21,8 @@ from mlx_slm.training.loss import chunk_rows, chunked_loss
 class Distillation:
     """The loss of a model that learns from `teacher`: a callable (model, tokens, weights), as a training step takes.
 
-    Of a teacher with a larger output matrix, padded as many are, the first rows count, those of the student's tokens.
+    Output matrices may be padded beyond the tokens, as many are: of the teacher's the rows count that the student has
+    too, and what the teacher has no row for it never expects.
     """
 
     def __init__(self, teacher: Transformer, a: float, tau: float):
@@ -71,7 +72,7 @@ def linear_distillation(
 def _of_logits(
     logits: mx.array, theirs: mx.array, wanted: tuple[mx.array, mx.array], a: float, tau: float
 ) -> tuple[mx.array, mx.array]:
-    """(loss, its gradient with respect to the student's logits), of logits fp32 [V, n]."""
+    """(loss, its gradient with respect to the student's logits), of logits fp32 [V, n] and theirs [V or fewer, n]."""
     t, w = wanted
     chosen = mx.take_along_axis(logits, t[None], axis=0)[0]
     top = logits.max(axis=0)
@@ -82,9 +83,13 @@ def _of_logits(
     their_top = theirs.max(axis=0)
     et = exp_nonpositive((theirs - their_top) * (1 / tau))
     their_total = sums.summed(et)
-    apart = sums.summed(et * ((theirs - their_top) - (logits - top))) / (tau * their_total)
+    missing = len(logits) - len(theirs)
+    both = logits[: len(theirs)] if missing else logits
+    apart = sums.summed(et * ((theirs - their_top) - (both - top))) / (tau * their_total)
     kl = apart - mx.log(their_total) + mx.log(soft_total)
     loss = a * (mx.log(total) + top - chosen) + (1 - a) * tau**2 * kl
     of_soft = (1 - a) * tau * w
+    if missing:
+        et = mx.pad(et, [(0, missing), (0, 0)])
     gradient = e * (a * w / total) + soft * (of_soft / soft_total) - et * (of_soft / their_total)
     return sums.dot(loss, w), gradient.at[t, mx.arange(len(t))].add(-a * w)

@@ -24,7 +24,7 @@ from mlx_slm.storage import formats
 from mlx_slm.storage.artifacts import sha256
 from mlx_slm.storage.forms import RunForm
 from mlx_slm.storage.locks import alone
-from mlx_slm.storage.records import count_damaged_lines, fingerprint, read_record, write_record, write_text
+from mlx_slm.storage.records import count_damaged_lines, read_record, write_record, write_text
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.training import checkpoint
 from mlx_slm.training.schedule import State
@@ -61,11 +61,11 @@ class Run:
     @property
     def identity(self) -> str:
         """Another one for a run of the same name that was trained again, or differently."""
-        return fingerprint([formats.renamed(self.record["inputs"], back=True), self.record["started"]])
+        return formats.identity_of(self.record)
 
     @property
     def published(self) -> dict | None:
-        """Where the published model lies that this run began with, and what its author says of it."""
+        """Where the published model lies that this run goes back to, and what its author says of it."""
         return self.record.get("published")
 
     def finish(self, state: State, flops: float) -> None:
@@ -197,7 +197,7 @@ class RunRequest:
     remedy: str = REMEDY
     """What to do where the name belongs to another configuration."""
     published: dict | None = None
-    """`Pretrained.facts` of the model that it begins with."""
+    """`Pretrained.facts` of the model that it goes back to."""
 
 
 def open_run(workspace: Workspace, asked: RunRequest, announce: Callable[[], None] = lambda: None) -> Run:

@@ -67,9 +67,13 @@ def test_a_model_in_16_bits(workspace, dtype, suffix, bits, capsys):
 
 
 def test_it_goes_alone(workspace, capsys):
-    for other in (("--quantize", "4"), ("--format", "gguf")):
+    wrong = (
+        (("--quantize", "4"), "--quantize or --dtype, not both"),
+        (("--format", "gguf"), "--type and --fuse alone"),
+    )
+    for other, message in wrong:
         code, _, err = call(capsys, workspace, "export", "a", "--dtype", "bfloat16", *other)
-        assert (code == 2 and "--dtype" in err) or "gguf" in err
+        assert code == 2 and message in err
 
 
 def test_the_context_of_the_model_that_it_comes_from_stays(workspace):

@@ -11,7 +11,7 @@ from mlx_slm.errors import SlmError
 from mlx_slm.export.card import About, require_known_form
 from mlx_slm.stages import specialize as stage
 from mlx_slm.storage.artifacts import MANIFEST
-from mlx_slm.storage.formats import published_apart
+from mlx_slm.storage.formats import identity_of, published_apart
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.store import Store
 from mlx_slm.training.runs import find_run
@@ -94,6 +94,7 @@ def test_what_the_hub_would_not_take(about):
 
 
 def test_what_the_hub_takes():
+    require_known_form(About("openrail++"))
     taken = About("cc-by-sa-4.0", languages=("en", "pt-BR", "zho"), datasets=("a/b.c", "squad"), base_model="A/b-1.0")
     require_known_form(taken)
 
@@ -116,9 +117,12 @@ def test_a_start_that_stops_early_leaves_its_settings(model, notes, tmp_path, te
 
 def test_records_of_before_are_read(model):
     facts = {"model": str(model), "revision": None, "license": "mit"}
-    record = {"inputs": {"from": {**facts, "weights": "abc"}, "method": "slm"}}
-    assert published_apart(record) == {"inputs": {"from": {"weights": "abc"}, "method": "slm"}, "published": facts}
-    ours = {"inputs": {"from": {"run": "slm", "step": 3}}}
+    record = {"inputs": {"from": {**facts, "weights": "abc"}, "method": "slm"}, "started": 5.0}
+    read, identity = published_apart(record), identity_of(record)
+    assert read["inputs"]["from"] == {"weights": "abc"} and read["published"] == facts
+    assert identity_of(read) == identity == identity_of(published_apart(read)), "runs that rest on it find it"
+    assert identity_of(read | {"started": 6.0, "identity": None}) != identity
+    ours = {"inputs": {"from": {"run": "slm", "step": 3}}, "started": 5.0}
     assert published_apart(ours) is ours and json.dumps(ours)
 
 
@@ -131,3 +135,91 @@ def test_replay_needs_the_generic_set(model, notes, tmp_path, capsys):
     shutil.rmtree(workspace.root, ignore_errors=True)
     code, _, err = call(capsys, workspace, *command[:-1], "finetuning.replay=1")
     assert code != 0 and "finetuning.replay" in err
+
+
+def test_what_is_known_of_an_origin_is_what_was_known_at_training(model, notes, tmp_path, texts, capsys):
+    """A run of that name made again from another model, or removed, changes nothing of what came of it before."""
+    workspace = Workspace(tmp_path / "w")
+    other = publish(tmp_path / "other", texts[:300])
+    (other / "README.md").write_text("---\nlicense: gpl-3.0\n---\n")
+    command = ("specialize", "--domain", "notes", *STEPS)
+    assert call(capsys, workspace, *command, "--from", str(model), "--name", "a", str(notes))[0] == 0
+    assert call(capsys, workspace, *command, "--from", "a", "--name", "c")[0] == 0
+    assert call(capsys, workspace, *command, "--from", str(other), "--name", "a", "--fresh")[0] == 0
+    for _ in range(2):
+        shutil.rmtree(workspace.model("c"))
+        assert call(capsys, workspace, "export", "c")[0] == 0
+        card = ModelCard.load(workspace.model("c") / "README.md")
+        assert card.data.license_name == "research-only" and "tiny" in card.text
+        assert json.loads((workspace.model("c") / "config.json").read_text())["max_position_embeddings"] == 64
+        shutil.rmtree(workspace.run("a"), ignore_errors=True)
+
+
+def test_a_run_does_not_remove_what_it_starts_from(model, notes, tmp_path, capsys):
+    workspace, command = Workspace(tmp_path / "w"), ("specialize", "--domain", "notes", *STEPS)
+    assert call(capsys, workspace, *command, "--from", str(model), "--name", "a", str(notes))[0] == 0
+    assert call(capsys, workspace, *command, "--from", "a", "--name", "c", "--lora", "2", "--fuse")[0] == 0
+    for source in ("a", "c"):
+        code, _, err = call(capsys, workspace, *command, "--from", source, "--name", "a", "--fresh")
+        assert code == 1 and "--fresh would remove it: give another --name" in err and err.count("\n") == 1
+        assert call(capsys, workspace, "info", "--verify")[0] == 0, "all is there"
+
+
+def test_an_edited_licence_reaches_the_card(model, notes, tmp_path, capsys):
+    workspace = Workspace(tmp_path / "w")
+    command = ("specialize", "--domain", "notes", *STEPS, "--from", str(model), "--name", "a", str(notes))
+    assert call(capsys, workspace, *command)[0] == 0
+    assert call(capsys, workspace, "export", "a", "--language", "en")[0] == 0
+    (model / "README.md").write_text("---\nlicense: [mit, apache-2.0]\nbase_model: ../local dir\n---\n")
+    assert call(capsys, workspace, *command)[0] == 0
+    said = ModelCard.load(workspace.model("a") / "README.md").data
+    assert (said.license, said.license_name, said.license_link) == ("other", "mit, apache-2.0", None)
+    assert said.language == ["en"] and said.base_model is None
+    assert call(capsys, workspace, "export", "a", "--license", "bsd-3-clause")[0] == 0
+    (model / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert call(capsys, workspace, *command)[0] == 0
+    assert ModelCard.load(workspace.model("a") / "README.md").data.license == "bsd-3-clause", "said by hand, it stays"
+
+
+@pytest.mark.parametrize(
+    "options", [("--lora", "4", "--teacher", "x"), ("--select", "pretrained"), ("--domain", "nots"), ("--tokens", "1B")]
+)
+def test_a_start_that_fails_binds_nothing(options, model, notes, tmp_path, texts, capsys):
+    workspace, other = Workspace(tmp_path / "w"), publish(tmp_path / "other", texts[300:600])
+    sources = () if options[0] == "--domain" else (str(notes),)
+    command = ("specialize", "--domain", "notes", "--from", str(model), *STEPS, *options, *sources)
+    code, _, err = call(capsys, workspace, *command)
+    assert code == 1 and err.count("error") == 1, err
+    if options[0] == "--tokens":
+        return  # the set is prepared, and stays
+    assert not workspace.tokenizer.exists() and not workspace.config_file.exists()
+    code, _, err = call(capsys, workspace, "specialize", "--domain", "notes", "--from", str(other), *STEPS, str(notes))
+    assert code == 0, err
+
+
+def test_a_very_long_context_leaves_the_model_readable(model, notes, tmp_path, capsys):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10_000_000}))
+    workspace, command = Workspace(tmp_path / "w"), ("specialize", "--domain", "notes", *STEPS)
+    assert call(capsys, workspace, *command, "--from", str(model), "--name", "a", str(notes))[0] == 0
+    code, _, err = call(capsys, workspace, "export", "a", "--dtype", "bfloat16")
+    assert code == 0, err
+
+
+def test_a_bundle_hands_the_licence_over(model, tmp_path, texts, notes, capsys):
+    workspace, elsewhere = Workspace(tmp_path / "w"), Workspace(tmp_path / "elsewhere")
+    generic = write_jsonl(tmp_path / "generic.jsonl", texts[:400])
+    settings = ("--set", f"tokenizer.path={model}", "--set", "data.context_length=32", "--set", "clusters.encoder=lsi")
+    assert call(capsys, workspace, "prepare", "generic", str(generic), *settings)[0] == 0
+    training = ("--tokens", "512", "--set", "training.batch_rows=4", "--set", "training.warmup_steps=1")
+    command = ("pretrain", "--method", "pn", "--k", "2", "--init-from", str(model), *training)
+    code, _, err = call(capsys, workspace, *command)
+    assert code == 0, err
+    assert call(capsys, workspace, "export", "pn", "--bundle", str(tmp_path / "bundle"))[0] == 0
+    assert ModelCard.load(tmp_path / "bundle" / "README.md").data.license_name == "research-only"
+    taken = ("specialize", "--domain", "notes", "--from", str(tmp_path / "bundle"), "--name", "a", str(notes), *STEPS)
+    code, _, err = call(capsys, elsewhere, *taken)
+    assert code == 0, err
+    card = ModelCard.load(elsewhere.model("a") / "README.md")
+    assert card.data.license_name == "research-only" and "tiny" in card.text
+    assert str(tmp_path) not in (tmp_path / "bundle" / "run.json").read_text()

@@ -1,16 +1,20 @@
 """The rows of a fine-tuning with replay: the domain's share, and generic rows by the domain's histogram."""
 
+import dataclasses
 import shutil
 
 import numpy as np
+import pytest
 from conftest import Recorder
 
 from mlx_slm.clustering.clusters import Clusters
 from mlx_slm.clustering.importance import histogram
+from mlx_slm.errors import SlmError
 from mlx_slm.finetuning.domain import domain_set
 from mlx_slm.finetuning.rows import finetuning_rows
 from mlx_slm.project import Project
 from mlx_slm.storage.workspace import Workspace
+from mlx_slm.text.store import Store
 
 
 def test_replayed_rows_are_those_of_the_domains_clusters(prepared, config, tmp_path):
@@ -23,6 +27,11 @@ def test_replayed_rows_are_those_of_the_domains_clusters(prepared, config, tmp_p
     without, per_pass, said = finetuning_rows(project, domain, 50)
     assert per_pass == without.num_rows / 8 and said == {}
     replaying = project.having(finetuning=plain.model_copy(update={"replay": 0.25}))
+    longer = dataclasses.replace(domain, store=Store(workspace.data("notes", "train")))
+    longer.store.context_length = 16
+    with pytest.raises(SlmError, match=r"data/generic.* has windows of 32 tokens, the configuration asks for 16"):
+        finetuning_rows(replaying, longer, 50)
+    assert not (workspace.root / "clusters").exists(), "said before the long work"
     sampler, per_pass, said = finetuning_rows(replaying, domain, 50)
     assert per_pass == without.num_rows / 6, "six rows of eight are the domain's"
     assert said["replay"]["share"] == 0.25 and said["replay"]["domain"] == "notes"

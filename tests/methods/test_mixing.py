@@ -17,7 +17,7 @@ from mlx_slm.storage.workspace import Workspace
 from mlx_slm.training.runs import find_run
 from mlx_slm.training.schedule import Schedule, State
 
-NOTES = SamplingTarget("notes")
+DOMAIN = SamplingTarget("notes")
 
 
 @pytest.fixture
@@ -34,13 +34,13 @@ def config_of(share, last=None, cooldown=0.0):
 
 
 def test_shares_by_hand():
-    plain = mixing_of(config_of(0.0), NOTES, 100)
+    plain = mixing_of(config_of(0.0), DOMAIN, 100)
     assert plain.mean == 0 and plain.inputs == {}, "nothing new in the records of runs without it"
-    assert mixing_of(config_of(0.1), NOTES, 100).phases == [(0, 0.1)]
-    assert mixing_of(config_of(0.1, 0.5), NOTES, 100).phases == [(0, 0.1)], "there is no cooldown"
-    moving = mixing_of(config_of(0.1, 0.5, cooldown=0.2), NOTES, 100)
+    assert mixing_of(config_of(0.1), DOMAIN, 100).phases == [(0, 0.1)]
+    assert mixing_of(config_of(0.1, 0.5), DOMAIN, 100).phases == [(0, 0.1)], "there is no cooldown"
+    moving = mixing_of(config_of(0.1, 0.5, cooldown=0.2), DOMAIN, 100)
     assert moving.phases == [(0, 0.1), (80, 0.5)] and moving.mean == pytest.approx(0.8 * 0.1 + 0.2 * 0.5)
-    assert mixing_of(config_of(0.1, cooldown=0.2), NOTES, 100).phases == [(0, 0.1)]
+    assert mixing_of(config_of(0.1, cooldown=0.2), DOMAIN, 100).phases == [(0, 0.1)]
     np.testing.assert_allclose(mixed(np.array([0.25, 0.75]), 0.2), [0.2, 0.6, 0.2])
     with pytest.raises(SlmError, match="--weights names no domain"):
         mixing_of(config_of(0.1), SamplingTarget(weights="w.yaml"), 100)

@@ -90,3 +90,32 @@ def test_a_few_long_documents_give_every_split_some(trained_on, prepared, tmp_pa
     assert all(Store(workspace.data("generic", split)).num_documents for split in ("train", "valid", "test"))
     code, out, err = call(capsys, workspace, "prepare", "generic", str(days))
     assert code == 0 and "up to date" in out, err
+
+
+@pytest.mark.parametrize("limit", [500, 3000, 6000])
+def test_a_limit_leaves_no_split_empty_while_there_is_text(limit, trained_on, tmp_path):
+    """What is held out does not count towards the limit, so more is read for it."""
+    config = small_config(data=DataConfig(valid_fraction=0.02, test_fraction=0.02, limit=limit))
+    for first in range(0, 30, 6):
+        documents = documents_of(tmp_path, trained_on[first:], config=config)
+        splits(documents)
+        for _ in range(3):
+            filled = documents.in_every_split()
+            if filled is documents:
+                break
+            documents = filled
+            found = splits(documents)
+        assert {split for split, _ in found.values()} == {"train", "valid", "test"}
+        assert sum(len(text.encode()) for text, (split, _) in found.items() if split == "train") >= limit
+
+
+def test_near_duplicates_that_are_all_there_is_stay_and_that_is_said(texts, tmp_path, capsys):
+    workspace = Workspace(tmp_path / "w")
+    workspace.root.mkdir()
+    workspace.config_file.write_text(dump_config(CONFIG))
+    generic = write_jsonl(tmp_path / "generic.jsonl", texts[:300])
+    assert call(capsys, workspace, "prepare", "generic", str(generic))[0] == 0
+    alike = write_jsonl(tmp_path / "alike.jsonl", [f"{' '.join(texts[300:320])} {i}" for i in range(6)])
+    code, out, err = call(capsys, workspace, "prepare", "alike", str(alike), "--drop-near-duplicates")
+    assert code == 0 and "all there are, so they stay" in out, out + err
+    assert Store(workspace.data("alike", "train")).num_documents >= 1

@@ -18,6 +18,7 @@ from fake_hub import SHA, FakeHub
 
 from mlx_slm.config.files import known_sets
 from mlx_slm.errors import SlmError
+from mlx_slm.hub import asks_to_wait
 from mlx_slm.storage.artifacts import load_manifest
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.hub_source import HubSource
@@ -146,6 +147,16 @@ NONE = ["hf:", "hf:@x", "hf:a/b@", "hf:a/b:", "hf:a/b?x", "hf:a/b?=v", "hf:a/b?x
 def test_a_source_that_is_none(text):
     with pytest.raises(SlmError, match="write it as hf:OWNER|is there twice"):
         HubSource.parse(text)
+
+
+def test_a_directory_has_no_revisions(tmp_path):
+    with pytest.raises(SlmError, match="is a directory, which has no revisions: leave @main out"):
+        HubSource.parse(f"hf:{tmp_path}@main")
+    assert HubSource.parse(f"hf:{tmp_path}").is_directory
+
+
+def test_who_is_asked_to_wait():
+    assert not asks_to_wait(OSError("set-429 is not there")) and asks_to_wait(OSError("429 Too Many Requests for url"))
 
 
 def test_what_a_source_says():

@@ -41,8 +41,7 @@ def trained(kind, texts):
         if kind == "qwen2":
             tokenizer.normalizer = normalizers.NFC()
     elif kind == "llama2":
-        pieces = [f"<0x{byte:02X}>" for byte in range(256)]
-        trainer = trainers.BpeTrainer(vocab_size=size + 256, special_tokens=["<unk>", *special, *pieces])
+        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<unk>", *special])
         tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         strip = decoders.Strip(" ", 1, 0)
@@ -60,6 +59,11 @@ def trained(kind, texts):
         tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
     tokenizer.train_from_iterator(texts, trainer)
+    if kind == "llama2":
+        whole = json.loads(tokenizer.to_str())
+        for byte in range(256):
+            whole["model"]["vocab"].setdefault(f"<0x{byte:02X}>", len(whole["model"]["vocab"]))
+        tokenizer = Tokenizer.from_str(json.dumps(whole))
     tokenizer.add_tokens([AddedToken("<|im_start|>", special=True, normalized=False), AddedToken("<extra>")])
     return tokenizer
 
@@ -97,14 +101,16 @@ def test_the_text_comes_back_or_it_is_said_what_does_not(published, texts):
     if kind in LOSSLESS:
         assert not changed and not lost(tokenizer)
         return
-    assert changed, "the list of hard texts shows what the probes show"
+    assert changed or kind == "llama2", "the list of hard texts shows what the probes show"
     expected = {
         "qwen2": {"characters in decomposed form"},
-        "llama2": set(),
+        "llama2": {"the sign ▁"},
         "t5": {"several spaces in a row", "characters in decomposed form", "compatibility characters"},
         "bert": {"capital letters", "accents", "line breaks and tabs"},
     }[kind]
     assert expected <= set(lost(tokenizer))
+    if kind == "llama2":
+        assert lost(tokenizer) == ["the sign ▁"]
     if kind == "qwen2":
         assert lost(tokenizer) == ["characters in decomposed form"]
         assert why_lost(tokenizer) == "model BPE; normalizer NFC; pre-tokenizer Split, ByteLevel"
