@@ -48,8 +48,8 @@ def export_run(workspace: Workspace, run: Run, report: Report, fuse: bool = Fals
         "domain": inputs.get("domain"),
         "from": inputs.get("from"),
         "published": without_path(run.published),
+        "teacher": _teacher_of(workspace, run),
     }
-    info |= {"teacher": _teacher_of(workspace, run)}
     lora = lora_of(run)
     if lora and not _is_written(workspace.adapter(run.name), ADAPTER, run):
         arrays, config = lora.to_mlx_lm(run.weights())
