@@ -80,7 +80,8 @@ def quickstart(session: Session, fresh) -> None:
     "--init-from",
     type=PLACE,
     metavar="MODEL",
-    help="Start from a published model (a directory, or OWNER/MODEL on the Hub) or one of the workspace's.",
+    help="Start from a published model (a directory, or OWNER/MODEL on the Hub), or from a run or a model of the "
+    "workspace; RUN@5M for a milestone.",
 )
 @click.option("--tokens", type=SIZE, help="Train on this many tokens (replaces the configured horizon).")
 @click.option("--hours", type=HOURS, help="Train for about this many hours on this machine.")

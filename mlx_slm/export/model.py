@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_slm.errors import SlmError, nearest
+from mlx_slm.experts.experts import has_experts
 from mlx_slm.export.card import QUANTIZED, is_own_card, published_in, said_of, write_card
 from mlx_slm.export.published import download, is_hub_name
 from mlx_slm.export.start import Pretrained, no_weights
@@ -36,7 +37,7 @@ GROUP = 64
 
 
 def export_run(workspace: Workspace, run: Run, report: Report, fuse: bool = False) -> None:
-    """Write the run's weights to `models/<run>`, unless they are there.
+    """Write the run's weights to `models/<run>`, unless they are there; of a milestone to `models/<run>-step-<step>`.
 
     Those of LoRA go to `adapters/<run>` in mlx-lm's format, and, with `fuse`, as a plain model to `models/<run>` too.
     Says so where mlx-lm's defaults would quantise the model in part only.
@@ -57,11 +58,11 @@ def export_run(workspace: Workspace, run: Run, report: Report, fuse: bool = Fals
             facts.update(info, parameters=lora.num_parameters)
             save_arrays(path / "adapters.safetensors", arrays)
             write_json(path / "adapter_config.json", config)
-    if (fuse or not lora) and not _is_written(workspace.model(run.name), KIND, run):
+    if (fuse or not lora) and not _is_written(workspace.model(run.label), KIND, run):
         parameters, tokenizer = weights_of(workspace, run), open_tokenizer(workspace.tokenizer)
         shape = _as_long(run.shape, info["published"])
-        export_model(workspace.model(run.name), shape, parameters, tokenizer, made_from, info)
-        say_sizes(run.name, shape, report)
+        export_model(workspace.model(run.label), shape, parameters, tokenizer, made_from, info)
+        say_sizes(run.label, shape, report)
 
 
 def _as_long(shape: Shape, published: dict | None) -> Shape:
@@ -252,12 +253,26 @@ def check_model(workspace: Workspace, name: str) -> None:
 
 
 def require_model(workspace: Workspace, name: str) -> Path:
-    """The directory of a model to run: an exported one, or any directory with a config.json; raises SlmError."""
-    path = find_directory(workspace, name)
+    """The directory of a model to run: an exported one, any directory with a config.json, one of the Hub, or that of a
+    finished run or a milestone, which is written where it was not; raises SlmError."""
+    path = find_directory(workspace, name) or _written_now(workspace, name)
     if path is None:
         raise SlmError(_unknown(workspace, name, workspace.models()))
     check_directory(path)
     return path
+
+
+def _written_now(workspace: Workspace, name: str) -> Path | None:
+    """The model of a run, or of RUN@TOKENS; None for a name that is no run's."""
+    if name.partition("@")[0] not in workspace.runs():
+        return None
+    run = find_run(workspace, name)
+    if has_experts(run):
+        raise SlmError(f"run {run.name} has experts: `mlx-slm specialize --from {run.name}` makes a model of them")
+    if run.milestone is None and not run.finished:
+        raise SlmError(f"run {run.name} is not finished: run its command again, it goes on, or name a milestone of it")
+    export_run(workspace, run, Report(), fuse=True)
+    return workspace.model(run.label)
 
 
 def find_directory(workspace: Workspace, name: str) -> Path | None:

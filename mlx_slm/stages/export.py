@@ -56,7 +56,7 @@ def export(project: Project, request: Export) -> dict:
     workspace = project.workspace
     if request.about:
         require_known_form(request.about)
-    if request.name in workspace.runs():
+    if request.name.partition("@")[0] in workspace.runs():
         if adapters := _export_run(project, request):
             return adapters
     elif request.fuse:
@@ -90,7 +90,7 @@ def export(project: Project, request: Export) -> dict:
 def _export_run(project: Project, request: Export) -> dict | None:
     """Write a run's model, or its adapters, which are then all that is asked for."""
     run = find_run(project.workspace, request.name)
-    if not run.finished:
+    if not run.finished and run.milestone is None:
         raise SlmError(f"run {run.name} is not finished: run its command again, it goes on")
     if has_experts(run):
         raise SlmError(

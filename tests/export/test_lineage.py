@@ -3,12 +3,16 @@
 import json
 import shutil
 
+import mlx.core as mx
 import pytest
 from conftest import call, publish, write_jsonl
 from huggingface_hub import ModelCard
 
+from mlx_slm.config.files import dump_config
 from mlx_slm.errors import SlmError
 from mlx_slm.export.card import About, require_known_form
+from mlx_slm.export.model import load_exported
+from mlx_slm.machine.trees import flat
 from mlx_slm.stages import specialize as stage
 from mlx_slm.storage.artifacts import MANIFEST
 from mlx_slm.storage.formats import identity_of, published_apart
@@ -223,3 +227,28 @@ def test_a_bundle_hands_the_licence_over(model, tmp_path, texts, notes, capsys):
     card = ModelCard.load(elsewhere.model("a") / "README.md")
     assert card.data.license_name == "research-only" and "tiny" in card.text
     assert str(tmp_path) not in (tmp_path / "bundle" / "run.json").read_text()
+
+
+def test_a_milestone_is_a_model_wherever_one_is_taken(prepared, config, tmp_path, capsys):
+    """generate, export, pretrain --init-from, evaluate, of a pretraining that keeps its sixth step."""
+    shutil.copytree(prepared.root, tmp_path / "w")
+    workspace = Workspace(tmp_path / "w")
+    workspace.config_file.write_text(dump_config(config))
+    kept = 6 * config.training.batch_rows * 32
+    assert call(capsys, workspace, "pretrain", "--set", f"training.milestones=[{kept}]")[0] == 0
+    name, path = f"slm@{kept}", workspace.model("slm-step-6")
+    code, _, err = call(capsys, workspace, "generate", name, "-p", "Return", "-m", "2", "--json")
+    assert code == 0 and path.exists(), err
+    half, whole = (flat(load_exported(each)[0].parameters()) for each in (path, workspace.model("slm")))
+    assert all(mx.array_equal(half[n], v) for n, v in flat(find_run(workspace, name).weights()).items())
+    assert not all(mx.array_equal(half[n], v) for n, v in whole.items())
+    code, _, err = call(capsys, workspace, "export", name, "--format", "gguf", "--type", "f16")
+    assert code == 0, err
+    code, _, err = call(capsys, workspace, "evaluate", name, "slm", "--domain", "notes", "--json")
+    assert code == 0, err
+    code, _, err = call(capsys, workspace, "pretrain", "--init-from", name, "--name", "more")
+    assert code == 0 and find_run(workspace, "more").published["model"] == str(path), err
+    shutil.rmtree(workspace.model("slm"))
+    assert call(capsys, workspace, "generate", "slm", "-p", "Return", "-m", "2", "--json")[0] == 0, "written again"
+    code, _, err = call(capsys, workspace, "generate", "slm@999", "-p", "x")
+    assert code == 1 and "keeps no checkpoint after 999 tokens" in err and err.count("\n") == 1
