@@ -71,7 +71,7 @@ def find_source(workspace: Workspace, name: str) -> Run:
         manifest = checked(bundle)
         return _run_of(bundle.absolute(), manifest)
     if os.sep in name and "@" not in name:
-        raise SlmError(f"{name}: no bundle is there (`mlx-slm export RUN --bundle DIR` writes one)")
+        raise SlmError(f"{name}: no model and no bundle is there (`mlx-slm export RUN --bundle DIR` writes one)")
     return find_run(workspace, name)
 
 
