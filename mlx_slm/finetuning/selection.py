@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 
+from mlx_slm.config.schema import Config
 from mlx_slm.experts.experts import FREQUENT, HISTOGRAM, Experts
 from mlx_slm.finetuning.domain import DomainSet
 from mlx_slm.models.transformer import Transformer
@@ -31,8 +33,7 @@ def select_expert(project: Project, experts: Experts, select: str, domain: Domai
     elif select == FREQUENT:
         selection["expert"] = int(shares.argmax())
     else:
-        size = min(config.finetuning.select_tokens, store.num_tokens)
-        sample = windows[np.isin(windows, first_windows(store, size, config.data.seed))]
+        sample = sample_of(config, domain)
         scores = score_experts(experts, store, sample, project.report)
         selection |= {"scores": scores, "expert": min(scores, key=lambda number: scores[number])}
         tokens = int(store.lengths(sample).sum()) * len(scores)
@@ -48,14 +49,26 @@ def chosen(experts: Experts, selection: dict) -> dict:
 
 def score_experts(experts: Experts, store: Store, windows: np.ndarray, report: Report) -> dict[int, float]:
     """Nats per token of every trained expert on the same windows; raises SlmError if there is none."""
+    losses = each_expert(experts, lambda scorer: scorer.window_nll(store, windows), report)
+    return {number: score_of(store, windows, nll).nll for number, nll in losses.items()}
+
+
+def each_expert(experts: Experts, losses: Callable[[Scorer], np.ndarray], report: Report) -> dict[int, np.ndarray]:
+    """What `losses` gives with the weights of every trained expert; raises SlmError if there is none."""
     model = Transformer(experts.run.shape)
-    scorer, scores = Scorer(model), {}
+    scorer, found = Scorer(model), {}
     with report.progress("scoring the experts", len(experts.trained), " experts") as advance:
         for number in experts.require_trained():
             model.update(experts.parameters(number))
-            scores[number] = score_of(store, windows, scorer.window_nll(store, windows)).nll
+            found[number] = losses(scorer)
             advance(1)
-    return scores
+    return found
+
+
+def sample_of(config: Config, domain: DomainSet) -> np.ndarray:
+    """The windows of a domain set on which experts are scored: of its first `finetuning.select_tokens` tokens."""
+    size = min(config.finetuning.select_tokens, domain.store.num_tokens)
+    return domain.windows[np.isin(domain.windows, first_windows(domain.store, size, config.data.seed))]
 
 
 def describe(selection: dict) -> str:

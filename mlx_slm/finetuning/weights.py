@@ -15,10 +15,8 @@ import numpy as np
 
 from mlx_slm.experts.experts import Experts
 from mlx_slm.finetuning.domain import DomainSet
-from mlx_slm.models.transformer import Transformer
+from mlx_slm.finetuning.selection import each_expert, sample_of
 from mlx_slm.project import Project
-from mlx_slm.text.store import first_windows
-from mlx_slm.training.scoring import Scorer
 
 GAP, ROUNDS = 1e-4, 10_000
 """Nats a token that the best weights can still be better by, at which EM ends; and the most rounds of it."""
@@ -27,22 +25,14 @@ GAP, ROUNDS = 1e-4, 10_000
 def learnt_weights(project: Project, experts: Experts, domain: DomainSet) -> dict:
     """`{"k", "clusters": fingerprint, "weights": {cluster: share}, "tokens", "nll", "best_expert_nll"}` from the first
     `finetuning.select_tokens` tokens of a domain set; nats per token of the mixture, and of the best expert alone."""
-    config, store = project.config, domain.store
-    size = min(config.finetuning.select_tokens, store.num_tokens)
-    windows = domain.windows[np.isin(domain.windows, first_windows(store, size, config.data.seed))]
-    numbers, model = experts.require_trained(), Transformer(experts.run.shape)
-    scorer, losses = Scorer(model), []
-    with project.report.progress("scoring the experts", len(numbers), " experts") as advance:
-        for number in numbers:
-            model.update(experts.parameters(number))
-            losses.append(scorer.token_nll(store, windows))
-            advance(1)
-    nll = np.stack(losses, axis=1)
+    windows = sample_of(project.config, domain)
+    losses = each_expert(experts, lambda scorer: scorer.token_nll(domain.store, windows), project.report)
+    nll = np.stack(list(losses.values()), axis=1)
     shares, mean = likeliest_mixture(-nll)
     return {
         "k": experts.k,
         "clusters": experts.clusters.fingerprint,
-        "weights": {number: float(share) for number, share in zip(numbers, shares, strict=True)},
+        "weights": {number: float(share) for number, share in zip(losses, shares, strict=True)},
         "tokens": len(nll),
         "nll": -mean,
         "best_expert_nll": float(nll.mean(axis=0, dtype=np.float64).min()),
