@@ -81,7 +81,7 @@ def _write_weights(run: Run, path: Path) -> None:
     need."""
     step, record = run.weights_step(), run.record | {"name": run.name}
     if run.milestone is not None and step is not None:
-        state = read_json(checkpoint_path(run.path, step) / STATE)
+        state = read_json(checkpoint_path(run.kept_in(step), step) / STATE)
         record |= {"status": "finished", "step": step, "tokens": state["tokens"], "seconds": state["seconds"]}
     if run.published:
         record |= {"published": without_path(run.published)}

@@ -20,8 +20,9 @@ from mlx_slm.report import Report, duration, require_agreement
 from mlx_slm.storage.locks import in_use
 from mlx_slm.storage.records import write_record
 from mlx_slm.text.rows import Sampler, Stream
+from mlx_slm.training import checkpoint
 from mlx_slm.training.optimizer import AdamW
-from mlx_slm.training.runs import Run, RunRequest, alone_in, milestone_step, open_run
+from mlx_slm.training.runs import Run, RunRequest, alone_in, branch_path, milestone_step, open_run
 from mlx_slm.training.schedule import Schedule
 from mlx_slm.training.scoring import validation_loss
 from mlx_slm.training.step import TrainingStep, rows_that_fit
@@ -103,16 +104,49 @@ def work(
             with in_use(project.workspace, config.data.generic):
                 trainer = _trainer(job, config.training, report)
                 run.finish(trainer.run(), trainer.flops)
+        if config.training.cooldown:
+            with in_use(project.workspace, config.data.generic):
+                for tokens, step in milestones(job, config.training):
+                    _finish_milestone(project, job, run, tokens, step)
         if export:
             export_run(project.workspace, run, report)
     return run
 
 
+def milestones(job: TrainingJob, training: TrainingConfig) -> list[tuple[int, int]]:
+    """(tokens, step) of each milestone that comes before the end of a training."""
+    return [(tokens, step) for tokens, step in _steps_at(job, training) if step < job.steps]
+
+
+def _steps_at(job: TrainingJob, training: TrainingConfig) -> list[tuple[int, int]]:
+    length = job.sampler.row_length
+    return [(tokens, milestone_step(tokens, training.batch_rows, length)) for tokens in training.milestones]
+
+
+def _finish_milestone(project: Project, job: TrainingJob, run: Run, tokens: int, step: int) -> None:
+    """Let the rate fall to zero by a milestone, from the checkpoint of the run before it, where that was not done."""
+    config, report = project.config, project.report
+    path, falls_from = branch_path(run.path, step), step - cooldown_steps(config.training, step)
+    if run.kept_in(step) == path:
+        return
+    if falls_from not in checkpoint.checkpoint_steps(run.path):
+        report.warn(
+            f"run {run.name} keeps no checkpoint at step {falls_from:,}, where the rate of its milestone of "
+            f"{format_size(tokens)} begins to fall: only --fresh brings that milestone"
+        )
+        return
+    report.line(f"the milestone of {format_size(tokens)}: its rate falls from step {falls_from:,} to {step:,}")
+    if not checkpoint.checkpoint_steps(path):
+        checkpoint.adopt(run.path, falls_from, path)
+    shorter = replace(job, path=path, steps=step, sampler=job.sampler.changing_at(falls_from))
+    _trainer(shorter, config.training, report).run()
+
+
 def _trainer(job: TrainingJob, training: TrainingConfig, report: Report) -> Trainer:
-    at = [milestone_step(tokens, training.batch_rows, job.sampler.row_length) for tokens in training.milestones]
-    beyond = [tokens for tokens, step in zip(training.milestones, at, strict=True) if step > job.steps]
+    beyond = [tokens for tokens, step in _steps_at(job, training) if step > job.steps]
     if beyond:
         report.warn(f"training.milestones: {format_size(beyond[0])} tokens are beyond the horizon of this training")
+    at = [step - cooldown_steps(training, step) for _, step in milestones(job, training)]
     schedule = Schedule(
         steps=job.steps,
         learning_rate=training.learning_rate,

@@ -29,7 +29,6 @@ from mlx_slm.study.grid import Cell, budgets_of, cells
 from mlx_slm.text.prepare import ensure_set, text_needed
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store, first_windows
-from mlx_slm.training.checkpoint import checkpoint_steps
 from mlx_slm.training.runs import Run, alone_in, find_run
 from mlx_slm.training.scoring import validation_windows
 
@@ -185,10 +184,10 @@ class Study:
             pass  # Busy now, rather than after a network was initialised
         run = pretrain(Project(self.workspace, config, self.report), Pretraining(method, name, target=target))
         budget = cell.pretrained[method]
-        if find_method(method).milestones and run.step_at(budget) not in checkpoint_steps(run.path):
+        if find_method(method).milestones and run.step_at(budget) not in run.kept_steps():
             raise SlmError(
                 f"run {name} was finished without a checkpoint at {format_size(budget)} tokens: take a budget that it "
-                f"has (steps {', '.join(map(str, checkpoint_steps(run.path)))}), or remove it from {run.path.parent}"
+                f"has (steps {', '.join(map(str, run.kept_steps()))}), or remove it from {run.path.parent}"
             )
         return run
 

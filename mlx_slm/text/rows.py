@@ -15,6 +15,7 @@ The rows of step s depend on (seed, s) alone: never on the micro-batch or on the
 from __future__ import annotations
 
 import bisect
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,6 +132,13 @@ class Sampler:
     def num_rows(self) -> int:
         """Rows of one pass over everything."""
         return sum(stream.num_rows for stream in self.streams)
+
+    def changing_at(self, step: int) -> Sampler:
+        """The same with its last phase from another step on."""
+        other = copy.copy(self)
+        other._begins = [*self._begins[:-1], step] if len(self._begins) > 1 else self._begins
+        other._step, other._drawn = 0, np.zeros_like(self._drawn)
+        return other
 
     def distribution(self, step: int) -> np.ndarray:
         """The share of each stream in the rows of a step, float64 [streams]."""

@@ -52,6 +52,15 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict, dict, dict]:
     return load_arrays(path / WEIGHTS), load_arrays(path / MOMENTS), read_json(path / STATE, StateForm)
 
 
+def adopt(run: Path, step: int, other: Path) -> None:
+    """Begin the checkpoints of `other` with that of a step of `run`."""
+    with new_artifact(checkpoint_path(other, step), KIND, {"step": step}) as (path, _):
+        parameters, moments, state = load_checkpoint(run, step)
+        save_arrays(path / WEIGHTS, parameters)
+        save_arrays(path / MOMENTS, moments)
+        write_json(path / STATE, state)
+
+
 def load_weights(run: Path, step: int) -> dict:
     """Parameters of one checkpoint, checked."""
     path = checkpoint_path(run, step)

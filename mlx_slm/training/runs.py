@@ -32,6 +32,8 @@ from mlx_slm.training.schedule import State
 RECORD, CONFIG, IMPORTANCE, METRICS = "run.json", "config.yaml", "importance.json", "metrics.jsonl"
 EXPERT = "expert-"
 """A run of several models keeps each in a folder of this name and its number."""
+BRANCH = "at-"
+"""A run keeps a milestone for which the rate fell in a folder of this name and its step."""
 
 
 @dataclass
@@ -128,6 +130,17 @@ class Run:
         """The step after which this pretraining has seen `tokens` tokens; KeyError for a run that is none."""
         return milestone_step(tokens, self.record["inputs"]["training"]["batch_rows"], self.shape.context_length)
 
+    def kept_in(self, step: int) -> Path:
+        """The directory of the checkpoint of a step: that of a milestone for which the rate fell, or of the run."""
+        branch = branch_path(self.path, step)
+        return branch if step in checkpoint.checkpoint_steps(branch) else self.path
+
+    def kept_steps(self) -> list[int]:
+        """Steps whose weights are at hand, ascending."""
+        named = (path.name.removeprefix(BRANCH) for path in self.path.glob(f"{BRANCH}*"))
+        branches = [int(step) for step in named if step.isdecimal() and self.kept_in(int(step)) != self.path]
+        return sorted({*checkpoint.checkpoint_steps(self.path), *branches})
+
     def weights_step(self) -> int | None:
         """The step whose weights stand for this run: the best of a specialisation, the last of a pretraining, or that
         of the milestone. None for a mixture."""
@@ -147,7 +160,7 @@ class Run:
         step = self.weights_step()
         try:
             assert step is not None, "a mixture has no weights of its own"
-            return checkpoint.load_weights(self.path, step)
+            return checkpoint.load_weights(self.kept_in(step), step)
         except SlmError as error:
             what = f"run {self.name}: {error.args[0].split('; ')[0]}; "
             if self.is_handed_over:
@@ -258,6 +271,11 @@ def expert_path(run: Path, expert: int) -> Path:
     return run / f"{EXPERT}{expert}"
 
 
+def branch_path(run: Path, step: int) -> Path:
+    """Where a run keeps its milestone at a step, where the rate fell for it."""
+    return run / f"{BRANCH}{step}"
+
+
 def verify_run(path: Path) -> None:
     """Check the record, the configuration and the other files of a run; raises Damaged."""
     run = Run(path, read_run(path))
@@ -301,7 +319,7 @@ def find_run(workspace: Workspace, name: str) -> Run:
 
 
 def _at(run: Run, tokens: str) -> Run:
-    kept = checkpoint.checkpoint_steps(run.path)
+    kept = run.kept_steps()
     if run.is_mixture:
         raise SlmError(f"{run.name}@{tokens}: a mixture has no milestones; give the run as {run.name}")
     try:

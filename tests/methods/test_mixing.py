@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import call, small_config, write_jsonl
+from mlx.utils import tree_flatten
 
 from mlx_slm.clustering.target import SamplingTarget
 from mlx_slm.config.files import dump_config
@@ -14,7 +16,7 @@ from mlx_slm.errors import SlmError
 from mlx_slm.methods import work
 from mlx_slm.methods.importance import mixed, mixing_of
 from mlx_slm.storage.workspace import Workspace
-from mlx_slm.training.runs import find_run
+from mlx_slm.training.runs import branch_path, find_run
 from mlx_slm.training.schedule import Schedule, State
 
 DOMAIN = SamplingTarget("notes")
@@ -81,6 +83,29 @@ def test_a_run_with_the_domain_among_its_rows(workspace, capsys, monkeypatch):
     assert code == 1 and "cooldown" in err, "another training"
     code, out, err = call(capsys, workspace, *command, *falling)
     assert code == 0 and "is finished" in out, err
+
+
+def test_a_milestone_is_the_model_of_a_training_that_ends_there(workspace, capsys):
+    """Step 6 of 12, the rate falling from step 4 on, and the domain's share with it: as trained for 6 steps."""
+    command = ("pretrain", "--method", "is", "--domain", "notes", "--k", "4", "--domain-share", "0.25")
+    command += ("--set", "training.cooldown=0.34", "--set", "clusters.cooldown_share=0.5")
+    longer = (*command, "--name", "longer", "--set", "training.milestones=[1536]")
+    code, out, err = call(capsys, workspace, *longer)
+    assert code == 0 and "its rate falls from step 4 to 6" in out + err, err
+    assert call(capsys, workspace, *command, "--name", "short", "--set", "training.steps=6")[0] == 0
+    milestone, short = find_run(workspace, "longer@1536"), find_run(workspace, "short")
+    assert milestone.weights_step() == short.weights_step() == 6
+    expected = dict(tree_flatten(short.weights()))
+    for name, value in tree_flatten(milestone.weights()):
+        assert mx.array_equal(value, expected[name]), name
+    code, out, err = call(capsys, workspace, *longer)
+    assert code == 0 and "falls from" not in out + err, "it is there"
+    shutil.rmtree(branch_path(milestone.path, 6))
+    code, out, err = call(capsys, workspace, *longer)
+    assert code == 0 and "falls from step 4 to 6" in out + err, "made again from the checkpoint before it"
+    code, _, err = call(capsys, workspace, *longer[:-1], "training.milestones=[1792]")
+    assert code == 0 and "keeps no checkpoint at step 5" in err
+    assert call(capsys, workspace, "specialize", "--domain", "notes", "--from", "longer@1536")[0] == 0
 
 
 def test_what_cannot_be(workspace, tmp_path, capsys, texts):
