@@ -5,7 +5,8 @@ What the paper does not specify is an explicit field whose docstring says so. Si
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Collection
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -34,6 +35,13 @@ DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    came_later: ClassVar[tuple[str, ...]] = ()
+
+    def recorded(self, exclude: Collection[str] = ()) -> dict:
+        """What the record of a run says of this section. Keys that `came_later` are left out at their default, so that
+        runs from before them are still of this configuration."""
+        unset = {key for key in self.came_later if getattr(self, key) == type(self).model_fields[key].default}
+        return self.model_dump(mode="json", exclude={*exclude, *unset})
 
 
 class DataConfig(Section):
@@ -143,6 +151,7 @@ class ModelConfig(Section):
 class ProjectionConfig(Section):
     """The projected network (section 2.5), SLM-pn."""
 
+    came_later = ("soup",)
     k: Clusters = 32
     """Experts, one per cluster. Paper: 32 (16 and 64 are studied)."""
     h: DimensionOrAuto = None
@@ -159,6 +168,8 @@ class ProjectionConfig(Section):
     clusters_per_step: DimensionOrAuto = None
     """Groups of rows in a step, each of one cluster: training.batch_rows / clusters_per_step rows. Default (`auto`): as
     many as fit the memory and cost a tenth of the step, at best one of each row. Not specified by the paper."""
+    soup: Fraction = 0.0
+    """Share of the groups of a step that train a combination of experts on rows of all their clusters. Paper: 0."""
     tensor_rate: Multiple | None = None
     """The rate of T as a multiple of the learning rate. Default: 1 / mean sum_r |c_ir| at the start, so that experts
     move as fast as a plain matrix. Not specified by the paper."""
@@ -186,6 +197,7 @@ RENAMED = {"checkpoint_layers": "recompute_layers"}
 class TrainingConfig(Section):
     """Pretraining. Exactly one of steps, tokens, passes and hours is the horizon."""
 
+    came_later = ("cooldown",)
     steps: Steps | None = None
     tokens: PositiveSize | None = None
     passes: Multiple | None = None

@@ -111,9 +111,7 @@ class Setup:
         inputs = {
             "method": method,
             "shape": self.shape.to_dict(),
-            "training": training.model_dump(
-                mode="json", exclude=UNSEEN if training.cooldown else {*UNSEEN, "cooldown"}
-            ),
+            "training": training.recorded(UNSEEN),
             "tokenizer": self.tokenizer,
             "data": self.store.fingerprint,
             "valid": fingerprint([self.valid.fingerprint, self.windows.tolist()]),

@@ -15,7 +15,7 @@ from mlx_slm.models.projected import ProjectedShape, expert, initialise_network,
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.project import Project
-from mlx_slm.text.rows import Sampler
+from mlx_slm.text.rows import Sampler, SoupSampler
 from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit, network_bytes, resolved, resolved_groups
 from mlx_slm.training.runs import RECORD, read_run
@@ -57,7 +57,8 @@ class ProjectedNetwork(Method):
         micro, recompute = groups_that_fit(shape, groups, rows, given, training.recompute_layers)
         clusters = generic_clusters(setup, projection.k)
         assigned = clusters.assigned(generic, "train")
-        sampler = Sampler(assigned.streams(setup.store), assigned.tokens, training.batch_rows, training.seed, rows)
+        drawn = (assigned.streams(setup.store), assigned.tokens, training.batch_rows, training.seed, rows)
+        sampler = SoupSampler(*drawn, soup=projection.soup) if projection.soup else Sampler(*drawn)
 
         def parameters() -> dict:
             return initialise_network(shape, projection, training.seed, setup.start())
@@ -68,7 +69,7 @@ class ProjectedNetwork(Method):
         place = clusters.assigned(generic, "valid").clusters[:][setup.windows]
         return TrainingJob(
             setup.path,
-            experts_inputs(setup, self.name, clusters) | {"projection": projection.model_dump(mode="json")},
+            experts_inputs(setup, self.name, clusters) | {"projection": projection.recorded()},
             parameters,
             lambda p, m: step(parameters=p, moments=m),
             sampler,

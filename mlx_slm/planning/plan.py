@@ -151,7 +151,7 @@ def rated_flops(models: Models) -> dict[str, float]:
 def _recorded_speeds(workspace: Workspace, models: Models) -> dict[str, tuple[str, float]]:
     """(run, tokens per second) of the newest finished pretraining of each method with this shape on this device."""
     shapes = {method.name: method.shape(models) for method in (Small(), ProjectedNetwork(), Large())}
-    projection = models.config.projection.model_dump(mode="json")
+    projection = models.config.projection.recorded()
     newest: dict[str, tuple[float, str, float]] = {}
     for name in workspace.runs():
         run = find_run(workspace, name)

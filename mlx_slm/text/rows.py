@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import bisect
 import copy
+import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -156,20 +158,26 @@ class Sampler:
         return order[np.minimum(np.searchsorted(edges, points, side="right"), count - 1)]
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (tokens int32 [B, T+1], weights float32 [B, T], clusters int [groups]) of a step."""
+        """Return (tokens int32 [B, T+1], weights float32 [B, T], `experts`) of a step."""
         drawn = self._drawn_before(step)
-        clusters = self.clusters(step)
         rows = []
-        for cluster in clusters:
+        for cluster in self.row_clusters(step):
             stream = self.streams[cluster]
-            for _ in range(self.rows_per_cluster):
-                done, place = divmod(int(drawn[cluster]), stream.num_rows)
-                key = mix(mix(mix(self.seed) ^ int(cluster)) ^ done)
-                rows.append(stream.row(permuted(place, stream.num_rows, key)))
-                drawn[cluster] += 1
+            done, place = divmod(int(drawn[cluster]), stream.num_rows)
+            key = mix(mix(mix(self.seed) ^ int(cluster)) ^ done)
+            rows.append(stream.row(permuted(place, stream.num_rows, key)))
+            drawn[cluster] += 1
         self._step, self._drawn = step + 1, drawn
         tokens, weights = zip(*rows, strict=True)
-        return np.stack(tokens), np.stack(weights), clusters
+        return np.stack(tokens), np.stack(weights), self.experts(step)
+
+    def row_clusters(self, step: int) -> np.ndarray:
+        """The cluster of each row of a step, int [B]."""
+        return np.repeat(self.clusters(step), self.rows_per_cluster)
+
+    def experts(self, step: int) -> np.ndarray | Soup:
+        """The expert of each group of a step: that of its cluster, int [groups]."""
+        return self.clusters(step)
 
     def _drawn_before(self, step: int) -> np.ndarray:
         """Rows taken from each cluster before `step`, replayed from the seed where they are not at hand."""
@@ -177,9 +185,50 @@ class Sampler:
             return np.array([step * self.groups * self.rows_per_cluster], np.int64)
         known, drawn = (self._step, self._drawn.copy()) if self._step <= step else (0, np.zeros_like(self._drawn))
         for earlier in range(known, step):
-            counts = np.bincount(self.clusters(earlier), minlength=len(drawn))
-            drawn += counts * self.rows_per_cluster
+            drawn += np.bincount(self.row_clusters(earlier), minlength=len(drawn))
         return drawn
+
+
+class Soup(NamedTuple):
+    """Combinations of experts: sum_j shares[g, j] E[clusters[g, j]] for group g; both [groups, n], shares sum to 1."""
+
+    clusters: np.ndarray
+    shares: np.ndarray
+
+
+class SoupSampler(Sampler):
+    """Rows for combinations of experts: for the part `soup` of the groups a histogram over `FEW` clusters is drawn from
+    a Dirichlet distribution, and their rows from that histogram.
+
+    The clusters are drawn from `distribution`, the shares uniformly. The first row's cluster c is the plain sampler's:
+    given it, the shares are of Dirichlet(2, 1, ..., 1), c's first, so that all rows still are of `distribution`.
+    """
+
+    FEW = 8
+
+    def __init__(self, *args: Any, soup: float, **options: Any):
+        super().__init__(*args, **options)
+        self.soup = soup
+
+    def experts(self, step: int) -> Soup:
+        """The experts that each group combines; those that are not mixed have one."""
+        return self._drawn_of(step)[0]
+
+    def row_clusters(self, step: int) -> np.ndarray:
+        return self._drawn_of(step)[1]
+
+    def _drawn_of(self, step: int) -> tuple[Soup, np.ndarray]:
+        first, masses = self.clusters(step), self.distribution(step)
+        rng = np.random.default_rng((self.seed, step, 1))
+        mixed = rng.permutation(self.groups) < math.floor(self.soup * self.groups + rng.random())
+        others = rng.choice(len(masses), (self.groups, self.FEW - 1), p=masses)
+        clusters = np.concatenate([first[:, None], others], axis=1)
+        shares = rng.dirichlet([2.0] + [1.0] * (self.FEW - 1), self.groups)
+        shares[~mixed] = np.eye(1, self.FEW)
+        drawn = [rng.choice(one, self.rows_per_cluster, p=p) for one, p in zip(clusters, shares, strict=True)]
+        rows = np.stack(drawn)
+        rows[:, 0] = first
+        return Soup(clusters, shares.astype(np.float32)), rows.reshape(-1)
 
 
 def mix(value: int) -> int:

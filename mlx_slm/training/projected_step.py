@@ -1,9 +1,11 @@
 """One training step of a projected network: groups of rows, each through its cluster's expert, in one compiled graph.
 
-Per projected matrix, C = E[ids] M gives stacked weights W = C T [groups, out, in]; the gradient with respect to them,
+Per projected matrix, C = e M gives stacked weights W = C T [groups, out, in]; the gradient with respect to them,
 dW, is all that the backward pass makes. The rest follows by the chain rule, one matrix at a time:
 
-    dT = C^T dW      |dT|^2 = sum((C C^T) * (dW dW^T))      dC = dW T^T      dM = E[ids]^T dC      dE[ids] += dC M^T
+    dT = C^T dW      |dT|^2 = sum((C C^T) * (dW dW^T))      dC = dW T^T      dM = e^T dC      dE[ids] += shares dC M^T
+
+with e = sum_j shares[:, j] E[ids[:, j]], the expert's vector of each group: E[ids] where a group has one expert.
 
 dT of all matrices would double the memory of the network; of one matrix at a time (a lane) it does not.
 """
@@ -21,6 +23,7 @@ from mlx_slm.machine import runtime, sums
 from mlx_slm.machine.trees import flat, nested
 from mlx_slm.models.projected import ProjectedShape, coefficients, combined, network_of
 from mlx_slm.models.transformer import Transformer, for_products
+from mlx_slm.text.rows import Soup
 from mlx_slm.training.loss import next_token_loss
 from mlx_slm.training.optimizer import AdamW, global_norm
 from mlx_slm.training.step import add_trees, compiled_lanes, largest_that_fits, shared_out, training_bytes
@@ -55,16 +58,18 @@ class ProjectedStep:
         self._tensor_lanes = compiled_lanes(self._update_tensor, len(self.parameters["T"]))
 
     def __call__(
-        self, tokens: np.ndarray, weights: np.ndarray, rate: float, clusters: np.ndarray
+        self, tokens: np.ndarray, weights: np.ndarray, rate: float, experts: np.ndarray | Soup
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """One step on tokens int [B, T+1] with target weights fp32 [B, T]; clusters int [groups], rows in their order.
+        """One step on tokens int [B, T+1] with target weights fp32 [B, T]; `experts`: the cluster of each group, int
+        [groups], or the clusters that it combines; rows in their order.
 
         Returns (sum of losses, norm of the mean gradient, non-finite steps in a row).
         """
-        groups, rows = len(clusters), len(tokens) // len(clusters)
-        ids = mx.array(clusters)
+        soup = experts if isinstance(experts, Soup) else Soup(experts[:, None], np.ones((len(experts), 1), np.float32))
+        groups = len(soup.clusters)
+        rows, mixed = len(tokens) // groups, (mx.array(soup.clusters), mx.array(soup.shares))
         E, M, T = (self.parameters[part] for part in "EMT")
-        C = coefficients(self.parameters, E[ids])
+        C = coefficients(self.parameters, vectors(E, *mixed))
         loss: Any = None
         shared: Any = None
         stacks: dict[str, list[mx.array]] = {name: [] for name in T}
@@ -84,7 +89,7 @@ class ProjectedStep:
             if self.micro_groups < groups:
                 mx.async_eval(loss, shared, stacks)
         dW = {name: mx.concatenate(parts) for name, parts in stacks.items()}
-        dE, dM, norm = self._chain({"E": E, "M": M, "T": T}, C, dW, ids, shared)
+        dE, dM, norm = self._chain({"E": E, "M": M, "T": T}, C, dW, mixed, shared)
         total = mx.array(float(weights.sum()))
         gradients = {"shared": shared, "E": dE, "M": dM}
         mx.async_eval(dW, dE, dM, shared, norm, loss)
@@ -140,17 +145,19 @@ class ProjectedStep:
         return value, d_shared, d_stacks
 
     @staticmethod
-    def _chain_rule(parameters, C, dW, ids, shared):
+    def _chain_rule(parameters, C, dW, mixed, shared):
         """(dE, dM, global norm of all gradients, those of T from Gram matrices)."""
         E, M, T = (parameters[part] for part in "EMT")
-        rows, dE_rows, dM, squares = E[ids], 0.0, {}, []
+        ids, shares = mixed
+        rows, dM, squares = vectors(E, ids, shares), {}, []
+        dE_rows: Any = 0.0
         for name in sorted(T):
-            flat = dW[name].reshape(len(ids), -1)
+            flat = dW[name].reshape(len(rows), -1)
             dC = flat @ T[name].reshape(len(T[name]), -1).T
             dM[name] = rows.T @ dC
             dE_rows = dE_rows + dC @ M[name].T
             squares.append(sums.dot(C[name] @ C[name].T, _gram(dW[name])))
-        dE = mx.zeros_like(E).at[ids].add(dE_rows)
+        dE = mx.zeros_like(E).at[ids].add(shares[..., None] * dE_rows[:, None])
         small = global_norm({"shared": shared, "E": dE, "M": dM})
         return dE, dM, mx.sqrt(mx.square(small) + sums.summed(mx.stack(squares)))
 
@@ -164,6 +171,11 @@ class ProjectedStep:
     def _update_tensor(self, T, m, v, C, dW, now):
         gradient = (C.T @ dW.reshape(len(C), -1)).reshape(T.shape)
         return self.optimizer.moved(T, m, v, gradient, now, self.tensor_rate)
+
+
+def vectors(E: mx.array, ids: mx.array, shares: mx.array) -> mx.array:
+    """The vector [groups, m] of each group's expert, of E [k, m]: sum_j shares[g, j] E[ids[g, j]]."""
+    return (shares[..., None] * E[ids]).sum(axis=1)
 
 
 def _gram(stack: mx.array) -> mx.array:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_slm.text.rows import Phase, Sampler, Stream, permuted
+from mlx_slm.text.rows import Phase, Sampler, SoupSampler, Stream, permuted
 
 
 def streams_of(store, count, windows=None):
@@ -103,6 +103,41 @@ def test_a_phase_has_its_own_distribution_and_goes_on_with_the_passes(store):
     of_cluster_1 = [tuple(row) for rows, _, c in forward[:20] for row, at in zip(rows, c, strict=True) if at == 1]
     size = streams_of(store, 3)[1].num_rows
     assert len(of_cluster_1) == 60 and len(set(of_cluster_1[:size])) == min(size, 60), "a pass goes on over phases"
+
+
+def test_rows_of_a_soup_are_of_its_histograms_and_on_the_whole_of_the_distribution(store):
+    """Of 4 groups of 3 rows half are mixed. Given the first row's cluster c, its share is 2 of 9 parts, and 7 p_c more."""
+    masses = np.array([0.4, 0.3, 0.2, 0.1])
+
+    def sampler():
+        return SoupSampler(streams_of(store, 4), masses, 12, 5, 3, soup=0.5)
+
+    steps = 3000
+    soups, rows = zip(
+        *((sampler.experts(step), sampler.row_clusters(step)) for sampler in [sampler()] for step in range(steps)),
+        strict=True,
+    )
+    shares, clusters = (np.stack(parts) for parts in zip(*((s.shares, s.clusters) for s in soups), strict=True))
+    rows = np.stack(rows).reshape(steps, 4, 3)
+    np.testing.assert_allclose(shares.sum(axis=2), 1, rtol=1e-6)
+    mixed = shares[:, :, 0] < 1
+    assert (mixed.sum(axis=1) == 2).all()
+    assert (rows[~mixed] == rows[~mixed][:, :1]).all(), "a group of one expert has rows of its cluster alone"
+    assert ((rows[mixed][:, :, None] == clusters[mixed][:, None, :]).any(axis=2)).all()
+    counts = np.bincount(rows.reshape(-1), minlength=4) / rows.size
+    assert np.abs(counts - masses).max() < 5 * np.sqrt(0.25 / (steps * 4)), (
+        "groups are independent, rows of one are not"
+    )
+    first, second = rows[mixed][:, 0], rows[mixed][:, 1]
+    for cluster in range(4):
+        expected = (2 + 7 * masses[cluster]) / 9
+        again = (second[first == cluster] == cluster).mean()
+        assert abs(again - expected) < 5 * np.sqrt(0.25 / (first == cluster).sum())
+    forward = [one.rows(step) for one in [sampler()] for step in range(9)]
+    for step in (8, 3):
+        assert all(
+            (found == wanted).all() for found, wanted in zip(sampler().rows(step)[:2], forward[step][:2], strict=True)
+        )
 
 
 @pytest.mark.parametrize("later", [(), (1, 2, 3, 4)])

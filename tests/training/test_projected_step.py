@@ -15,6 +15,7 @@ from mlx_slm.models import layers
 from mlx_slm.models.projected import ProjectedShape, initialise_network, stacked
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer, for_products
+from mlx_slm.text.rows import Soup
 from mlx_slm.training.loss import linear_cross_entropy
 from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit, network_bytes, resolved
@@ -38,13 +39,26 @@ def copy(tree):
     return tree_map(lambda x: mx.array(np.array(x)), tree)
 
 
-def reference(shape, optimizer, parameters, steps, groups):
+def soup(clusters, step):
+    """Groups that combine three of the five experts, but for the first, which has its own."""
+    rng = np.random.default_rng((step, 1))
+    shares = rng.dirichlet(np.ones(3), len(clusters)).astype(np.float32)
+    shares[0] = [1, 0, 0]
+    return Soup(np.concatenate([clusters[:, None], rng.integers(0, 5, (len(clusters), 2))], axis=1), shares)
+
+
+def reference(shape, optimizer, parameters, steps, groups, mixed=False):
     """Plain autodiff through E, M and T, and the plain update of the whole tree."""
     model, moments, norms = Transformer(shape.base), optimizer.init(parameters), []
     for step in range(steps):
         tokens, weights, clusters = map(mx.array, batch(step, groups))
+        combined = soup(batch(step, groups)[2], step) if mixed else None
 
-        def loss(parameters, tokens=tokens, weights=weights, clusters=clusters):
+        def loss(parameters, tokens=tokens, weights=weights, clusters=clusters, combined=combined):
+            if combined:
+                dense = np.zeros((groups, 5), np.float32)
+                np.add.at(dense, (np.arange(groups)[:, None], combined.clusters), combined.shares)
+                parameters, clusters = parameters | {"E": mx.array(dense) @ parameters["E"]}, mx.arange(groups)
             model.update(for_products(stacked(parameters, clusters), runtime.compute_dtype()))
             hidden = model(tokens[:, :-1]).reshape(-1, shape.base.dims)
             return linear_cross_entropy(hidden, model.head, tokens[:, 1:].reshape(-1), weights.reshape(-1))
@@ -70,15 +84,17 @@ def distance(one, other) -> float:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize(("groups", "micro_groups"), [(1, 1), (4, 4), (4, 2), (4, 1)])
-def test_twenty_steps_equal_plain_autodiff(family, groups, micro_groups):
+@pytest.mark.parametrize(
+    ("groups", "micro_groups", "mixed"), [(1, 1, False), (4, 4, False), (4, 2, False), (4, 1, False), (4, 2, True)]
+)
+def test_twenty_steps_equal_plain_autodiff(family, groups, micro_groups, mixed):
     shape, parameters = make(family)
     optimizer = AdamW(clip_norm=0.4, weight_decay=0.01, eps=1e-6)
-    expected, moments, norms = reference(shape, optimizer, copy(parameters), 20, groups)
+    expected, moments, norms = reference(shape, optimizer, copy(parameters), 20, groups, mixed)
     step = ProjectedStep(Transformer(shape.base), optimizer, micro_groups, copy(parameters))
     for number in range(20):
         tokens, weights, clusters = batch(number, groups)
-        _, norm, bad = step(tokens, weights, 3e-3, clusters)
+        _, norm, bad = step(tokens, weights, 3e-3, soup(clusters, number) if mixed else clusters)
         assert norm.item() == pytest.approx(norms[number], rel=1e-2 if runtime.on_gpu() else 1e-4) and not bad.item()
     if runtime.on_gpu():  # gradients are rounded in other places, and Adam moves the smallest as far as the largest
         moved, apart = (distance(tree, expected) for tree in (parameters, step.parameters))
