@@ -157,7 +157,7 @@ class Sampler:
         points = (rng.random() + np.arange(self.groups)) / self.groups * edges[-1]
         return order[np.minimum(np.searchsorted(edges, points, side="right"), count - 1)]
 
-    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | Soup]:
         """Return (tokens int32 [B, T+1], weights float32 [B, T], `experts`) of a step."""
         drawn = self._drawn_before(step)
         rows = []
