@@ -46,7 +46,7 @@ from mlx_slm.text.prepare import prepare
 from mlx_slm.text.sources import Preparation
 from mlx_slm.text.store import Store
 from mlx_slm.text.tokenizer import TrainedTokenizer
-from mlx_slm.training.runs import find_run
+from mlx_slm.training.find import find_run
 
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")

@@ -23,7 +23,8 @@ from mlx_slm.project import Project
 from mlx_slm.stages.pretrain import pretrain
 from mlx_slm.stages.specialize import specialize
 from mlx_slm.storage.workspace import Workspace
-from mlx_slm.training.runs import alone_in, find_run
+from mlx_slm.training.find import find_run
+from mlx_slm.training.runs import alone_in
 
 
 @pytest.fixture(scope="module")

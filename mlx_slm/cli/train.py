@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from mlx_slm.cli.common import HOURS, METHOD, NUMBERS, PLACE, SIZE, MethodOption, Session, common
+from mlx_slm.errors import SlmError
 
 
 @click.command()
@@ -59,21 +60,23 @@ def quickstart(session: Session, fresh) -> None:
     default="slm",
     show_default=True,
 )
-@click.option("--domain", help="With --method is: the set that the generic set is resampled to look like.")
+@click.option("--domain", help="With --method is, cis: the set that the generic set is resampled to look like.")
 @click.option("--domain-tokens", type=SIZE, help="Use this many tokens of the domain, such as 1M. [default: all]")
 @click.option(
     "--domain-share",
     type=click.FloatRange(0, 1, max_open=True),
-    help="With --method is: share of the rows that are the domain's own text, such as 0.1. [default: "
+    help="With --method is, cis: share of the rows that are the domain's own text, such as 0.1. [default: "
     "clusters.domain_share]",
 )
 @click.option(
     "--weights",
     type=PLACE,
-    help="With --method is: weights of the clusters (YAML or JSON) in place of a domain.",
+    help="With --method is, cis: weights of the clusters (YAML or JSON) in place of a domain.",
 )
 @click.option(
-    "--k", type=click.IntRange(1), help="With --method is, pn, mix: the number of clusters. [default: its section's k]"
+    "--k",
+    type=click.IntRange(1),
+    help="With --method is, cis, pn, mix: the number of clusters. [default: its section's k]",
 )
 @click.option("--experts", type=NUMBERS, help="With --method mix: train only these experts, such as 0-15 or 3,7.")
 @click.option(
@@ -81,18 +84,19 @@ def quickstart(session: Session, fresh) -> None:
     type=PLACE,
     metavar="MODEL",
     help="Start from a published model (a directory, or OWNER/MODEL on the Hub), or from a run or a model of the "
-    "workspace; RUN@5M for a milestone.",
+    "workspace; RUN@5M for a milestone. [default for --method cis: the run of method slm]",
 )
 @click.option("--tokens", type=SIZE, help="Train on this many tokens (replaces the configured horizon).")
 @click.option("--hours", type=HOURS, help="Train for about this many hours on this machine.")
-@click.option("--name", help="Name of the run. [default: the method, or is-<domain>-<its tokens>]")
+@click.option("--name", help="Name of the run. [default: the method, with the domain and its tokens for is and cis]")
 @click.option("--fresh", is_flag=True, help="Start over, throwing an earlier run of this name away.")
 @common
 def pretrain(session: Session, method, domain, weights, k, **given) -> None:
     """Pretrain a model on the generic set. The same command again resumes.
 
-    Prepares the generic set first where that was not done. The methods is, pn and mix cluster it: is draws the clusters
-    as often as the domain has them, pn trains an expert per cluster from shared tensors, mix a model per cluster.
+    Prepares the generic set first where that was not done. The methods is, cis, pn and mix cluster it: is draws the
+    clusters as often as the domain has them, cis too, going on from a generic model; pn trains an expert per cluster
+    from shared tensors, mix a model per cluster.
     """
     from mlx_slm.clustering.target import SamplingTarget
     from mlx_slm.export.model import require_model
@@ -100,6 +104,7 @@ def pretrain(session: Session, method, domain, weights, k, **given) -> None:
     from mlx_slm.methods.base import Rows
     from mlx_slm.methods.requests import Pretraining
     from mlx_slm.stages.pretrain import pretrain as work
+    from mlx_slm.training.find import default_run
 
     def those(which: Callable) -> str:
         *others, last = [each.name for each in METHODS if which(each)]
@@ -131,6 +136,13 @@ def pretrain(session: Session, method, domain, weights, k, **given) -> None:
     project = session.project
     session.start_computing()
     target = SamplingTarget(domain, domain_tokens, Path(weights) if weights else None) if sampled else None
+    if of.continues and not given["init_from"]:
+        given["init_from"] = default_run(session.workspace, of.continues)
+        if given["init_from"] not in session.workspace.runs():
+            raise SlmError(
+                f"--method {method} goes on from a run of method {of.continues}, and there is none: `mlx-slm pretrain` "
+                "makes it, or name a model with --init-from"
+            )
     if given["init_from"]:
         given["init_from"] = require_model(session.workspace, given["init_from"])
     run = work(project, Pretraining(method, target=target, **given))

@@ -215,7 +215,7 @@ def _bundle(session: Session, run: str, bundle: str) -> tuple[dict, Callable[[],
     from pathlib import Path
 
     from mlx_slm.experts.handover import export_bundle
-    from mlx_slm.training.runs import find_run
+    from mlx_slm.training.find import find_run
 
     facts = export_bundle(session.workspace, find_run(session.workspace, run), Path(bundle))
     text = f"bundle: {bundle}\nnext: mlx-slm specialize --domain NAME --from {bundle} SOURCE..."

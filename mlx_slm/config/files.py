@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, StrictFloat, StrictStr, ValidationError
@@ -60,13 +62,25 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
         raise SlmError(f"{path}: expected sections ({', '.join(Config.model_fields)}), found a {type(raw).__name__}")
     for override in overrides:
         _override(raw, override)
+    return _checked(raw, f"{path} with {' '.join(f'--set {each}' for each in overrides)}" if overrides else str(path))
+
+
+def _checked(raw: dict, where: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
         problems = [_explain(item) for item in error.errors()]
-        where = f"{path} with {' '.join(f'--set {override}' for override in overrides)}" if overrides else path
         head = f"{where}: " if len(problems) == 1 else f"{where}: {len(problems)} problems:\n  "
         raise SlmError(head + "\n  ".join(problems)) from error
+
+
+def changed_config(config: Config, settings: Mapping[str, Any], where: str) -> Config:
+    """The configuration with other values of some keys, such as `{"training.cooldown": 0.2}`; raises SlmError for
+    those that are none."""
+    raw = config.model_dump(mode="json", exclude_none=True)
+    for key, value in settings.items():
+        _override(raw, f"{key}={value}")
+    return _checked(raw, where)
 
 
 def dump_config(config: Config) -> str:

@@ -359,6 +359,18 @@ class Grid(Section):
     """How experts are chosen; `histogram` is left out for mixtures."""
     teacher_budget: PositiveSize | None = None
     """Pretraining tokens of the teacher of SLM-d. Default: those of the student."""
+    shared_budget: PositiveSize | None = None
+    """Pretraining tokens of the small model that SLM-cis goes on from, one for all domains. Default: its own budget."""
+    variant: str | None = None
+    """What cells with `settings` are called."""
+    settings: dict[str, bool | int | float | str] = {}
+    """Settings of these cells in place of the study's, such as `clusters.domain_share: 0.1`."""
+
+    @model_validator(mode="after")
+    def check_variant(self) -> Grid:
+        if bool(self.variant) != bool(self.settings):
+            raise ValueError("a grid with settings needs a variant, which names them, and a variant settings")
+        return self
 
 
 class StudyConfig(Section):

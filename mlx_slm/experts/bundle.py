@@ -36,7 +36,8 @@ from mlx_slm.text.hub_tokenizer import CONFIG_FILE, JSON_FILE, open_tokenizer
 from mlx_slm.text.tokenizer import KIND as TOKENIZER
 from mlx_slm.training.checkpoint import KIND as CHECKPOINT
 from mlx_slm.training.checkpoint import WEIGHTS, checkpoint_path
-from mlx_slm.training.runs import CONFIG, EXPERT, RECORD, Run, find_run, read_run
+from mlx_slm.training.find import find_run
+from mlx_slm.training.runs import CONFIG, EXPERT, RECORD, Run, read_run
 
 KIND = "bundle"
 TOKENIZER_FOLDER = "tokenizer"

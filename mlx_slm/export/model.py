@@ -29,7 +29,8 @@ from mlx_slm.storage.records import write_json
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.hub_tokenizer import open_tokenizer, require_tokenizer_json, same_ids, tokenizer_of
 from mlx_slm.text.tokenizer import Tokenizer
-from mlx_slm.training.runs import Run, find_run, without_path
+from mlx_slm.training.find import find_run
+from mlx_slm.training.runs import Run, without_path
 
 KIND, ADAPTER = "model", "adapter"
 GROUP = 64

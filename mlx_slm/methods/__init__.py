@@ -5,7 +5,7 @@ from __future__ import annotations
 from mlx_slm.errors import SlmError, nearest
 from mlx_slm.methods.base import Method
 from mlx_slm.methods.distilled import Distilled
-from mlx_slm.methods.importance import ImportanceSampling
+from mlx_slm.methods.importance import Continued, ImportanceSampling
 from mlx_slm.methods.lora import LowRank
 from mlx_slm.methods.mixture import Mixture
 from mlx_slm.methods.plain import Large, Small
@@ -16,6 +16,7 @@ METHODS: list[Method] = [
     Small(),
     Scratch(),
     ImportanceSampling(),
+    Continued(),
     ProjectedNetwork(),
     Mixture(),
     Distilled(),

@@ -156,6 +156,10 @@ class Method:
     """Whether some of its experts can be trained alone."""
     teaches: ClassVar[bool] = False
     """Whether its fine-tuned models go by the names of teachers, so that a study trains them once."""
+    continues: ClassVar[str | None] = None
+    """The method of the pretrained model that it goes on from."""
+    other_budget: ClassVar[str | None] = None
+    """The field of a study's grid with the tokens of a second pretraining that it needs."""
     paper_perplexity: ClassVar[tuple[float, float, float] | None] = None
     """Tables 4 and 8: the average of nine domains after fine-tuning on 1M, 8M and 64M tokens."""
 
@@ -254,10 +258,10 @@ class Method:
 
     @property
     def is_per_domain(self) -> bool:
-        """Whether there is no generic pretraining: all it costs is paid per domain."""
+        """Whether its pretraining is for one domain, and paid for each."""
         return self.rows is Rows.DOMAIN
 
-    def pretrained(self, budget: int | None, teacher_budget: int | None) -> dict[str, int]:
+    def pretrained(self, budget: int | None, other_budget: int | None) -> dict[str, int]:
         """The budget of each pretraining that a cell needs, by method; its own start comes first."""
         return {self.name: budget or 0}
 

@@ -95,6 +95,7 @@ class Distilled(Method):
     name, label, color = "d", "SLM-d", "C4"
     summary = "small model that learns from a large one"
     rows = Rows.NONE
+    other_budget = "teacher_budget"
 
     def claims(self, request: Specialisation) -> bool:
         return request.teacher is not None
@@ -120,8 +121,8 @@ class Distilled(Method):
         small, large = (training_bytes(shape, 1, recompute) for shape in (models.small, models.large))
         return max(large, small + 4 * models.large.num_parameters)
 
-    def pretrained(self, budget: int | None, teacher_budget: int | None) -> dict[str, int]:
-        return {Small.name: budget or 0, Large.name: teacher_budget or 0}
+    def pretrained(self, budget: int | None, other_budget: int | None) -> dict[str, int]:
+        return {Small.name: budget or 0, Large.name: other_budget or 0}
 
     def specialisation(self, config: Config, starts: list[str]) -> dict:
         return {"teacher": starts[1]}

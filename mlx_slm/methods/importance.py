@@ -11,6 +11,7 @@ from mlx_slm.config.schema import Config
 from mlx_slm.errors import SlmError
 from mlx_slm.methods.base import Cost, Method, Rows, Setup, TrainingJob
 from mlx_slm.methods.costs import Spending
+from mlx_slm.methods.plain import Small
 from mlx_slm.methods.requests import Pretraining
 from mlx_slm.methods.work import cooldown_steps, plain_job
 from mlx_slm.project import Project
@@ -63,6 +64,31 @@ class ImportanceSampling(Method):
 
     def cost(self, spending: Spending) -> Cost:
         return Cost(0.0, spending.sampling_hours + super().cost(spending).specialization)
+
+
+class Continued(ImportanceSampling):
+    """A generic small model that goes on with importance sampling: it is paid for once, and each domain for little.
+
+    With as many tokens in all as SLM-is it ends where that does (docs/decisions.md). It is not of the paper.
+    """
+
+    OWN = 0.25
+    """Of the hours of a domain's SLM-is, what a plan gives to going on; the rest is for the generic model."""
+    name, label, color = "cis", "SLM-cis", "C9"
+    summary = "small model that goes on with importance sampling"
+    continues, other_budget = Small.name, "shared_budget"
+
+    def check(self, project: Project, request: Pretraining) -> None:
+        super().check(project, request)
+        if request.init_from is None:
+            raise SlmError(f"method {self.name} goes on from a model: name it with --init-from, such as slm")
+
+    def cost(self, spending: Spending) -> Cost:
+        hours = spending.sampling_hours
+        return Cost((1 - self.OWN) * hours, self.OWN * hours + Method.cost(self, spending).specialization)
+
+    def pretrained(self, budget: int | None, other_budget: int | None) -> dict[str, int]:
+        return super().pretrained(budget, other_budget) | {Small.name: other_budget or 0}
 
 
 @dataclass(frozen=True)

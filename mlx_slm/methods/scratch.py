@@ -23,5 +23,5 @@ class Scratch(Method):
     def is_per_domain(self) -> bool:
         return True
 
-    def pretrained(self, budget: int | None, teacher_budget: int | None) -> dict[str, int]:
+    def pretrained(self, budget: int | None, other_budget: int | None) -> dict[str, int]:
         return {}

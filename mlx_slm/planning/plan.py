@@ -26,7 +26,7 @@ from mlx_slm.report import Report
 from mlx_slm.stages.setup import calibrated_speed
 from mlx_slm.storage.records import read_json_lines
 from mlx_slm.storage.workspace import EVALUATIONS, Workspace
-from mlx_slm.training.runs import find_run
+from mlx_slm.training.find import find_run
 
 SAMPLING_SHARE = 130 / 650
 """What a domain's SLM-is gets of the hours of a generic pretraining, where it is not said: as in Table 3."""

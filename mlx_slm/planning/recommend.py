@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from mlx_slm.errors import SlmError
 from mlx_slm.methods.costs import Cost
-from mlx_slm.methods.importance import ImportanceSampling
+from mlx_slm.methods.importance import Continued, ImportanceSampling
 from mlx_slm.methods.mixture import Mixture
 from mlx_slm.methods.plain import Large, Small
 from mlx_slm.methods.projected import ProjectedNetwork
 
 NAMES = {
     ImportanceSampling.name: "importance sampling",
+    Continued.name: "going on from one generic model with importance sampling",
     ProjectedNetwork.name: "a projected network",
     Mixture.name: "a hard mixture",
     Small.name: "the small model",
@@ -22,7 +23,8 @@ def recommend(costs: dict[str, Cost], domains: int, against: dict[str, str]) -> 
 
     `against`: why a method cannot be taken (budget, memory), for each that cannot. Raises SlmError if none can.
     """
-    sampled, network = ImportanceSampling.name, ProjectedNetwork.name
+    network = ProjectedNetwork.name
+    sampled = _cheapest_sampling(costs, domains, against)
     if Large.name not in against:
         return Large.name, "the inference budget admits the large model, which is the best after fine-tuning (Fig. 1)"
     shared = next((method for method in (network, Mixture.name) if method not in against), None)
@@ -37,5 +39,19 @@ def recommend(costs: dict[str, Cost], domains: int, against: dict[str, str]) -> 
     each, once = costs[sampled].total(domains), costs[shared].total(domains)
     many = f"{domains} domains" if domains > 1 else "one domain"
     compared = f"for {many} {NAMES[sampled]} takes {each:.3g} hours in all, {NAMES[shared]} {once:.3g} (Eq. 1)"
-    break_even = costs[shared].generic / (costs[sampled].specialization - costs[shared].specialization)
-    return (sampled if each <= once else shared), f"{compared}; they are equal at {break_even:.1f} domains"
+    if sampled == Continued.name:
+        alone = costs[ImportanceSampling.name].total(domains)
+        compared = f"{compared}, {NAMES[ImportanceSampling.name]} from scratch {alone:.3g}"
+    generic = costs[shared].generic - costs[sampled].generic
+    break_even = generic / (costs[sampled].specialization - costs[shared].specialization)
+    equal = f"the first two are equal at {break_even:.1f} domains"
+    return (sampled if each <= once else shared), f"{compared}; {equal}"
+
+
+def _cheapest_sampling(costs: dict[str, Cost], domains: int, against: dict[str, str]) -> str:
+    """Of importance sampling from scratch and by going on, what can be done and costs less for all domains."""
+    scratch, continued = ImportanceSampling.name, Continued.name
+    if continued not in costs or continued in against:
+        return scratch
+    saved = costs[scratch].total(domains) - costs[continued].total(domains)
+    return continued if scratch in against or saved > 1e-9 * costs[scratch].total(domains) else scratch

@@ -28,7 +28,7 @@ from mlx_slm.export.start import Pretrained
 from mlx_slm.models.shape import Shape
 from mlx_slm.project import Project
 from mlx_slm.storage.artifacts import MANIFEST, load_manifest
-from mlx_slm.training.runs import find_run
+from mlx_slm.training.find import find_run
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,9 @@ from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.hub_tokenizer import open_tokenizer
 from mlx_slm.text.prepare import sources_of
 from mlx_slm.text.workspace_tokenizer import adopt_tokenizer
+from mlx_slm.training.find import default_run, find_run
 from mlx_slm.training.optimizer import OPTIMIZER_FIELDS
-from mlx_slm.training.runs import EXPERT, RECORD, Run, RunRequest, alone_in, default_run, find_run, open_run
+from mlx_slm.training.runs import EXPERT, RECORD, Run, RunRequest, alone_in, open_run
 
 UNRECORDED = {"recipes", "select_tokens", "published_rate", "replay"}
 """Settings of fine-tuning that change nothing, or that a record has in another place."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cached_property
@@ -10,10 +11,12 @@ from functools import cached_property
 from mlx_slm.clustering.clusters import Clusters, as_made, ensure_clusters
 from mlx_slm.clustering.show import summary
 from mlx_slm.clustering.target import SamplingTarget
+from mlx_slm.config.files import changed_config
 from mlx_slm.config.schema import Config
 from mlx_slm.errors import OtherSettings, SlmError
 from mlx_slm.evaluation.evaluate import Evaluated, find_experts
 from mlx_slm.experts.experts import HISTOGRAM
+from mlx_slm.export.model import require_model
 from mlx_slm.fields import format_size
 from mlx_slm.machine import runtime
 from mlx_slm.methods import find_method
@@ -29,7 +32,8 @@ from mlx_slm.study.grid import Cell, budgets_of, cells
 from mlx_slm.text.prepare import ensure_set, text_needed
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store, first_windows
-from mlx_slm.training.runs import Run, alone_in, find_run
+from mlx_slm.training.find import find_run
+from mlx_slm.training.runs import Run, alone_in
 from mlx_slm.training.scoring import validation_windows
 
 
@@ -54,7 +58,8 @@ class Study:
         for cell in self.cells:
             sizes[cell.domain] = max(cell.domain_tokens, sizes.get(cell.domain, 0))
         self._check(sizes)
-        most = max((max(of) * find_method(method).pool for method, of in self.budgets.items()), default=0)
+        read = (budget * find_method(method).pool for cell in self.cells for method, budget in cell.pretrained.items())
+        most = max(read, default=0)
         ensure_set(self.project, config.data.generic, text_needed(most))
         for domain, size in sizes.items():
             ensure_set(self.project, domain, text_needed(size))
@@ -70,11 +75,14 @@ class Study:
             raise SlmError(f"a study cannot be called {self.name}: `evaluate` keeps its results there; rename its file")
         if config.data.generic in domains:
             raise SlmError(f"study.grids: {config.data.generic} is the generic set, not a domain")
-        for cell in {(cell.method, cell.k): cell for cell in self.cells}.values():
+        named = {(cell.variant, cell.changes) for cell in self.cells}
+        if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
+            raise SlmError(f"study.grids: variant {twice[0]} stands for several settings: give each its own name")
+        for cell in {(cell.method, cell.k, cell.variant): cell for cell in self.cells}.values():
             find_method(cell.method).check_study(self._config(cell, next(iter(cell.pretrained), None)))
         if config.training.schedule != "constant" and any(len(budgets) > 1 for budgets in self.budgets.values()):
             self.report.warn(
-                f"training.schedule is {config.training.schedule}, so of a method's budgets only the largest is that "
+                f"training.schedule is {config.training.schedule}, so of a run's budgets only the largest is that "
                 "of a finished training: set training.schedule=constant to compare them"
             )
 
@@ -89,9 +97,9 @@ class Study:
         """What each cell's row depends on: settings, horizons and the text; a row of others is made again."""
         settings = {}
         for cell in self.cells:
-            horizons = {method: self.budgets[method][-1] for method in cell.pretrained}
+            horizons = {method: self.budgets[cell.trunk(method)][-1] for method in cell.pretrained}
             own = find_method(cell.method).of_study(self.config)
-            settings[cell.name] = fingerprint([self._of_all, horizons, own, self._texts[cell.domain]])
+            settings[cell.name] = fingerprint([self._of_all, horizons, own, cell.changes, self._texts[cell.domain]])
         return settings
 
     @cached_property
@@ -123,11 +131,11 @@ class Study:
             ) from error
 
     def _work(self, cell: Cell) -> dict:
-        bases = [
-            (self._pretrained(cell, method), budget if find_method(method).milestones else None)
-            for method, budget in cell.pretrained.items()
-        ]
-        starts = [f"{run.name}@{budget}" if budget else run.name for run, budget in bases]
+        bases: dict[str, tuple[Run, int | None]] = {}
+        for name, budget in reversed(cell.pretrained.items()):
+            bases[name] = (self._pretrained(cell, name, bases), budget if find_method(name).milestones else None)
+        starts = [_called(*bases[name]) for name in cell.pretrained]
+        costs = {name: _cost_at(*base) for name, base in bases.items()}
         name = f"{self.name}-{cell.name}"
         method = find_method(cell.method)
         if method.teaches:
@@ -148,21 +156,24 @@ class Study:
             "generic": generic,
             "pretrained": before,
             "specialized": self._score(tuned.name, cell.domain, "test"),
-            "pretraining": _sum([_cost_at(run, budget) for run, budget in bases]) if bases else None,
+            "pretraining": _sum(list(costs.values())),
+            "shared": _sum([cost for name, cost in costs.items() if not find_method(name).is_per_domain]),
             "specialization": _specialization_cost(self.workspace, tuned),
             "curve": _curve(tuned),
             "selection": tuned.record.get("selection"),
-            "importance": _importance(bases[0][0]) if bases else None,
+            "importance": _importance(bases[cell.method][0]) if cell.method in bases else None,
         }
 
     def _config(self, cell: Cell, method: str | None = None) -> Config:
         """The configuration for a cell, and for the pretraining of `method`: one long run with the budgets as its
         milestones."""
         config, seed = self.config, {"seed": cell.seed}
+        if cell.changes:
+            config = changed_config(config, dict(cell.changes), f"study.grids, variant {cell.variant}")
         changes: dict = {"finetuning": config.finetuning.model_copy(update=seed)}
         horizon: dict = {}
         if method:
-            budgets = self.budgets[method]
+            budgets = self.budgets[cell.trunk(method)]
             horizon = dict.fromkeys(("steps", "passes", "hours")) | {"tokens": budgets[-1]}
             horizon["milestones"] = budgets if find_method(method).milestones else []
         changes["training"] = config.training.model_copy(update=seed | horizon)
@@ -171,20 +182,17 @@ class Study:
             changes[section] = getattr(config, section).model_copy(update=k)
         return config.model_copy(update=changes)
 
-    def _pretrained(self, cell: Cell, method: str) -> Run:
-        """The run of `method` that a cell starts from, trained where it was not."""
-        name, target = f"{self.name}-{method}", None
-        if cell.k:
-            name += f"-k{cell.k}"
-        if find_method(method).is_per_domain:
-            name += f"-{cell.domain}-{format_size(cell.domain_tokens)}"
-            target = SamplingTarget(cell.domain, cell.domain_tokens)
-        config, name = self._config(cell, method), f"{name}-s{cell.seed}"
+    def _pretrained(self, cell: Cell, method: str, others: dict[str, tuple[Run, int | None]]) -> Run:
+        """The run of `method` that a cell needs, trained where it was not; `others`: those that it may go on from."""
+        of, config, name = find_method(method), self._config(cell, method), f"{self.name}-{cell.trunk(method)}"
+        target = SamplingTarget(cell.domain, cell.domain_tokens) if of.is_per_domain else None
         with alone_in(self.workspace.run(name)):
             pass  # Busy now, rather than after a network was initialised
-        run = pretrain(Project(self.workspace, config, self.report), Pretraining(method, name, target=target))
+        start = require_model(self.workspace, _called(*others[of.continues])) if of.continues else None
+        request = Pretraining(method, name, target=target, init_from=start)
+        run = pretrain(Project(self.workspace, config, self.report), request)
         budget = cell.pretrained[method]
-        if find_method(method).milestones and run.step_at(budget) not in run.kept_steps():
+        if of.milestones and run.step_at(budget) not in run.kept_steps():
             raise SlmError(
                 f"run {name} was finished without a checkpoint at {format_size(budget)} tokens: take a budget that it "
                 f"has (steps {', '.join(map(str, run.kept_steps()))}), or remove it from {run.path.parent}"
@@ -216,6 +224,11 @@ def _expert(tuned: Run) -> str | None:
     if selection is None:
         return None
     return HISTOGRAM if selection["expert"] is None else str(selection["expert"])
+
+
+def _called(run: Run, budget: int | None) -> str:
+    """A run at its milestone."""
+    return f"{run.name}@{budget}" if budget else run.name
 
 
 COSTS = ("tokens", "seconds", "flops")

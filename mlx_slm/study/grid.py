@@ -10,12 +10,12 @@ from itertools import product
 from mlx_slm.config.schema import Config, Grid
 from mlx_slm.errors import SlmError
 from mlx_slm.fields import format_size
-from mlx_slm.methods import find_method
+from mlx_slm.methods import Method, find_method
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One fine-tuned model. `k`: clusters, for SLM-is, SLM-pn and SLM-mix; `select`: for the last two."""
+    """One fine-tuned model. `k`: clusters, for SLM-is, SLM-cis, SLM-pn and SLM-mix; `select`: for the last two."""
 
     method: str
     budget: int | None
@@ -27,6 +27,11 @@ class Cell:
     select: str | None = None
     teacher_budget: int | None = None
     """Pretraining tokens of the teacher, for SLM-d."""
+    shared_budget: int | None = None
+    """Pretraining tokens of the small model that SLM-cis goes on from."""
+    variant: str | None = None
+    changes: tuple[tuple[str, bool | int | float | str], ...] = ()
+    """(key, value) of the settings of a variant."""
 
     @property
     def name(self) -> str:
@@ -34,13 +39,39 @@ class Cell:
         parts = [self.method, f"k{self.k}" if self.k else "", self.select or ""]
         parts.append(format_size(self.budget) if self.budget else "")
         parts.append(f"t{format_size(self.teacher_budget)}" if self.teacher_budget else "")
+        parts.append(f"from{format_size(self.shared_budget)}" if self.shared_budget else "")
+        parts.append(self.variant or "")
         parts += [self.domain, format_size(self.domain_tokens), f"s{self.seed}"]
         return "-".join(part for part in parts if part)
 
     @property
     def pretrained(self) -> dict[str, int]:
         """The budget of each pretraining that it needs, by method; its own start comes first."""
-        return find_method(self.method).pretrained(self.budget, self.teacher_budget)
+        return find_method(self.method).pretrained(self.budget, self.teacher_budget or self.shared_budget)
+
+    def trunk(self, method: str) -> str:
+        """What the pretraining of a method that it needs is called in its study."""
+        of, parts = find_method(method), [method]
+        if of.continues:
+            parts.append(f"from{format_size(self.shared_budget or 0)}")
+        if of.section:
+            parts.append(f"k{self.k}")
+        if of.is_per_domain:
+            parts += [self.domain, format_size(self.domain_tokens)]
+        if any(_concerns(key, of) for key, _ in self.changes):
+            parts.append(self.variant or "")
+        return "-".join([*parts, f"s{self.seed}"])
+
+
+OF_SPECIALISATION = ("finetuning", "lora", "distillation")
+
+
+def _concerns(key: str, method: Method) -> bool:
+    """Whether the pretraining of a method depends on a setting."""
+    section = key.partition(".")[0]
+    if section in ("projection", "mixture"):
+        return section == method.section
+    return bool(method.section) if section == "clusters" else section not in OF_SPECIALISATION
 
 
 def cells(config: Config) -> list[Cell]:
@@ -66,14 +97,17 @@ def _cells_of(grid: Grid, config: Config) -> Iterable[Cell]:
         for k, seed, budget, select, domain, size in product(
             clusters, grid.seeds, budgets, selects, grid.domains, grid.domain_tokens
         ):
-            teacher = (grid.teacher_budget or budget) if len(starts) > 1 else None
-            yield Cell(method.name, budget, domain, size, seed, k, select, teacher)
+            other = {method.other_budget: getattr(grid, method.other_budget) or budget} if method.other_budget else {}
+            changes = tuple(grid.settings.items())
+            yield Cell(
+                method.name, budget, domain, size, seed, k, select, **other, variant=grid.variant, changes=changes
+            )
 
 
 def budgets_of(cells: list[Cell]) -> dict[str, list[int]]:
-    """The sorted budgets of each method that is pretrained: one run is trained for the largest, and keeps them all."""
+    """The sorted budgets of each pretraining by its `trunk`: it is trained for the largest, and keeps them all."""
     tried = defaultdict(set)
     for cell in cells:
         for method, budget in cell.pretrained.items():
-            tried[method].add(budget)
-    return {method: sorted(budgets) for method, budgets in tried.items()}
+            tried[cell.trunk(method)].add(budget)
+    return {trunk: sorted(budgets) for trunk, budgets in tried.items()}

@@ -99,12 +99,8 @@ def _announce(study: Study, todo: list[Cell]) -> None:
     """Say what it takes about; ask, once, where the pretrainings alone are over ten minutes."""
     config, report = study.config, study.report
     models = Models.of(config)
-    runs = {
-        (method, cell.seed, cell.k, *((cell.domain, cell.domain_tokens) if find_method(method).is_per_domain else ()))
-        for cell in todo
-        for method in cell.pretrained
-    }
-    flops = sum(study.budgets[name][-1] * find_method(name).shape(models).flops_per_token for name, *_ in runs)
+    runs = {cell.trunk(method): find_method(method) for cell in todo for method in cell.pretrained}
+    flops = sum(study.budgets[name][-1] * method.shape(models).flops_per_token for name, method in runs.items())
     disk = sum(CHECKPOINTS * find_method(cell.method).shape(models).num_parameters for cell in todo)
     report.line(
         f"{len(todo)} of {len(study.cells)} cells to do: {len(runs)} pretrainings, where they are not done, of about "

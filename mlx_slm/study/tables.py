@@ -20,6 +20,7 @@ def label(row: dict) -> str:
     """How a method is called in tables and figures."""
     more = [f"k = {row['k']}" if row["k"] else None, row["select"]]
     more += [f"teacher {format_size(row['teacher_budget'])}" if row["teacher_budget"] else None]
+    more += [f"after {format_size(row['shared_budget'])}" if row["shared_budget"] else None, row["variant"]]
     return ", ".join([find_method(row["method"]).label, *filter(None, more)])
 
 
@@ -56,11 +57,10 @@ def grouped(rows: list[dict], key: Callable[[dict], object]) -> dict:
 def cost_of(rows: list[dict], unit: str = "hours") -> Cost:
     """Of a method, averaged over its rows, in `hours` or `flops`; what is trained for one domain is specialization."""
     key, per = ("flops", 1) if unit == "flops" else ("seconds", 3600)
-    pretraining = statistics.fmean((row["pretraining"] or {key: 0})[key] for row in rows) / per
-    finetuning = statistics.fmean(row["specialization"][key] for row in rows) / per
-    if find_method(rows[0]["method"]).is_per_domain:
-        return Cost(0.0, pretraining + finetuning)
-    return Cost(pretraining, finetuning)
+    pretraining, shared, finetuning = (
+        statistics.fmean(row[part][key] for row in rows) / per for part in ("pretraining", "shared", "specialization")
+    )
+    return Cost(shared, pretraining - shared + finetuning)
 
 
 def by_method(rows: list[dict]) -> dict:
@@ -118,7 +118,7 @@ def _perplexities(rows: list[dict], domains: list[str], size: int) -> str:
             [
                 method,
                 format_size(budget) if budget else "-",
-                f"{(start[0]['pretraining'] or {'flops': 0})['flops'] / 1e12:.3g}",
+                f"{start[0]['pretraining']['flops'] / 1e12:.3g}",
                 shown(macro(start, "generic")),
                 over_domains(start, "pretrained") if budget else "-",
                 *(over_domains(by_size.get(each, []), "specialized") for each in sizes),

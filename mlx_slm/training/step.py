@@ -75,11 +75,11 @@ class TrainingStep:
         self._update = mx.compile(optimizer.update)
 
     def __call__(
-        self, tokens: np.ndarray, weights: np.ndarray, rate: float, clusters: np.ndarray | None = None
+        self, tokens: np.ndarray, weights: np.ndarray, rate: float, experts: Any = None
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Start a step on tokens int [B, T+1] with target weights fp32 [B, T]; does not wait for it.
 
-        The rows' clusters make no difference here. Returns (sum of losses, norm of the mean gradient, non-finite steps
+        `experts` make no difference here. Returns (sum of losses, norm of the mean gradient, non-finite steps
         in a row) as arrays in flight.
         """
         loss: Any = None

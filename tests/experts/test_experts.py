@@ -29,7 +29,8 @@ from mlx_slm.stages.specialize import specialize
 from mlx_slm.storage.artifacts import load_manifest
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.store import Store
-from mlx_slm.training.runs import alone_in, find_run, open_expert
+from mlx_slm.training.find import find_run
+from mlx_slm.training.runs import alone_in, open_expert
 from mlx_slm.training.scoring import Scorer, validation_windows
 
 

@@ -27,7 +27,7 @@ MUTATED = 300
 @pytest.fixture(scope="module")
 def bundle(with_experts, tmp_path_factory) -> Path:
     from mlx_slm.experts.handover import export_bundle
-    from mlx_slm.training.runs import find_run
+    from mlx_slm.training.find import find_run
 
     path = tmp_path_factory.mktemp("handed") / "bundle"
     export_bundle(with_experts, find_run(with_experts, "pn"), path)
@@ -429,7 +429,7 @@ def test_no_path_of_the_sender_gets_into_the_configuration(bundle, home):
 def test_the_record_of_an_expert_is_checked_as_that_of_a_run(change, with_experts, tmp_path):
     from mlx_slm.experts.bundle import checked
     from mlx_slm.experts.handover import export_bundle
-    from mlx_slm.training.runs import find_run
+    from mlx_slm.training.find import find_run
 
     copy = tmp_path / "mix"
     export_bundle(with_experts, find_run(with_experts, "mix"), copy)
@@ -469,7 +469,7 @@ def test_mutated_mixtures(with_experts, home):
     from mlx_slm.experts.experts import Experts
     from mlx_slm.experts.handover import export_bundle
     from mlx_slm.report import Report
-    from mlx_slm.training.runs import find_run
+    from mlx_slm.training.find import find_run
 
     bundle, rng, refused = home / "mix", random.Random(15), 0
     export_bundle(with_experts, find_run(with_experts, "mix"), bundle)

@@ -18,7 +18,7 @@ from mlx_slm.storage.artifacts import MANIFEST
 from mlx_slm.storage.formats import identity_of, published_apart
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.store import Store
-from mlx_slm.training.runs import find_run
+from mlx_slm.training.find import find_run
 
 STEPS = (
     "--set", "data.context_length=32", "--set", "finetuning.max_steps=2", "--set", "finetuning.warmup_steps=1",

@@ -23,7 +23,7 @@ from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.hub_tokenizer import open_tokenizer, tokenizer_of
 from mlx_slm.text.reread import Reread, documents_of
 from mlx_slm.text.store import Store
-from mlx_slm.training.runs import find_run
+from mlx_slm.training.find import find_run
 
 SETTINGS = (
     "--set", "data.context_length=32", "--set", "data.valid_fraction=0.2", "--set", "data.test_fraction=0.2",

@@ -18,7 +18,7 @@ from mlx_slm.stages.specialize import specialize
 from mlx_slm.storage.records import write_record
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.store import Store, first_windows
-from mlx_slm.training.runs import find_run
+from mlx_slm.training.find import find_run
 from mlx_slm.training.scoring import Scorer
 
 

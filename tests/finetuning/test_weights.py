@@ -13,7 +13,7 @@ from mlx_slm.errors import SlmError
 from mlx_slm.finetuning.weights import likeliest_mixture
 from mlx_slm.models.transformer import Transformer, initialise
 from mlx_slm.text.store import Store
-from mlx_slm.training.runs import find_run
+from mlx_slm.training.find import find_run
 from mlx_slm.training.scoring import Scorer
 
 

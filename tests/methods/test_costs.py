@@ -47,7 +47,8 @@ def test_table_2_gives_the_pretraining_costs_of_table_3():
     assert 84e9 * rates.llm == pytest.approx(650, rel=0.01) and 180e9 * rates.pn == pytest.approx(650, rel=0.01)
     assert 240e9 * rates.slm + 171e9 * rates.llm == pytest.approx(1850, rel=0.01), "student and teacher of SLM-d"
     study = load_config(shipped_configs()["study-paper"])
-    assert {method: max(of) / 1e9 for method, of in budgets_of(cells(study)).items()} == {
+    most = {trunk.partition("-")[0]: max(of) / 1e9 for trunk, of in budgets_of(cells(study)).items()}
+    assert most == {
         "slm": 240,
         "llm": 171,
         "is": 59,
@@ -73,6 +74,20 @@ def test_table_3_gives_sampling_up_to_four_domains_and_a_network_from_six():
     assert chosen == {1: "is", 2: "is", 3: "is", 4: "is", 6: "pn", 7: "pn", 50: "pn"}
     assert "equal at 5.0 domains" in recommend(PAPER_COSTS, 6, LARGE)[1]
     assert "for one domain" in recommend(PAPER_COSTS, 1, LARGE)[1]
+
+
+def test_going_on_from_one_model_moves_the_crossover_from_5_to_17_domains():
+    """Of 130 hours 97.5 are paid once: for 7 domains 97.5 + 7 x 32.5 = 325; (650 - 97.5) / 32.5 = 17."""
+    costs = costs_of_budgets(PAPER_RATES, 650, 130, 10**6)
+    assert costs["cis"].generic == 97.5 and costs["cis"].specialization == pytest.approx(32.52, abs=0.01)
+    assert costs["cis"].total(1) == pytest.approx(costs["is"].total(1)), "the same model has seen as much"
+    chosen = {n: recommend(costs, n, LARGE)[0] for n in (1, 2, 16, 18)}
+    assert chosen == {1: "is", 2: "cis", 16: "cis", 18: "pn"}
+    reason = recommend(costs, 7, LARGE)[1]
+    assert "takes 325 hours in all, a projected network 650" in reason and "from scratch 910" in reason
+    assert "equal at 17.0 domains" in reason
+    assert recommend(costs, 1, LARGE | {"is": "it takes 130 hours a domain, 40 are given"})[0] == "cis"
+    assert recommend(costs, 7, LARGE | {"cis": "it takes 33 hours a domain, 1 are given"})[0] == "pn"
 
 
 def test_the_three_corners_of_figure_1():

@@ -15,8 +15,12 @@ from mlx_slm.config.schema import ClustersConfig, TrainingConfig
 from mlx_slm.errors import SlmError
 from mlx_slm.methods import work
 from mlx_slm.methods.importance import mixed, mixing_of
+from mlx_slm.methods.requests import Pretraining
+from mlx_slm.project import Project
+from mlx_slm.stages.pretrain import pretrain
 from mlx_slm.storage.workspace import Workspace
-from mlx_slm.training.runs import branch_path, find_run
+from mlx_slm.training.find import find_run
+from mlx_slm.training.runs import branch_path
 from mlx_slm.training.schedule import Schedule, State
 
 DOMAIN = SamplingTarget("notes")
@@ -106,6 +110,25 @@ def test_a_milestone_is_the_model_of_a_training_that_ends_there(workspace, capsy
     code, _, err = call(capsys, workspace, *longer[:-1], "training.milestones=[1792]")
     assert code == 0 and "keeps no checkpoint at step 5" in err
     assert call(capsys, workspace, "specialize", "--domain", "notes", "--from", "longer@1536")[0] == 0
+
+
+def test_going_on_from_the_generic_model(workspace, capsys):
+    command = ("pretrain", "--method", "cis", "--domain", "notes", "--k", "4", "--set", "training.steps=3")
+    code, _, err = call(capsys, workspace, *command)
+    assert code == 1 and "goes on from a run of method slm, and there is none" in err
+    assert call(capsys, workspace, "pretrain")[0] == 0
+    code, out, err = call(capsys, workspace, *command, "--json")
+    assert code == 0, err
+    run, slm = (find_run(workspace, name) for name in (json.loads(out)["run"], "slm"))
+    inputs = run.record["inputs"]
+    assert run.name == "cis-notes-all" and inputs["importance"]["domain"] == "notes" and "init_from" in inputs
+    moved = [
+        float(mx.abs(one - two).max())
+        for (_, one), (_, two) in zip(tree_flatten(run.weights()), tree_flatten(slm.weights()), strict=True)
+    ]
+    assert 0 < max(moved) < 3 * 1.1 * 3e-3, "three steps of Adam, each by the rate at most"
+    with pytest.raises(SlmError, match="name it with --init-from, such as slm"):
+        pretrain(Project(workspace, small_config()), Pretraining("cis", target=DOMAIN))
 
 
 def test_what_cannot_be(workspace, tmp_path, capsys, texts):

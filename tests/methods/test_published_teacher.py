@@ -11,7 +11,7 @@ from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer, initialise
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.training.distillation import Distillation
-from mlx_slm.training.runs import find_run
+from mlx_slm.training.find import find_run
 
 STEPS = (
     "--set", "finetuning.max_steps=4", "--set", "finetuning.warmup_steps=1", "--set", "finetuning.eval_tokens=500",

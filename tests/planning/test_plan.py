@@ -22,7 +22,7 @@ from mlx_slm.project import Project
 from mlx_slm.stages.pretrain import pretrain
 from mlx_slm.stages.specialize import specialize
 from mlx_slm.storage.workspace import Workspace
-from mlx_slm.training.runs import find_run
+from mlx_slm.training.find import find_run
 
 
 @pytest.fixture
@@ -80,12 +80,13 @@ def test_budgets_decide(plan_config, measured, tmp_path, monkeypatch):
         assert row["fits"] and row["against"] is None, "what is recommended can be done"
         return found["recommended"]
 
-    assert recommended(domains=4) == "is" and recommended(domains=6) == "pn"
-    assert recommended(domains=1, specialization_hours=1) == "pn"
+    assert [recommended(domains=count) for count in (1, 4, 16, 18)] == ["is", "cis", "cis", "pn"]
+    assert recommended(domains=1, specialization_hours=1) == "cis", "half an hour of the two"
+    assert recommended(domains=1, specialization_hours=0.4) == "pn"
     assert recommended(domains=1, inference_parameters=10**9) == "llm"
     monkeypatch.setattr(runtime, "memory_bytes", lambda: 10 << 20)
-    assert recommended(domains=6) == "mix", "the network does not fit 10 MB"
-    assert recommended(domains=6, specialization_hours=1) == "mix"
+    assert recommended(domains=18) == "mix", "the network does not fit 10 MB"
+    assert recommended(domains=6, specialization_hours=0.4) == "mix"
     with pytest.raises(SlmError, match=r"no method fits: it takes .* hours a domain, 1e-09 are given"):
         recommended(specialization_hours=1e-9)
     with pytest.raises(SlmError, match="no such set is prepared"):

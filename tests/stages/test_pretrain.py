@@ -17,7 +17,8 @@ from mlx_slm.stages.pretrain import pretrain
 from mlx_slm.stages.specialize import specialize
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.training.checkpoint import checkpoint_steps
-from mlx_slm.training.runs import find_run, open_expert
+from mlx_slm.training.find import find_run
+from mlx_slm.training.runs import open_expert
 
 
 @pytest.fixture

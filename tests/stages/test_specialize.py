@@ -28,7 +28,7 @@ from mlx_slm.stages.specialize import specialize
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.training.checkpoint import checkpoint_steps, load_weights
 from mlx_slm.training.distillation import Distillation
-from mlx_slm.training.runs import find_run
+from mlx_slm.training.find import find_run
 
 LARGE = ModelConfig(family="gpt2", num_layers=2, dims=48, num_heads=4)
 QWEN3 = ModelConfig(family="qwen3", num_layers=2, dims=32, num_heads=4, num_kv_heads=2, head_dims=16)

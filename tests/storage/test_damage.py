@@ -24,7 +24,8 @@ from mlx_slm.text.rows import Sampler, Stream
 from mlx_slm.text.shards import read_shard, save_shard
 from mlx_slm.text.store import Store
 from mlx_slm.training.checkpoint import Metrics
-from mlx_slm.training.runs import find_run, verify_run
+from mlx_slm.training.find import find_run
+from mlx_slm.training.runs import verify_run
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc and pidfd are Linux's")
 

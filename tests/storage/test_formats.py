@@ -11,7 +11,7 @@ from conftest import call, copy_of
 from mlx_slm.storage import formats
 from mlx_slm.storage.artifacts import MANIFEST, load_manifest, new_artifact
 from mlx_slm.storage.records import fingerprint
-from mlx_slm.training.runs import find_run
+from mlx_slm.training.find import find_run
 
 
 @pytest.fixture

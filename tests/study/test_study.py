@@ -12,6 +12,7 @@ import time
 
 import pytest
 from conftest import call, copy_of, small_config
+from pydantic import ValidationError
 
 from mlx_slm.clustering.clusters import Clusters
 from mlx_slm.config.files import dump_config, find_config, load_config
@@ -28,11 +29,28 @@ from mlx_slm.study.figures import draw
 from mlx_slm.study.grid import budgets_of, cells
 from mlx_slm.study.run import read_rows, run_study
 from mlx_slm.study.tables import cost_of, grouped, label, macro, markdown
-from mlx_slm.training.runs import find_run
+from mlx_slm.training.find import find_run
 
 METHODS = ["slm", "nopt", "is", "pn", "mix", "d", "llm", "lora"]
 ALL = Grid(
     methods=METHODS, budgets=[1024, 2048], domains=["notes"], domain_tokens=[4000], selects=["frequent", "histogram"]
+)
+MIXED = Grid(
+    methods=["is", "cis"],
+    budgets=[512],
+    shared_budget=1024,
+    domains=["notes"],
+    domain_tokens=[4000],
+    variant="mixed",
+    settings={"clusters.domain_share": 0.25},
+)
+SHORT = Grid(
+    methods=["slm"],
+    budgets=[1024],
+    domains=["notes"],
+    domain_tokens=[4000],
+    variant="short",
+    settings={"finetuning.max_steps": 2},
 )
 MORE = Grid(methods=["slm", "is"], budgets=[2048], domains=["notes"], domain_tokens=[2000, 4000], clusters=[3, 4])
 
@@ -46,7 +64,7 @@ def study_config():
         projection=ProjectionConfig(k=4, h=4, clusters_per_step=2),
         mixture=MixtureConfig(k=4),
         finetuning=base.finetuning.model_copy(update={"max_steps": 6}),
-        study=StudyConfig(grids=[ALL, MORE], lora_rank=2),
+        study=StudyConfig(grids=[ALL, MORE, MIXED, SHORT], lora_rank=2),
     )
 
 
@@ -74,8 +92,7 @@ def without_clocks(row: dict) -> dict:
     """A row without what depends on the machine's speed."""
     timed = {
         key: {k: v for k, v in row[key].items() if k != "seconds"}
-        for key in ("specialization", "pretraining")
-        if row[key]
+        for key in ("specialization", "pretraining", "shared")
     }
     selection = row["selection"] and {key: value for key, value in row["selection"].items() if key != "cost"}
     return row | timed | {"selection": selection}
@@ -84,11 +101,21 @@ def without_clocks(row: dict) -> dict:
 def test_the_grid(study_config):
     found = cells(study_config)
     names = [cell.name for cell in found]
-    assert len(names) == len(set(names)) == 20
+    assert len(names) == len(set(names)) == 23
     counts = {m: sum(cell.method == m for cell in found) for m in METHODS}
-    assert counts == {"slm": 3, "nopt": 1, "is": 5, "pn": 4, "mix": 1, "d": 2, "llm": 2, "lora": 2}, "slm-2048 once"
+    assert counts == {"slm": 4, "nopt": 1, "is": 6, "pn": 4, "mix": 1, "d": 2, "llm": 2, "lora": 2}, "slm-2048 once"
+    mixed = "k4-512-mixed-notes-4k-s0", "k4-512-from1024-mixed-notes-4k-s0"
+    assert names[-3:] == [f"is-{mixed[0]}", f"cis-{mixed[1]}", "slm-1024-short-notes-4k-s0"]
     assert {"pn-k4-histogram-2048-notes-4k-s0", "is-k3-2048-notes-2k-s0", "d-1024-t1024-notes-4k-s0"} <= set(names)
-    assert budgets_of(found) == {m: [1024, 2048] for m in ("slm", "is", "pn", "d", "llm") if m != "d"} | {"mix": [2048]}
+    sampled = {f"is-k{k}-notes-{size}-s0": [2048] for k in (3, 4) for size in ("2k", "4k")}
+    sampled["is-k4-notes-4k-s0"] = [1024, 2048]
+    assert budgets_of(found) == {
+        **{name: [1024, 2048] for name in ("slm-s0", "pn-k4-s0", "llm-s0")},
+        "mix-k4-s0": [2048],
+        **sampled,
+        "is-k4-notes-4k-mixed-s0": [512],
+        "cis-from1024-k4-notes-4k-mixed-s0": [512],
+    }
     taught = cells(changed(study_config, grids=[ALL.model_copy(update={"methods": ["d"], "teacher_budget": 512})]))
     assert [cell.pretrained for cell in taught] == [{"slm": 1024, "llm": 512}, {"slm": 2048, "llm": 512}]
     two = [ALL.model_copy(update={"methods": ["mix"], "budgets": [budget]}) for budget in (1024, 2048)]
@@ -97,17 +124,42 @@ def test_the_grid(study_config):
         cells(small_config())
 
 
+def test_a_variant_is_another_training_where_its_settings_concern_it(done):
+    rows, workspace = read_rows(done), done.workspace
+    continued = find_run(workspace, "grid-cis-from1024-k4-notes-4k-mixed-s0")
+    assert continued.record["inputs"]["importance"]["domain_share"] == 0.25 and continued.record["step"] == 2
+    assert find_run(workspace, "grid-slm-1024-short-notes-4k-s0").record["inputs"]["from"]["run"] == "grid-slm-s0"
+    slm, sampled = rows["slm-1024-notes-4k-s0"], rows["is-k4-512-mixed-notes-4k-s0"]
+    row = rows["cis-k4-512-from1024-mixed-notes-4k-s0"]
+    assert row["shared"]["flops"] == slm["pretraining"]["flops"], "one generic model for all domains"
+    assert row["pretraining"]["flops"] == slm["pretraining"]["flops"] + sampled["pretraining"]["flops"]
+    assert row["changes"] == [["clusters.domain_share", 0.25]] and label(row) == "SLM-cis, k = 4, after 1024, mixed"
+    assert cost_of([row], "flops").total(3) == pytest.approx(
+        row["shared"]["flops"] + 3 * (sampled["pretraining"]["flops"] + row["specialization"]["flops"])
+    )
+
+
+def test_variants_that_make_no_sense(done, study_config):
+    with pytest.raises(ValidationError, match="a grid with settings needs a variant"):
+        Grid(methods=["slm"], domains=["notes"], settings={"training.cooldown": 0.1})
+    other = SHORT.model_copy(update={"settings": {"finetuning.max_steps": 3}})
+    wrong = SHORT.model_copy(update={"settings": {"finetuning.mox_steps": 3}})
+    for grids, message in (([SHORT, other], "variant short stands for several"), ([wrong], "unknown key.*max_steps")):
+        with pytest.raises(SlmError, match=message):
+            Study(Project(done.workspace, changed(study_config, grids=grids)), "grid").prepare()
+
+
 @pytest.mark.parametrize("name", ["study-mini", "study-paper"])
 def test_the_shipped_studies_are_grids(name):
     found = cells(load_config(find_config(name)))
-    assert {cell.method for cell in found} == set(METHODS)
+    assert {cell.method for cell in found} >= set(METHODS)
     if name == "study-mini":
         assert {cell.seed for cell in found} == {0, 1}
 
 
 def test_one_pretraining_serves_all_budgets(done, study_config):
     rows, workspace = read_rows(done), done.workspace
-    assert len(rows) == 20
+    assert len(rows) == 23
     assert find_run(workspace, "grid-slm-s0").record["step"] == 8
     assert find_run(workspace, "grid-slm-s0@1024").weights_step() == 4
     early, late = rows["slm-1024-notes-4k-s0"], rows["slm-2048-notes-4k-s0"]
@@ -119,7 +171,9 @@ def test_one_pretraining_serves_all_budgets(done, study_config):
     assert late["specialized"]["perplexity"] == pytest.approx(math.exp(late["specialized"]["nll"]))
     record = find_run(workspace, "grid-slm-2048-notes-4k-s0").record
     assert min(ppl for _, ppl in late["curve"]) == pytest.approx(math.exp(record["valid_nll"]), abs=1e-3)
-    assert rows["nopt-notes-4k-s0"]["pretraining"] is None
+    assert rows["nopt-notes-4k-s0"]["pretraining"]["flops"] == 0
+    assert late["shared"] == late["pretraining"]
+    assert rows["is-k4-2048-notes-4k-s0"]["shared"]["flops"] == 0, "each domain pays it"
     teacher = rows["llm-2048-notes-4k-s0"]["specialization"]["flops"]
     distilled = rows["d-2048-t2048-notes-4k-s0"]
     assert distilled["specialization"]["flops"] > teacher + late["specialization"]["flops"]
@@ -287,6 +341,9 @@ def test_tables_by_hand(done):
         "SLM-nopt",
         "SLM-is, k = 4",
         "SLM-is, k = 3",
+        "SLM-is, k = 4, mixed",
+        "SLM-cis, k = 4, after 1024, mixed",
+        "SLM, short",
         "SLM-pn, k = 4, frequent",
         "SLM-pn, k = 4, histogram",
         "SLM-mix, k = 4, frequent",
@@ -322,7 +379,7 @@ def test_figures_and_the_command(copy, study_config, tmp_path, capsys):
     code, out, err = call(capsys, copy, "study", str(tmp_path / "grid.yaml"), "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert len(found["rows"]) == 20
+    assert len(found["rows"]) == 23
     names = [os.path.basename(path) for path in found["figures"]]
     assert names == [f"grid-{what}.png" for what in ("tokens", "cost", "domains", "finetuning", "clusters-is")]
     assert (copy.results / "grid.md").read_text().startswith("# grid")
