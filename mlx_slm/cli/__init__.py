@@ -86,7 +86,8 @@ def last_words(wanted: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        os.write(alive, b".")
+        with contextlib.suppress(BrokenPipeError):  # it may have been killed as well
+            os.write(alive, b".")
         os.close(alive)
         os.waitpid(watcher, 0)
 

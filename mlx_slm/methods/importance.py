@@ -107,14 +107,23 @@ def mixing_of(config: Config, target: SamplingTarget, steps: int) -> Mixing:
     """What `clusters.domain_share` and `clusters.cooldown_share` ask for; raises SlmError where there is no domain."""
     share, falling = config.clusters.domain_share, cooldown_steps(config.training, steps)
     last = config.clusters.cooldown_share
-    if last is None or not falling:
-        last = share
+    if last is not None and not falling:
+        raise SlmError(
+            f"clusters.cooldown_share={last:g} is for the last steps, in which the rate falls, and of {steps:,} steps "
+            f"training.cooldown={config.training.cooldown:g} leaves none: raise it, or leave cooldown_share out"
+        )
+    last = share if last is None else last
     if not share and not last:
         return Mixing([(0, 0.0)], 0.0, {})
     if target.domain is None:
         raise SlmError("clusters.domain_share mixes the domain's text in, and --weights names no domain: set it to 0")
     phases = [(0, share)] if last == share else [(0, share), (steps - falling, last)]
     mean = share + (last - share) * falling / steps
+    rows = steps * config.training.batch_rows
+    if mean * rows < 1:
+        raise SlmError(
+            f"clusters.domain_share={share:g}: of {rows:,} rows that is none: raise it, train longer, or set it to 0"
+        )
     return Mixing(phases, mean, {"domain_share": share, "cooldown_share": last})
 
 

@@ -43,7 +43,11 @@ def test_shares_by_hand():
     plain = mixing_of(config_of(0.0), DOMAIN, 100)
     assert plain.mean == 0 and plain.inputs == {}, "nothing new in the records of runs without it"
     assert mixing_of(config_of(0.1), DOMAIN, 100).phases == [(0, 0.1)]
-    assert mixing_of(config_of(0.1, 0.5), DOMAIN, 100).phases == [(0, 0.1)], "there is no cooldown"
+    for config, steps in ((config_of(0.1, 0.5), 100), (config_of(0.1, 0.5, cooldown=0.01), 40)):
+        with pytest.raises(SlmError, match=r"cooldown_share=0.5 is for the last steps, .* leaves none"):
+            mixing_of(config, DOMAIN, steps)
+    with pytest.raises(SlmError, match=r"domain_share=0.001: of 560 rows that is none"):
+        mixing_of(config_of(0.001), DOMAIN, 10)
     moving = mixing_of(config_of(0.1, 0.5, cooldown=0.2), DOMAIN, 100)
     assert moving.phases == [(0, 0.1), (80, 0.5)] and moving.mean == pytest.approx(0.8 * 0.1 + 0.2 * 0.5)
     assert mixing_of(config_of(0.1, cooldown=0.2), DOMAIN, 100).phases == [(0, 0.1)]

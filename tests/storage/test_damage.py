@@ -181,6 +181,23 @@ def test_the_last_words_of_a_process_that_the_system_ends(number):
 
 
 @linux
+def test_it_ends_as_ever_where_who_would_say_them_was_killed_too():
+    script = (
+        "import os, signal, sys; sys.argv[1:] = ['pretrain']\n"
+        "from mlx_slm import cli\n"
+        "fork = os.fork\n"
+        "def killed():\n"
+        "    watcher = fork()\n"
+        "    if watcher: os.kill(watcher, signal.SIGKILL); os.waitid(os.P_PID, watcher, os.WEXITED | os.WNOWAIT)\n"
+        "    return watcher\n"
+        "os.fork, cli.run = killed, lambda _: 3\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 3 and not done.stderr
+
+
+@linux
 def test_a_limit_of_memory_is_known():
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
