@@ -1,20 +1,19 @@
 """The tables of the documents are those of their records."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
+from scripts import tables
+from scripts.tables.study import seeds, study_against
+
 ROOT = Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("tables", ROOT / "scripts" / "tables.py")
-tables = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tables)
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
 def test_tables_are_their_records(page):
     text = page.read_text()
-    assert tables.rendered(text) == text, "run `python scripts/tables.py`, or bring the record up to date"
+    assert tables.rendered(text) == text, "run `python -m scripts.tables`, or bring the record up to date"
 
 
 def test_every_table_stands_somewhere():
@@ -32,7 +31,7 @@ def test_a_number_that_was_changed_by_hand_is_noticed():
 
 def test_a_cell_by_hand():
     """From the record itself: SLM-is on freelaw after 6M tokens, both seeds, against SLM's."""
-    small, sampled = (tables.seeds(m, "freelaw", 6_000_000, 64_000) for m in (("slm", None, None), ("is", 64, None)))
+    small, sampled = (seeds(m, "freelaw", 6_000_000, 64_000) for m in (("slm", None, None), ("is", 64, None)))
     assert [round(value, 1) for value in small] == [48.9, 48.9] and [round(v, 1) for v in sampled] == [43.5, 43.1]
     mean = ((sampled[0] * sampled[1]) / (small[0] * small[1])) ** 0.5 - 1
-    assert f"| SLM-is, k = 64 | freelaw | -7.6 % | {100 * mean:+.1f} % |" in tables.study_against()
+    assert f"| SLM-is, k = 64 | freelaw | -7.6 % | {100 * mean:+.1f} % |" in study_against()
