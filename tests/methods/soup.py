@@ -1,4 +1,4 @@
-"""A ninth method, to show that one file is enough: the average of a mixture's experts, trained on for a step."""
+"""One more method, to show that one file is enough: the average of a mixture's experts, trained on for a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The methods as one list, and a ninth one that nothing else in the package knows."""
+"""The methods as one list, and one more that nothing else in the package knows."""
 
 import json
 
@@ -65,7 +65,7 @@ def own(prepared, expert_config, tmp_path, monkeypatch):
     return workspace
 
 
-def test_a_ninth_method_is_one_file(own, expert_config, capsys):
+def test_one_more_method_is_one_file(own, expert_config, capsys):
     assert run(["pretrain", "--help"]) == 0 and "average of a hard mixture" in " ".join(capsys.readouterr().out.split())
     code, out, err = call(capsys, own, "pretrain", "--method", "soup", "--json")
     assert code == 0, err
