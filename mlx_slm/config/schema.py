@@ -93,6 +93,7 @@ class TokenizerConfig(Section):
 class ClustersConfig(Section):
     """Clusters of the generic set's windows (section 2.3), and how a domain's histogram becomes a distribution."""
 
+    came_later = ("domain_share", "cooldown_share", "domain_passes")
     k: Clusters = 1024
     """Clusters that importance sampling uses. Paper: 1,024 (16 to 1,024 are studied)."""
     encoder: str = DEFAULT_ENCODER
@@ -120,6 +121,8 @@ class ClustersConfig(Section):
     Paper: no limit."""
     domain_share: Fraction = 0.0
     """Share of the rows of importance sampling that are the domain's own text (`pretrain --domain-share`). Paper: 0."""
+    domain_passes: Multiple = 20
+    """That share is lowered where the domain's text would be read more often than this."""
     cooldown_share: Fraction | None = None
     """That share while the rate falls (training.cooldown). Default: domain_share."""
 
@@ -282,6 +285,7 @@ class FinetuningConfig(Section):
     """Specialisation: a first try at a constant rate finds out how many steps the domain's text is worth, a second one
     from the start lets the rate fall to zero within about this many; the best evaluation of all is kept."""
 
+    came_later = ("replay",)
     recipes: list[Recipe] = Field(
         [
             Recipe(tokens=1_000_000, rate=1 / 3, steps=2000),
@@ -402,3 +406,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     distillation: DistillationConfig = DistillationConfig()
     study: StudyConfig = StudyConfig()
+
+    def all_recorded(self, exclude: Collection[str] = ()) -> dict:
+        """`recorded` of each section."""
+        return {name: getattr(self, name).recorded() for name in Config.model_fields if name not in exclude}

@@ -104,7 +104,7 @@ class Study:
 
     @cached_property
     def _of_all(self) -> list:
-        settings = formats.renamed(self.config.model_dump(mode="json", exclude={"study"}), back=True)
+        settings = formats.renamed(self.config.all_recorded({"study"}), back=True)
         return [settings, self.config.study.test_tokens, self._text_of(self.config.data.generic)]
 
     @cached_property

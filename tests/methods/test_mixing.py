@@ -14,7 +14,7 @@ from mlx_slm.config.files import dump_config
 from mlx_slm.config.schema import ClustersConfig, TrainingConfig
 from mlx_slm.errors import SlmError
 from mlx_slm.methods import work
-from mlx_slm.methods.importance import mixed, mixing_of
+from mlx_slm.methods.mixing import mixed, mixes, mixing_of
 from mlx_slm.methods.requests import Pretraining
 from mlx_slm.project import Project
 from mlx_slm.stages.pretrain import pretrain
@@ -40,20 +40,25 @@ def config_of(share, last=None, cooldown=0.0):
 
 
 def test_shares_by_hand():
-    plain = mixing_of(config_of(0.0), DOMAIN, 100)
+    """100 steps of 56 rows."""
+    plain = mixing_of(config_of(0.0), 100, 10**6)
     assert plain.mean == 0 and plain.inputs == {}, "nothing new in the records of runs without it"
-    assert mixing_of(config_of(0.1), DOMAIN, 100).phases == [(0, 0.1)]
+    assert mixing_of(config_of(0.1), 100, 10**6).phases == [(0, 0.1)]
+    assert mixing_of(config_of(0.1), 100, 0).phases == [(0, 0.0)], "of no domain"
     for config, steps in ((config_of(0.1, 0.5), 100), (config_of(0.1, 0.5, cooldown=0.01), 40)):
         with pytest.raises(SlmError, match=r"cooldown_share=0.5 is for the last steps, .* leaves none"):
-            mixing_of(config, DOMAIN, steps)
+            mixing_of(config, steps, 10**6)
     with pytest.raises(SlmError, match=r"domain_share=0.001: of 560 rows that is none"):
-        mixing_of(config_of(0.001), DOMAIN, 10)
-    moving = mixing_of(config_of(0.1, 0.5, cooldown=0.2), DOMAIN, 100)
+        mixing_of(config_of(0.001), 10, 10**6)
+    moving = mixing_of(config_of(0.1, 0.5, cooldown=0.2), 100, 10**6)
     assert moving.phases == [(0, 0.1), (80, 0.5)] and moving.mean == pytest.approx(0.8 * 0.1 + 0.2 * 0.5)
-    assert mixing_of(config_of(0.1, cooldown=0.2), DOMAIN, 100).phases == [(0, 0.1)]
+    assert mixing_of(config_of(0.1, cooldown=0.2), 100, 10**6).phases == [(0, 0.1)]
+    often = mixing_of(config_of(0.1, 0.5, cooldown=0.2), 100, 14)
+    assert often.mean * 5600 == pytest.approx(20 * 14), "no more than 20 passes"
+    assert often.phases[1][1] == pytest.approx(5 * often.phases[0][1])
     np.testing.assert_allclose(mixed(np.array([0.25, 0.75]), 0.2), [0.2, 0.6, 0.2])
-    with pytest.raises(SlmError, match="--weights names no domain"):
-        mixing_of(config_of(0.1), SamplingTarget(weights="w.yaml"), 100)
+    weights = SamplingTarget(weights="w.yaml")
+    assert mixes(config_of(0.1), DOMAIN) and not mixes(config_of(0.1), weights) and not mixes(config_of(0.0), DOMAIN)
 
 
 def test_the_rate_falls_to_zero_at_the_end():
