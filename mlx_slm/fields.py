@@ -38,6 +38,12 @@ def _not_a_switch(value):
     return value
 
 
+def _a_part(value):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 <= value < 1:
+        raise ValueError(f"{value:g} is no share: give a number from 0 to below 1, such as 0.2 for a fifth")
+    return value
+
+
 def _auto(value):
     return None if value == "auto" else value
 
@@ -63,6 +69,8 @@ Rounds = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=10_000)]
 """Of k-means."""
 Real = Annotated[float, BeforeValidator(_not_a_switch), Field(allow_inf_nan=False)]
 Fraction = Annotated[Real, Field(ge=0, lt=1)]
+Share = Annotated[Fraction, BeforeValidator(_a_part)]
+"""Of rows, of groups, of a horizon."""
 Rate = Annotated[Real, Field(gt=0, le=100)]
 Multiple = Annotated[Real, Field(gt=0, le=10_000)]
 Hours = Annotated[Real, Field(gt=0, le=10**6)]

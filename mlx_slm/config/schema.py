@@ -25,6 +25,7 @@ from mlx_slm.fields import (
     RopeTheta,
     Rounds,
     Seed,
+    Share,
     Size,
     Steps,
 )
@@ -56,9 +57,9 @@ class DataConfig(Section):
     """The field (column, key) that holds the text in jsonl, csv, parquet and Hugging Face sources."""
     context_length: Dimension = Field(1024, ge=2)
     """Tokens per window (section 2.3) and per training row. Paper: 1,024."""
-    valid_fraction: Fraction = 0.02
+    valid_fraction: Share = 0.02
     """Share of documents held out for validation where a source names no split. Not specified by the paper."""
-    test_fraction: Fraction = 0.02
+    test_fraction: Share = 0.02
     """Share of documents held out for testing where a source names no split. Not specified by the paper."""
     max_document_bytes: PositiveSize = 16 << 20
     """A longer document is an error: it would take some fifty times its size in memory."""
@@ -114,16 +115,16 @@ class ClustersConfig(Section):
     seed: Seed = 0
     smoothing: Size = 0
     """Tokens of the generic histogram that are added to the domain's: q = (n_c + a g_c) / (n + a). Paper: 0."""
-    generic_fraction: Fraction = 0.0
+    generic_fraction: Share = 0.0
     """Share of the rows that are drawn from the generic distribution instead. Paper: 0."""
     max_passes: Multiple | None = None
     """Expect no cluster to be drawn more often than this many passes; what is over goes to the generic distribution.
     Paper: no limit."""
-    domain_share: Fraction = 0.0
+    domain_share: Share = 0.0
     """Share of the rows of importance sampling that are the domain's own text (`pretrain --domain-share`). Paper: 0."""
     domain_passes: Multiple = 20
     """That share is lowered where the domain's text would be read more often than this."""
-    cooldown_share: Fraction | None = None
+    cooldown_share: Share | None = None
     """That share while the rate falls (training.cooldown). Default: domain_share."""
 
 
@@ -171,7 +172,7 @@ class ProjectionConfig(Section):
     clusters_per_step: DimensionOrAuto = None
     """Groups of rows in a step, each of one cluster: training.batch_rows / clusters_per_step rows. Default (`auto`): as
     many as fit the memory and cost a tenth of the step, at best one of each row. Not specified by the paper."""
-    soup: Fraction = 0.0
+    soup: Share = 0.0
     """Share of the groups of a step that train a combination of experts on rows of all their clusters. Paper: 0."""
     tensor_rate: Multiple | None = None
     """The rate of T as a multiple of the learning rate. Default: 1 / mean sum_r |c_ir| at the start, so that experts
@@ -213,7 +214,7 @@ class TrainingConfig(Section):
     """Linear warm-up. Paper: 1,000."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up. Not specified by the paper; cosine falls to a tenth of the rate at the horizon."""
-    cooldown: Fraction = 0.0
+    cooldown: Share = 0.0
     """Last part of the horizon, in which a constant rate falls linearly to zero. Not in the paper."""
     clip_norm: Real = Field(5.0, gt=0)
     """Clip by global norm. Paper: 5.0."""
@@ -315,7 +316,7 @@ class FinetuningConfig(Section):
     """Passes over the domain set without a gain that end the first try. Not specified by the paper."""
     again: Multiple = 1
     """Steps of the second try, as a multiple of those of the first. Not specified by the paper."""
-    replay: Fraction = 0.0
+    replay: Share = 0.0
     """Share of the rows that are generic ones, resampled to the domain: it needs the generic set, and clusters. Not in
     the paper."""
     select_tokens: PositiveSize = 50_000

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 
+@cache
 def records(name: str) -> list[dict]:
     text = (ROOT / "docs" / "records" / name).read_text()
     return json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines()]

@@ -145,8 +145,14 @@ def test_what_cannot_be(workspace, tmp_path, capsys, texts):
     for options, code, message in (
         (("--domain", "notes", "--domain-share", "1"), 2, "0<=x<1"),
         (("--domain", "notes", "--domain-share", "-0.1"), 2, "0<=x<1"),
-        (("--domain", "notes", "--set", "clusters.domain_share=1.5"), 1, "clusters.domain_share"),
-        (("--domain", "notes", "--set", "training.cooldown=1"), 1, "training.cooldown"),
+        (
+            ("--domain", "notes", "--set", "clusters.domain_share=1.5"),
+            1,
+            "clusters.domain_share: 1.5 is no share: give",
+        ),
+        (("--domain", "notes", "--set", "training.cooldown=500"), 1, "training.cooldown: 500 is no share"),
+        (("--domain", "notes", "--set", "finetuning.replay=-1"), 1, "finetuning.replay: -1 is no share"),
+        (("--domain", "notes", "--set", "projection.soup=nan"), 1, "projection.soup: input should be a finite number"),
         (("--domain", "notes", "--set", "training.cooldown=0.1", "--set", "training.schedule=cosine"), 1, "falls by"),
         (("--weights", "w.yaml", "--domain-share", "0.1"), 2, "--domain-share needs --domain"),
     ):

@@ -1,0 +1,51 @@
+"""The figures of docs/ from their records; each PNG says which record it was drawn from."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from mlx_slm.study.figures import draw as draw_study
+from scripts.tables.records import ROOT, records
+
+DOCS = ROOT / "docs"
+DRAWN: dict[str, tuple[Callable[[list, str, Path], Iterable[Path]], tuple[str, ...]]] = {
+    "2026-11-28-xeon-study-five.jsonl": (
+        lambda rows, _, folder: draw_study(rows, "study-mini", folder),
+        ("study-mini-cost.png", "study-mini-finetuning.png", "study-mini-domains.png"),
+    ),
+}
+"""Of each record: what draws it into a folder, and which of those figures the documents show."""
+
+
+def fingerprint(record: str) -> str:
+    return sha256((DOCS / "records" / record).read_bytes()).hexdigest()
+
+
+def drawn_from(figure: Path) -> str | None:
+    """The fingerprint of the record that a figure says it was drawn from."""
+    with Image.open(figure) as image:
+        return image.info.get("Record")
+
+
+def draw_all() -> list[Path]:
+    """Draw the figures whose record changed; returns them."""
+    made = []
+    for record, (draw, shown) in DRAWN.items():
+        now = fingerprint(record)
+        if all((DOCS / name).exists() and drawn_from(DOCS / name) == now for name in shown):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            draw(records(record), record, Path(folder))
+            for name in shown:
+                note = PngInfo()
+                note.add_text("Record", now)
+                with Image.open(Path(folder) / name) as image:
+                    image.save(DOCS / name, pnginfo=note, optimize=True)
+                made.append(DOCS / name)
+    return made
