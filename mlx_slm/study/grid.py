@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -58,8 +59,8 @@ class Cell:
             parts.append(f"k{self.k}")
         if of.is_per_domain:
             parts += [self.domain, format_size(self.domain_tokens)]
-        if any(_concerns(key, of) for key, _ in self.changes):
-            parts.append(self.variant or "")
+        changes = [f"{key.rpartition('.')[2]}{value}" for key, value in sorted(self.changes) if _concerns(key, of)]
+        parts += [re.sub(r"[^\w.+-]", "_", change) for change in changes]
         return "-".join([*parts, f"s{self.seed}"])
 
 

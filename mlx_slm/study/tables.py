@@ -35,8 +35,8 @@ def of_seeds(rows: Iterable[dict], stage: str) -> tuple[float, float, int]:
     by_seed = defaultdict(list)
     for row in rows:
         by_seed[row["seed"]].append(row[stage]["nll"])
-    perplexities = [perplexity(statistics.fmean(nll)) for nll in by_seed.values()]
-    return statistics.fmean(perplexities), (max(perplexities) - min(perplexities)) / 2, len(perplexities)
+    scores = [perplexity(statistics.fmean(nll)) for nll in by_seed.values()]
+    return statistics.fmean(scores), (max(scores) - min(scores)) / 2, len(scores)
 
 
 def shown(value: tuple[float, float, int] | None) -> str:
@@ -85,27 +85,27 @@ def markdown(rows: list[dict], name: str, summaries: list[dict]) -> str:
         "## Perplexity of the domains' test text (Tables 4 and 8)",
         f"Generic text and no fine-tuning: of the start for {format_size(size)} tokens of a domain. TFLOPs: of "
         "pretraining, of teacher and student for SLM-d.",
-        _perplexities(rows, domains, size),
+        perplexities(rows, domains, size),
     ]
     if len(domains) > 1:
-        parts += ["## By domain", _by_domain(rows, domains)]
+        parts += ["## By domain", by_domain(rows, domains)]
     parts += [
         "## Cost (Table 3, Eq. 1)",
         "Hours of the steps of one job on its device, evaluations left out, and FLOPs. `a domain`: specialization, "
         "with choosing the expert and fine-tuning the teacher, and for SLM-is the pretraining. Totals for N "
         f"domains of {format_size(size)} tokens.",
-        _costs(rows, size),
+        costs(rows, size),
     ]
     if summaries:
-        parts += ["## Sets over clusters (Tables 9 and 10)", _over_clusters(summaries)]
+        parts += ["## Sets over clusters (Tables 9 and 10)", over_clusters(summaries)]
     if any(row["importance"] for row in rows):
-        parts += ["## What importance sampling drew, at its largest budget", _sampling(rows)]
+        parts += ["## What importance sampling drew, at its largest budget", sampling(rows)]
     if any(row["selection"] for row in rows):
-        parts += [f"## Which expert, for {format_size(size)} tokens (Table 5)", _selections(rows, size)]
+        parts += [f"## Which expert, for {format_size(size)} tokens (Table 5)", selections(rows, size)]
     return "\n\n".join(parts) + "\n"
 
 
-def _perplexities(rows: list[dict], domains: list[str], size: int) -> str:
+def perplexities(rows: list[dict], domains: list[str], size: int) -> str:
     sizes, body = sorted({row["domain_tokens"] for row in rows}), []
 
     def over_domains(group: list[dict], stage: str) -> str:
@@ -130,7 +130,7 @@ def _perplexities(rows: list[dict], domains: list[str], size: int) -> str:
     return table(columns, body) + note
 
 
-def _by_domain(rows: list[dict], domains: list[str]) -> str:
+def by_domain(rows: list[dict], domains: list[str]) -> str:
     body = []
     for (method, budget), of_method in by_method(rows).items():
         for size, of_size in grouped(of_method, lambda row: row["domain_tokens"]).items():
@@ -140,7 +140,7 @@ def _by_domain(rows: list[dict], domains: list[str]) -> str:
     return table(["method", "pretraining tokens", "domain tokens", *domains], body)
 
 
-def _costs(rows: list[dict], size: int) -> str:
+def costs(rows: list[dict], size: int) -> str:
     sizes, body = sorted({row["domain_tokens"] for row in rows}), []
     for (method, budget), of_method in by_method(rows).items():
         by_size = grouped(of_method, lambda row: row["domain_tokens"])
@@ -164,7 +164,7 @@ def _costs(rows: list[dict], size: int) -> str:
     return table(columns, body)
 
 
-def _over_clusters(summaries: list[dict]) -> str:
+def over_clusters(summaries: list[dict]) -> str:
     sets = [row["set"] for row in summaries[0]["sets"]]
     body = []
     for number, name in enumerate(sets):
@@ -175,7 +175,7 @@ def _over_clusters(summaries: list[dict]) -> str:
     return table(columns, body)
 
 
-def _sampling(rows: list[dict]) -> str:
+def sampling(rows: list[dict]) -> str:
     most = max(row["budget"] for row in rows if row["importance"])
     runs = grouped(
         [row for row in rows if row["importance"] and row["budget"] == most],
@@ -200,7 +200,7 @@ def _sampling(rows: list[dict]) -> str:
     return table(columns, body)
 
 
-def _selections(rows: list[dict], size: int) -> str:
+def selections(rows: list[dict], size: int) -> str:
     body, chosen = [], [row for row in rows if row["selection"] and row["domain_tokens"] == size]
     for (method, budget), of_method in by_method(chosen).items():
         for domain, group in grouped(of_method, lambda row: row["domain"]).items():

@@ -113,8 +113,8 @@ def test_the_grid(study_config):
         **{name: [1024, 2048] for name in ("slm-s0", "pn-k4-s0", "llm-s0")},
         "mix-k4-s0": [2048],
         **sampled,
-        "is-k4-notes-4k-mixed-s0": [512],
-        "cis-from1024-k4-notes-4k-mixed-s0": [512],
+        "is-k4-notes-4k-domain_share0.25-s0": [512],
+        "cis-from1024-k4-notes-4k-domain_share0.25-s0": [512],
     }
     taught = cells(changed(study_config, grids=[ALL.model_copy(update={"methods": ["d"], "teacher_budget": 512})]))
     assert [cell.pretrained for cell in taught] == [{"slm": 1024, "llm": 512}, {"slm": 2048, "llm": 512}]
@@ -126,7 +126,7 @@ def test_the_grid(study_config):
 
 def test_a_variant_is_another_training_where_its_settings_concern_it(done):
     rows, workspace = read_rows(done), done.workspace
-    continued = find_run(workspace, "grid-cis-from1024-k4-notes-4k-mixed-s0")
+    continued = find_run(workspace, "grid-cis-from1024-k4-notes-4k-domain_share0.25-s0")
     assert continued.record["inputs"]["importance"]["domain_share"] == 0.25 and continued.record["step"] == 2
     assert find_run(workspace, "grid-slm-1024-short-notes-4k-s0").record["inputs"]["from"]["run"] == "grid-slm-s0"
     slm, sampled = rows["slm-1024-notes-4k-s0"], rows["is-k4-512-mixed-notes-4k-s0"]

@@ -1,0 +1,97 @@
+"""Tables of the study on five domains: the paper's methods and what lies beyond it."""
+
+from __future__ import annotations
+
+import math
+
+from mlx_slm.study import tables as product
+from scripts.tables.records import percent, records, table
+
+FIVE = ("pubmed", "stackexchange", "freelaw", "wikipedia", "europarl")
+
+
+def rows() -> list[dict]:
+    return records("2026-11-28-xeon-study-five.jsonl")
+
+
+def perplexity(
+    domain: str, seed: int, tokens: int, method: str, variant: str | None = None, k: int | None = None
+) -> float | None:
+    """After fine-tuning on `tokens` tokens of a domain; None for a cell that was not done."""
+    for row in rows():
+        same = (row["domain"], row["seed"], row["domain_tokens"], row["method"], row["variant"])
+        if same == (domain, seed, tokens, method, variant) and k in (None, row["k"]):
+            return row["specialized"]["perplexity"]
+    return None
+
+
+def pairs(tokens: int, ours: tuple, theirs: tuple, domain: str) -> list[float]:
+    """Differences of logarithms of two methods (method, variant, k), for each seed that has both."""
+    found = [(perplexity(domain, s, tokens, *ours), perplexity(domain, s, tokens, *theirs)) for s in (0, 1)]
+    return [math.log(one / other) for one, other in found if one and other]
+
+
+LINES = {
+    ("slm", None, None): "SLM",
+    ("is", None, 64): "SLM-is, k = 64",
+    ("is", "mixed", 64): "SLM-is, early mixing, falling rate",
+    ("is", "mixed-replayed", 64): "the same, a quarter replayed in fine-tuning",
+    ("cis", "mixed", 64): "SLM-cis: 4.5M shared, 1.5M for the domain, early mixing, falling rate",
+    ("pn", None, 16): "SLM-pn, k = 16, histogram",
+    ("nopt", None, None): "SLM-nopt",
+    ("llm", None, None): "LLM",
+    ("lora", None, None): "LLM-lora, rank 64",
+    ("d", None, None): "SLM-d, teacher LLM 6M",
+    ("mix", None, 4): "SLM-mix, k = 4, frequent",
+}
+
+
+def of_size(tokens: int) -> str:
+    body = []
+    for method, label in LINES.items():
+        cells = []
+        for domain in FIVE:
+            values = [perplexity(domain, seed, tokens, *method) for seed in (0, 1)]
+            cells.append(", ".join(f"{value:.1f}" for value in values if value) or "-")
+        if any(cell != "-" for cell in cells):
+            body.append([label, *cells])
+    return table([f"fine-tuned on {tokens // 1000}k tokens", *FIVE], body)
+
+
+def five_64k() -> str:
+    return of_size(64_000)
+
+
+def five_16k() -> str:
+    return of_size(16_000)
+
+
+def best() -> str:
+    """The recipe against plain SLM and the paper's SLM-is, at 6M tokens for the one domain."""
+    body = []
+    for tokens in (16_000, 64_000):
+        for recipe in (method for method in LINES if method[1]):
+            for against in (("slm", None, None), ("is", None, 64)):
+                gains = {domain: pairs(tokens, recipe, against, domain) for domain in FIVE}
+                every = [gain for each in gains.values() for gain in each]
+                if every:
+                    cells = [percent(each) if each else "-" for each in gains.values()]
+                    lower = f"{percent(every)}, {sum(gain < 0 for gain in every)} of {len(every)} lower"
+                    body.append([f"{tokens // 1000}k", LINES[recipe], LINES[against], *cells, lower])
+    return table(["domain set", "recipe", "against", *FIVE, "mean"], body)
+
+
+def five_clusters() -> str:
+    body = []
+    for variant, label in ((None, "SLM-is"), ("mixed", "SLM-is, early mixing, falling rate")):
+        for domain in ("pubmed", "stackexchange"):
+            cells = []
+            for k in (16, 64, 256, 1024):
+                values = [perplexity(domain, seed, 64_000, "is", variant, k) for seed in (0, 1)]
+                cells.append(", ".join(f"{value:.1f}" for value in values if value) or "-")
+            body.append([label, domain, *cells])
+    return table(["", "domain", *(f"k = {k:,}" for k in (16, 64, 256, 1024))], body)
+
+
+def five_costs() -> str:
+    return product.costs(rows(), 64_000)
