@@ -32,6 +32,8 @@ TABLES: dict[str, Callable[[], str]] = {
         study.study_sizes,
         study.study_others,
         benchmarks.beside_others,
+        benchmarks.parts,
+        benchmarks.machines,
         miniature.miniature_order,
         miniature.miniature_generic,
         miniature.miniature_choice,

@@ -57,3 +57,51 @@ def beside_others() -> str:
             )
     head = ["", "processor, our BLAS", "", "median", "quartiles, s", "rate", "peak in MLX", "peak RSS", "mlx-slm is"]
     return table(head, rows)
+
+
+def parts() -> str:
+    rows = []
+    for row in records("2026-11-23-xeon-parts.json"):
+        digits = 4 if row["median_s"] < 1 else 0
+        low, high = (f"{1e3 * value:,.4g}" if digits else f"{1e3 * value:,.0f}" for value in row["quartiles_s"])
+        median = f"{1e3 * row['median_s']:,.4g}" if digits else f"{1e3 * row['median_s']:,.0f}"
+        rate, unit = row["value"], row["unit"]
+        if unit == "bytes/s":
+            shown_rate = f"{rate / 1e6:.3g} MB/s"
+        elif unit == "points/s":
+            shown_rate = f"{rate / 1e6:.3g} M points/s"
+        else:
+            shown_rate = f"{rate:,.0f} {unit}" if rate >= 10 else f"{rate:.3g} {unit}"
+        rows.append(
+            [
+                f"`{row['name']}`",
+                f"{median} ms",
+                f"{low} - {high}",
+                shown_rate,
+                "" if row["tflops"] is None else f"{row['tflops']:.3f}",
+                "" if row["gb_per_s"] is None else f"{row['gb_per_s']:.1f}",
+                "" if row["of_peak"] is None else f"{row['of_peak']:.0%}",
+                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] >> 20:,} MB",
+            ]
+        )
+    return table(["", "median", "quartiles, ms", "rate", "TFLOP/s", "GB/s", "of peak", "peak in MLX"], rows)
+
+
+def machines() -> str:
+    def span(values: list[float] | None, digits: str) -> str:
+        return " - ".join(f"{value:{digits}}" for value in values or [])
+
+    rows = [
+        [
+            *(row[key] or "" for key in ("machine", "memory", "system", "mlx", "dtype")),
+            span(row["products"], ".2f"),
+            span(row["reading"], "g"),
+            *(
+                "" if row[key] is None else f"{row[key]:,.0f} tokens/s"
+                for key in ("slm_step", "pn_step", "finetuning_step", "decode")
+            ),
+        ]
+        for row in records("machines.jsonl")
+    ]
+    head = ["machine", "memory", "system", "MLX, BLAS", "dtype", "products, TFLOP/s", "reading, GB/s", "SLM step"]
+    return table([*head, "PN step, h = 32", "fine-tuning step", "decode"], rows)
