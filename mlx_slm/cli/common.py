@@ -185,3 +185,4 @@ class Number(click.FloatRange):
 
 
 HOURS = Number(0, 1e6, min_open=True)
+SHARE = Number(0, 1, max_open=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from mlx_slm.cli.common import HOURS, METHOD, NUMBERS, PLACE, SIZE, MethodOption, Session, common
+from mlx_slm.cli.common import HOURS, METHOD, NUMBERS, PLACE, SHARE, SIZE, MethodOption, Session, common
 from mlx_slm.errors import SlmError
 
 
@@ -64,7 +64,7 @@ def quickstart(session: Session, fresh) -> None:
 @click.option("--domain-tokens", type=SIZE, help="Use this many tokens of the domain, such as 1M. [default: all]")
 @click.option(
     "--domain-share",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=SHARE,
     help="With --method is, cis: share of the rows that are the domain's own text, such as 0.1. [default: "
     "clusters.domain_share]",
 )
@@ -180,11 +180,17 @@ def pretrain(session: Session, method, domain, weights, k, **given) -> None:
     metavar="RUN",
     help="Distil (SLM-d): fine-tune this pretrained run on the domain first, then learn from it too.",
 )
+@click.option(
+    "--replay",
+    type=SHARE,
+    help="Share of the rows that are generic ones, resampled to the domain, such as 0.25; it needs the generic set, "
+    "and clusters it. [default: finetuning.replay]",
+)
 @click.option("--tokens", type=SIZE, help="Use this many tokens of the domain, such as 1M. [default: all]")
 @click.option("--name", help="Name of the run and the model. [default: <domain>-<method>[-<select>]-<tokens>]")
 @click.option("--fresh", is_flag=True, help="Start over, throwing an earlier run of this name away.")
 @common
-def specialize(session: Session, **given) -> None:
+def specialize(session: Session, replay, **given) -> None:
     """Fine-tune a pretrained model on a domain and write it as an mlx-lm model directory (or adapter, with --lora).
 
     A SOURCE is the domain's text, as for prepare, where the set is not prepared yet.
@@ -196,6 +202,8 @@ def specialize(session: Session, **given) -> None:
     request = Specialisation(**given)
     if request.fuse and not request.lora:
         raise click.UsageError("--fuse is for --lora")
+    if replay is not None:
+        session.overrides = (*session.overrides, f"finetuning.replay={replay}")
     if request.source and (bundle := bundle_at(session.workspace, request.source)):
         install_bundle(session.workspace, bundle, session.report)
     project = session.project

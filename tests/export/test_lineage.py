@@ -132,13 +132,13 @@ def test_records_of_before_are_read(model):
 
 def test_replay_needs_the_generic_set(model, notes, tmp_path, capsys):
     workspace = Workspace(tmp_path / "w")
-    command = ("specialize", "--domain", "notes", "--from", str(model), str(notes), "--set", "finetuning.replay=0.2")
+    command = ("specialize", "--domain", "notes", "--from", str(model), str(notes), "--replay", "0.2")
     code, _, err = call(capsys, workspace, *command)
     assert code == 1 and "mlx-slm prepare generic SOURCE" in err and err.count("\n") == 1
     assert not (workspace.root / "tokenizer").exists()
     shutil.rmtree(workspace.root, ignore_errors=True)
-    code, _, err = call(capsys, workspace, *command[:-1], "finetuning.replay=1")
-    assert code != 0 and "finetuning.replay" in err
+    code, _, err = call(capsys, workspace, *command[:-1], "1")
+    assert code == 2 and "--replay" in err and "0<=x<1" in err
 
 
 def test_what_is_known_of_an_origin_is_what_was_known_at_training(model, notes, tmp_path, texts, capsys):
