@@ -76,7 +76,7 @@ def _concerns(key: str, method: Method) -> bool:
 
 
 def cells(config: Config) -> list[Cell]:
-    """Every cell of a configuration's grids, once; raises SlmError if there is none."""
+    """Every cell of a configuration's grids, once, all of a seed before the next; raises SlmError if there is none."""
     if not config.study.grids:
         raise SlmError("study.grids is empty: a study is a list of grids, as in configs/study-mini.yaml")
     wanted = list(dict.fromkeys(cell for grid in config.study.grids for cell in _cells_of(grid, config)))
@@ -86,7 +86,7 @@ def cells(config: Config) -> list[Cell]:
     wanted = [cell for cell in wanted if find_method(cell.method).milestones or cell.budget == most[cell.method]]
     if not wanted:
         raise SlmError("study.grids: no cell is left (`histogram` is not for mixtures)")
-    return wanted
+    return sorted(wanted, key=lambda cell: cell.seed)
 
 
 def _cells_of(grid: Grid, config: Config) -> Iterable[Cell]:
