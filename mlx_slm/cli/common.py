@@ -39,7 +39,11 @@ class Session:
     @functools.cached_property
     def report(self):
         from mlx_slm.cli.display import RichReport
+        from mlx_slm.machine.ranks import ranks
+        from mlx_slm.report import Report
 
+        if not ranks().is_first:
+            return Report()
         return RichReport(to_stderr=self.as_json, quiet=self.quiet, assume_yes=self.yes)
 
     @functools.cached_property
@@ -56,7 +60,11 @@ class Session:
             self.report.warn(notice)
 
     def show(self, result: dict, text: Callable[[], None] | None = None) -> None:
-        """Print one JSON object with `--json`, else call `text`."""
+        """Print one JSON object with `--json`, else call `text`; of several ranks the first does."""
+        from mlx_slm.machine.ranks import ranks
+
+        if not ranks().is_first:
+            return
         if self.as_json:
             click.echo(json.dumps(result, ensure_ascii=False))
         elif text:

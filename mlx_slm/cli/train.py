@@ -229,8 +229,11 @@ def _how_to_use(session: Session, run, adapter: Path) -> str:
 
 def _show_run(session: Session, run) -> None:
     from mlx_slm.experts.experts import has_experts
+    from mlx_slm.machine.ranks import ranks
     from mlx_slm.report import perplexity
 
+    if not ranks().is_first:
+        return
     record = run.record
     path, adapter = session.workspace.model(run.name), session.workspace.adapter(run.name)
     model = str(path) if path.exists() and not has_experts(run) else None

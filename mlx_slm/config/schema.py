@@ -201,7 +201,7 @@ RENAMED = {"checkpoint_layers": "recompute_layers"}
 class TrainingConfig(Section):
     """Pretraining. Exactly one of steps, tokens, passes and hours is the horizon."""
 
-    came_later = ("cooldown",)
+    came_later = ("cooldown", "gradient_dtype")
     steps: Steps | None = None
     tokens: PositiveSize | None = None
     passes: Multiple | None = None
@@ -231,6 +231,8 @@ class TrainingConfig(Section):
     recompute_layers: bool | None = None
     """Recompute each layer in the backward pass: less memory, a fifth more time. Default: where a step would not fit
     the memory otherwise."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which several ranks send each other their gradients."""
     report_every: PositiveSize = 10
     """Steps between lines."""
     eval_every: PositiveSize = 500

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_slm.config.schema import Config, FinetuningConfig, Recipe
 from mlx_slm.experts.experts import FINETUNED, Experts
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.report import Report, perplexity
@@ -19,7 +20,7 @@ from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.rows import Sampler
 from mlx_slm.text.store import Store
 from mlx_slm.training.optimizer import AdamW
-from mlx_slm.training.runs import Run, RunRequest, expert_path, open_run
+from mlx_slm.training.runs import Run, RunRequest, expert_path, open_together
 from mlx_slm.training.schedule import Schedule
 from mlx_slm.training.scoring import validation_loss
 from mlx_slm.training.step import Objective, TrainingStep, rows_that_fit
@@ -81,16 +82,16 @@ def finetune_all(workspace: Workspace, run: Run, experts: Experts, job: Finetuni
         job.report.line(f"fine-tuning expert {number} of 0 to {experts.k - 1}")
         inputs = run.record["inputs"] | {"expert": number}
         path = expert_path(run.path, number)
-        tuned[number] = open_run(workspace, RunRequest(path, run.record["method"], inputs, job.config, select="best"))
+        tuned[number] = open_together(workspace, RunRequest(path, run.record["method"], inputs, job.config, select="best"))
         if not tuned[number].finished:
             job.work(tuned[number], experts.parameters(number))
         scores = {done: one.record["valid_nll"] for done, one in tuned.items()}
         best = min(scores, key=lambda number: scores[number])
-        for beaten in set(tuned) - {best}:
+        for beaten in set(tuned) - {best} if ranks().is_first else ():
             shutil.rmtree(tuned[beaten].path / "checkpoints", ignore_errors=True)
     records = [one.record for one in tuned.values()]
     cost = {key: round(sum(record[key] for record in records), 2) for key in ("tokens", "seconds", "flops")}
-    for part in ("checkpoints", "metrics.jsonl"):
+    for part in ("checkpoints", "metrics.jsonl") if ranks().is_first else ():
         if (tuned[best].path / part).exists():
             os.replace(tuned[best].path / part, run.path / part)
     outcome = {key: value for key, value in tuned[best].record.items() if key not in ("inputs", "started")}

@@ -18,6 +18,7 @@ from mlx_slm.config.schema import Config, ModelConfig
 from mlx_slm.errors import SlmError
 from mlx_slm.experts.experts import has_experts
 from mlx_slm.export.start import Pretrained
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.methods.costs import Cost, Rates, Spending
 from mlx_slm.methods.requests import Pretraining, Specialisation
 from mlx_slm.methods.starts import FromExperts, FromPublished, FromRun, FromScratch, Start
@@ -193,7 +194,8 @@ class Method:
 
     def pretrain(self, setup: Setup, request: Pretraining) -> Run:
         """Do it, or go on with it; returns the finished run."""
-        return work(setup.project, self.job(setup, request), request.fresh, export=self.one_model)
+        job = ranks().in_turn(lambda: self.job(setup, request))
+        return work(setup.project, job, request.fresh, export=self.one_model)
 
     # Specialisation
 

@@ -13,6 +13,7 @@ import numpy as np
 from mlx_slm.config.schema import TrainingConfig
 from mlx_slm.export.model import export_run
 from mlx_slm.fields import format_size
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.machine.runtime import likely_flops
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.project import Project
@@ -22,7 +23,7 @@ from mlx_slm.storage.records import write_record
 from mlx_slm.text.rows import Sampler, Stream
 from mlx_slm.training import checkpoint
 from mlx_slm.training.optimizer import AdamW
-from mlx_slm.training.runs import Run, RunRequest, alone_in, branch_path, milestone_step, open_run
+from mlx_slm.training.runs import Run, RunRequest, alone_in, branch_path, milestone_step, open_together
 from mlx_slm.training.schedule import Schedule
 from mlx_slm.training.scoring import validation_loss
 from mlx_slm.training.step import TrainingStep, rows_that_fit
@@ -95,9 +96,10 @@ def work(
 
     with alone_in(job.path):
         asked = RunRequest(job.path, job.inputs["method"], job.inputs, config, fresh, published=job.published)
-        run = open_run(project.workspace, asked, announce or say)
-        for file, value in job.files.items():
-            write_record(job.path / file, value)
+        run = open_together(project.workspace, asked, announce or say)
+        if ranks().is_first:
+            for file, value in job.files.items():
+                write_record(job.path / file, value)
         if run.finished:
             report.line(run.already_finished)
         else:
@@ -108,7 +110,7 @@ def work(
             with in_use(project.workspace, config.data.generic):
                 for tokens, step in milestones(job, config.training):
                     _finish_milestone(project, job, run, tokens, step)
-        if export:
+        if export and ranks().is_first:
             export_run(project.workspace, run, report)
     return run
 
@@ -127,17 +129,23 @@ def _finish_milestone(project: Project, job: TrainingJob, run: Run, tokens: int,
     """Let the rate fall to zero by a milestone, from the checkpoint of the run before it, where that was not done."""
     config, report = project.config, project.report
     path, falls_from = branch_path(run.path, step), step - cooldown_steps(config.training, step)
-    if run.kept_in(step) == path:
+
+    def begin() -> bool:
+        if run.kept_in(step) == path:
+            return False
+        if falls_from not in checkpoint.checkpoint_steps(run.path):
+            report.warn(
+                f"run {run.name} keeps no checkpoint at step {falls_from:,}, where the rate of its milestone of "
+                f"{format_size(tokens)} begins to fall: only --fresh brings that milestone"
+            )
+            return False
+        report.line(f"the milestone of {format_size(tokens)}: its rate falls from step {falls_from:,} to {step:,}")
+        if not checkpoint.checkpoint_steps(path):
+            checkpoint.adopt(run.path, falls_from, path)
+        return True
+
+    if not ranks().by_first(begin):
         return
-    if falls_from not in checkpoint.checkpoint_steps(run.path):
-        report.warn(
-            f"run {run.name} keeps no checkpoint at step {falls_from:,}, where the rate of its milestone of "
-            f"{format_size(tokens)} begins to fall: only --fresh brings that milestone"
-        )
-        return
-    report.line(f"the milestone of {format_size(tokens)}: its rate falls from step {falls_from:,} to {step:,}")
-    if not checkpoint.checkpoint_steps(path):
-        checkpoint.adopt(run.path, falls_from, path)
     shorter = replace(job, path=path, steps=step, sampler=job.sampler.changing_at(falls_from))
     _trainer(shorter, config.training, report).run()
 
@@ -177,12 +185,13 @@ def announce_jobs(jobs: list[TrainingJob], training: TrainingConfig, report: Rep
         return
     rows = [job.steps * training.batch_rows for job in jobs]
     tokens = sum(rows) * jobs[0].sampler.row_length
-    seconds = tokens * jobs[0].flops_per_token / likely_flops()
+    seconds = tokens * jobs[0].flops_per_token / likely_flops() / ranks().size
     passes = sum(rows) / sum(job.sampler.num_rows for job in jobs)
     disk = len(jobs) * 3 * 3 * 4 * jobs[0].num_parameters
+    where = "this machine" if ranks().size == 1 else f"{ranks().size} ranks such as this one"
     several = f"{len(jobs)} experts, each of " if len(jobs) > 1 else ""
     report.line(
         f"{several}{jobs[0].num_parameters:,} parameters ({jobs[0].inputs['shape']['family']}), {tokens:,} tokens, "
-        f"{passes:.2g} passes; about {duration(seconds)} on this machine, {disk / 1e9:.1f} GB of checkpoints"
+        f"{passes:.2g} passes; about {duration(seconds)} on {where}, {disk / 1e9:.1f} GB of checkpoints"
     )
     require_agreement(report, seconds)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.methods import find_method
 from mlx_slm.methods.requests import Pretraining
 from mlx_slm.project import Project
@@ -17,4 +20,5 @@ def pretrain(project: Project, request: Pretraining) -> Run:
     method = find_method(request.method)
     path = project.workspace.run(request.name or method.run_name(request))
     method.check(project, request)
-    return method.pretrain(make_setup(project, method, request, path), request)
+    setup = ranks().in_turn(lambda: make_setup(project, method, request, path))
+    return method.pretrain(dataclasses.replace(setup, tokens=ranks().from_first(setup.tokens)), request)

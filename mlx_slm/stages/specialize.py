@@ -21,6 +21,7 @@ from mlx_slm.fields import format_size
 from mlx_slm.finetuning.domain import DomainSet, domain_set
 from mlx_slm.finetuning.finetune import Finetuning, choose_recipe, schedule_of
 from mlx_slm.finetuning.rows import finetuning_rows, require_replay
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.methods import METHODS, find_method
 from mlx_slm.methods.plain import Small
 from mlx_slm.methods.requests import SCRATCH, Specialisation
@@ -38,7 +39,7 @@ from mlx_slm.text.prepare import sources_of
 from mlx_slm.text.workspace_tokenizer import adopt_tokenizer
 from mlx_slm.training.find import default_run, find_run
 from mlx_slm.training.optimizer import OPTIMIZER_FIELDS
-from mlx_slm.training.runs import EXPERT, RECORD, Run, RunRequest, alone_in, open_run
+from mlx_slm.training.runs import EXPERT, RECORD, Run, RunRequest, alone_in, open_together
 
 UNRECORDED = {"recipes", "select_tokens", "published_rate", "replay"}
 """Settings of fine-tuning that change nothing, or that a record has in another place."""
@@ -92,15 +93,16 @@ def specialize(project: Project, request: Specialisation) -> Run:
         )
     with alone_in(path):
         asked = RunRequest(path, start.method, inputs, config, request.fresh, "best", published=start.published)
-        run = open_run(workspace, asked, lambda: report.line(f"{start.what} on {announcement}"))
+        run = open_together(workspace, asked, lambda: report.line(f"{start.what} on {announcement}"))
         if run.finished:
             report.line(run.already_finished)
         else:
             with in_use(workspace, name):
                 start.train(project, run, job, domain)
-        for candidate in run.path.glob(f"{EXPERT}*"):
-            shutil.rmtree(candidate)
-        export_run(workspace, run, report, request.fuse)
+        if ranks().is_first:
+            for candidate in run.path.glob(f"{EXPERT}*"):
+                shutil.rmtree(candidate)
+            export_run(workspace, run, report, request.fuse)
     return run
 
 

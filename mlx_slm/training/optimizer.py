@@ -24,10 +24,18 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 5.0
+    sent_as: str = "float32"
+    """The dtype in which ranks send their gradients."""
 
     @classmethod
     def of(cls, training: TrainingConfig) -> AdamW:
-        return cls(**{name: getattr(training, name) for name in OPTIMIZER_FIELDS})
+        settings = {name: getattr(training, name) for name in OPTIMIZER_FIELDS}
+        return cls(**settings, sent_as=training.gradient_dtype)
+
+    @property
+    def wire(self) -> mx.Dtype:
+        """The dtype in which ranks send their gradients."""
+        return getattr(mx, self.sent_as)
 
     def init(self, parameters: dict) -> dict:
         """`{"m", "v", "updates", "bad"}`: moments like the parameters, updates made, non-finite steps in a row."""

@@ -8,6 +8,9 @@ dW, is all that the backward pass makes. The rest follows by the chain rule, one
 with e = sum_j shares[:, j] E[ids[:, j]], the expert's vector of each group: E[ids] where a group has one expert.
 
 dT of all matrices would double the memory of the network; of one matrix at a time (a lane) it does not.
+
+Of several ranks each has some of the groups. They gather dW, and each works out the rest, while a step has at most h
+groups; beyond that dT of all matrices is less to send: it is summed, one matrix after the other.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import numpy as np
 
 from mlx_slm.config.schema import ProjectionConfig, TrainingConfig
 from mlx_slm.machine import runtime, sums
+from mlx_slm.machine.ranks import Ranks, ranks
 from mlx_slm.machine.trees import flat, nested
 from mlx_slm.models.projected import ProjectedShape, coefficients, combined, network_of
 from mlx_slm.models.transformer import Transformer, for_products
@@ -66,9 +70,16 @@ class ProjectedStep:
         Returns (sum of losses, norm of the mean gradient, non-finite steps in a row).
         """
         soup = experts if isinstance(experts, Soup) else Soup(experts[:, None], np.ones((len(experts), 1), np.float32))
-        groups = len(soup.clusters)
-        rows, mixed = len(tokens) // groups, (mx.array(soup.clusters), mx.array(soup.shares))
+        together, every = ranks(), np.arange(len(soup.clusters))
         E, M, T = (self.parameters[part] for part in "EMT")
+        total, rows = mx.array(float(weights.sum())), len(tokens) // len(every)
+        own = together.own(every)
+        gathers = together.size > 1 and len(every) <= len(next(iter(T.values())))
+        known = together.by_rank(every) if gathers else own
+        offset, groups = together.rank * len(own) if gathers else 0, len(own)
+        places = (own[:, None] * rows + np.arange(rows)).reshape(-1)
+        tokens, weights = tokens[places], weights[places]
+        mixed = mx.array(soup.clusters[known]), mx.array(soup.shares[known])
         C = coefficients(self.parameters, vectors(E, *mixed))
         loss: Any = None
         shared: Any = None
@@ -76,12 +87,12 @@ class ProjectedStep:
         for start in range(0, groups, self.micro_groups):
             chosen = np.arange(start, min(start + self.micro_groups, groups))
             for part, stream, gradients_of in shared_out(chosen, self._lanes):
-                where = slice(part[0], part[-1] + 1)
+                where = slice(offset + part[0], offset + part[-1] + 1)
                 batch = slice(part[0] * rows, (part[-1] + 1) * rows)
-                own = {name: c[where] for name, c in C.items()}
+                theirs = {name: c[where] for name, c in C.items()}
                 with mx.stream(stream):
                     one, d_shared, dW = gradients_of(
-                        self.parameters["shared"], T, own, mx.array(tokens[batch]), mx.array(weights[batch])
+                        self.parameters["shared"], T, theirs, mx.array(tokens[batch]), mx.array(weights[batch])
                     )
                 loss, shared = (one, d_shared) if loss is None else (loss + one, add_trees(shared, d_shared))
                 for name, value in dW.items():
@@ -89,8 +100,13 @@ class ProjectedStep:
             if self.micro_groups < groups:
                 mx.async_eval(loss, shared, stacks)
         dW = {name: mx.concatenate(parts) for name, parts in stacks.items()}
+        loss, shared = together.summed(loss), together.summed_tree(shared, self.optimizer.wire)
+        if gathers:
+            dW = {name: together.gathered(stack.astype(self.optimizer.wire)).astype(mx.float32) for name, stack in dW.items()}
         dE, dM, norm = self._chain({"E": E, "M": M, "T": T}, C, dW, mixed, shared)
-        total = mx.array(float(weights.sum()))
+        dT: dict[str, mx.array] = {}
+        if together.size > 1 and not gathers:
+            dT, dE, dM, norm = self._sent_tensors(together, C, dW, {"shared": shared, "E": dE, "M": dM})
         gradients = {"shared": shared, "E": dE, "M": dM}
         mx.async_eval(dW, dE, dM, shared, norm, loss)
         small, moments, norm, now = self._small(
@@ -108,7 +124,8 @@ class ProjectedStep:
             together = names[first : first + len(self._tensor_lanes)]
             for name, (stream, moved) in zip(together, self._tensor_lanes, strict=False):
                 with mx.stream(stream):
-                    T[name], m[name], v[name] = moved(T[name], m[name], v[name], C[name], dW.pop(name), now)
+                    gradient = (dT.pop(name),) if dT else (C[name], dW.pop(name))
+                    T[name], m[name], v[name] = moved(T[name], m[name], v[name], now, *gradient)
             moved_now = [(T[name], m[name], v[name]) for name in together]
             mx.async_eval(moved_now)
             # A whole update at once would hold the gradient of all T; a GPU has the next matrix at hand meanwhile.
@@ -168,9 +185,25 @@ class ProjectedStep:
         p, m, v = self.optimizer.moved_tree(parameters, moments["m"], moments["v"], gradients, now)
         return p, {"m": m, "v": v}, norm, now
 
-    def _update_tensor(self, T, m, v, C, dW, now):
-        gradient = (C.T @ dW.reshape(len(C), -1)).reshape(T.shape)
-        return self.optimizer.moved(T, m, v, gradient, now, self.tensor_rate)
+    def _update_tensor(self, T, m, v, now, *gradient):
+        """`gradient`: dT, or the C and dW that it follows from."""
+        dT = gradient[0] if len(gradient) == 1 else tensor_gradient(*gradient)
+        return self.optimizer.moved(T, m, v, dT, now, self.tensor_rate)
+
+    def _sent_tensors(self, together: Ranks, C: dict, dW: dict, small: dict) -> tuple[dict, dict, dict, mx.array]:
+        """(dT, dE, dM, global norm) of all ranks' groups, from those of this one; dW is used up."""
+        few = together.summed_tree({part: small[part] for part in "EM"})
+        dT = {}
+        for name in list(dW):
+            own = tensor_gradient(C[name], dW.pop(name)).astype(self.optimizer.wire)
+            dT[name] = together.summed(own).astype(mx.float32)
+            mx.eval(dT[name])
+        return dT, few["E"], few["M"], global_norm(small | few | {"T": dT})
+
+
+def tensor_gradient(C: mx.array, dW: mx.array) -> mx.array:
+    """dT [h, out, in] of coefficients [groups, h] and dW [groups, out, in]."""
+    return (C.T @ dW.reshape(len(C), -1)).reshape(C.shape[1], *dW.shape[1:])
 
 
 def vectors(E: mx.array, ids: mx.array, shares: mx.array) -> mx.array:

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from mlx_slm.config.files import dump_config, load_config
@@ -18,6 +19,7 @@ from mlx_slm.config.schema import Config
 from mlx_slm.errors import OtherSettings, SlmError
 from mlx_slm.files import Damaged
 from mlx_slm.machine import runtime
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.models.shape import Shape
 from mlx_slm.storage import formats
 from mlx_slm.storage.artifacts import sha256
@@ -71,10 +73,9 @@ class Run:
 
     def finish(self, state: State, flops: float) -> None:
         """Record the outcome and what it cost."""
-        last = checkpoint.checkpoint_steps(self.path)[-1]
         self.record.update(
             status="finished",
-            step=last,
+            step=(checkpoint.checkpoint_steps(self.path) or [state.step])[-1],
             best_step=state.best_step,
             valid_nll=state.best_nll if self.record["select"] == "best" else state.last_nll,
             tokens=state.tokens,
@@ -91,8 +92,9 @@ class Run:
         return f"run {self.name} is finished ({self.record['step']:,} steps); --fresh trains it again"
 
     def save(self) -> None:
-        """Write the record."""
-        write_record(self.path / RECORD, self.record)
+        """Write the record; of several ranks the first does."""
+        if ranks().is_first:
+            write_record(self.path / RECORD, self.record)
 
     def importance(self) -> dict:
         """The report of importance sampling, with the distribution that the rows were drawn from."""
@@ -184,7 +186,9 @@ def without_path(published: dict | None) -> dict | None:
 
 
 def alone_in(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the lock of a run. Raises Busy if another process has it."""
+    """Hold the lock of a run; of several ranks the first does. Raises Busy if another process has it."""
+    if not ranks().is_first:
+        return contextlib.nullcontext()
     busy = f"run {path.name} is being trained by another process: wait, or give --name"
     return alone(path.with_name(f".{path.name}.lock"), busy)
 
@@ -257,6 +261,19 @@ def open_run(workspace: Workspace, asked: RunRequest, announce: Callable[[], Non
     run = Run(path, record | {"config": sha256(path / CONFIG)})
     run.save()
     return run
+
+
+def open_together(workspace: Workspace, asked: RunRequest, announce: Callable[[], None] = lambda: None) -> Run:
+    """`open_run` by the first of several ranks; the others have its record. Raises SlmError where what they would train
+    is not the same on all."""
+    together = ranks()
+    versions = {f"version of {name}": metadata.version(name) for name in ("mlx-slm", "mlx")}
+    together.require_same(versions | {WORDS.get(key, key): value for key, value in asked.inputs.items()})
+    return Run(asked.path, together.by_first(lambda: open_run(workspace, asked, announce).record))
+
+
+WORDS = {"data": "training text", "valid": "validation text", "from": "model to start from"}
+"""What inputs of runs are called beside their keys."""
 
 
 def read_run(path: Path) -> dict:

@@ -16,6 +16,7 @@ import numpy as np
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged
 from mlx_slm.machine import runtime
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.report import Report, perplexity
 from mlx_slm.text.store import Store, first_windows, length_batches
@@ -153,8 +154,9 @@ def routed_loss(
     scorer = Scorer(model)
 
     def loss(parameters: dict) -> float:
-        nll = routed_nll(scorer, partial(expert, parameters), store, windows, clusters)
-        return score_of(store, windows, nll).nll
+        own, theirs = ranks().own(windows), ranks().own(clusters)
+        nll = routed_nll(scorer, partial(expert, parameters), store, own, theirs) if len(own) else np.zeros(0)
+        return score_of(store, windows, _of_all_ranks(nll)).nll
 
     return loss
 
@@ -165,9 +167,23 @@ def validation_loss(model: Transformer, store: Store, windows: np.ndarray) -> Ca
 
     def loss(parameters: dict) -> float:
         model.update(parameters)
-        return scorer(store, windows).nll
+        own = ranks().own(windows)
+        nll = scorer.window_nll(store, own) if len(own) else np.zeros(0)
+        return score_of(store, windows, _of_all_ranks(nll)).nll
 
     return loss
+
+
+def _of_all_ranks(nll: np.ndarray) -> np.ndarray:
+    """The losses of all windows, float64 [W], from those of this rank's."""
+    together = ranks()
+    if together.size == 1:
+        return nll
+    every = together.of_all(nll.tolist())
+    whole = np.zeros(sum(map(len, every)))
+    for rank, part in enumerate(every):
+        whole[rank :: together.size] = part
+    return whole
 
 
 def validation_windows(store: Store, tokens: int, seed: int) -> np.ndarray:

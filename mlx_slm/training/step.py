@@ -15,6 +15,7 @@ from mlx.utils import tree_map
 
 from mlx_slm.errors import SlmError
 from mlx_slm.machine import runtime
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.models.shape import Shape
 from mlx_slm.models.transformer import Transformer, for_products, initialise
 from mlx_slm.training.loss import chunk_rows, next_token_loss
@@ -79,9 +80,11 @@ class TrainingStep:
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Start a step on tokens int [B, T+1] with target weights fp32 [B, T]; does not wait for it.
 
-        `experts` make no difference here. Returns (sum of losses, norm of the mean gradient, non-finite steps
-        in a row) as arrays in flight.
+        Of several ranks each takes its part of the rows, and all move alike. `experts` make no difference here. Returns
+        (sum of losses, norm of the mean gradient, non-finite steps in a row) as arrays in flight.
         """
+        total, now, together = mx.array(float(weights.sum())), mx.array(rate), ranks()
+        tokens, weights = together.own(tokens), together.own(weights)
         loss: Any = None
         gradients: Any = None
         for start in range(0, len(tokens), self.micro_rows):
@@ -92,7 +95,7 @@ class TrainingStep:
                 loss, gradients = both if loss is None else (loss + both[0], add_trees(gradients, both[1]))
             if self.micro_rows < len(tokens):
                 mx.async_eval(loss, gradients)
-        total, now = mx.array(float(weights.sum())), mx.array(rate)
+        loss, gradients = together.summed(loss), together.summed_tree(gradients, self.optimizer.wire)
         self.parameters, self.moments, norm = self._update(self.parameters, self.moments, gradients, total, loss, now)
         mx.async_eval(self.parameters, self.moments, loss, norm)
         return loss, norm, self.moments["bad"]

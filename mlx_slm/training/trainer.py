@@ -2,6 +2,9 @@
 
 The loss of a step is the mean over its target tokens, whatever the number of micro-batches. One step is always in
 flight: the host reads the numbers of step s while the device works on step s+1.
+
+Of several ranks the first reads and writes checkpoints, and says how it goes; all have its state, and agree on what is
+next: to stop, or to save for the time that passed, one step after a rank wishes it.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import mlx.core as mx
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.files import Damaged
 from mlx_slm.machine import runtime
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.report import Report, duration, perplexity
 from mlx_slm.text.rows import Sampler
 from mlx_slm.training import checkpoint
@@ -53,23 +57,29 @@ class Trainer:
     def __init__(self, training: Training, parameters: dict, run: Path, report: Report):
         self.sampler, self.schedule, self.evaluate = training.sampler, training.schedule, training.evaluate
         self.flops_per_token, self.vocab_size = training.flops_per_token, training.vocab_size
-        self.run_directory, self.report, schedule = run, report, training.schedule
+        self.ranks, schedule = ranks(), training.schedule
+        self.run_directory, self.report = run, report if self.ranks.is_first else Report()
+        report = self.report
         if schedule.warmup_steps > schedule.steps:
             report.warn(
                 f"the warm-up of {schedule.warmup_steps:,} steps is longer than the training of {schedule.steps:,}, "
                 f"which ends at a rate of {schedule.rate(schedule.steps - 1, State()):.1e}: lower warmup_steps"
             )
         self.state, moments = State(), None
+        parameters = self.ranks.tree_from_first(parameters)
         self._start = None if schedule.patience is None else parameters  # what a pretraining starts from is freed
-        newest = checkpoint.load_newest(run, report)
+        newest = checkpoint.load_newest(run, report) if self.ranks.is_first else None
         if newest:
             parameters, moments, state = newest
             self.state = State.from_json(state)
             report.line(f"resuming {run.name} at step {self.state.step:,} of {schedule.end(self.state):,}")
             self._check_arithmetic()
             self._check_best()
+        self.state = State.from_json(self.ranks.from_first(self.state.to_json()))
         self.state.arithmetic = runtime.arithmetic()
-        self.metrics = checkpoint.Metrics(run, self.state.step, report)
+        self.metrics = checkpoint.Metrics(run, self.state.step, report) if self.ranks.is_first else None
+        if self.ranks.from_first(newest is not None):
+            parameters, moments = self.ranks.tree_from_first(parameters), self.ranks.tree_from_first(moments)
         self.step = training.start(parameters, moments)
         self._pending: tuple | None = None
         self._saved_step, self._saved_at = self.state.step if newest else -1, time.perf_counter()
@@ -78,7 +88,7 @@ class Trainer:
         """Train as planned; raises Interrupted after saving on SIGINT or SIGTERM."""
         schedule, state = self.schedule, self.state
         runtime.configure_device()
-        peak = runtime.matmul_gflops() * 1e9
+        peak = runtime.matmul_gflops() * 1e9 * self.ranks.size
         with (
             stop_requested() as stopping,
             ThreadPoolExecutor(1) as loader,
@@ -95,6 +105,7 @@ class Trainer:
             rows = loader.submit(self.sampler.rows, state.step)
             started, first = time.perf_counter(), True
             while state.step < schedule.end(state):
+                wishes = self._wishes(stopping)
                 tokens, weights, clusters = rows.result()
                 if tokens.max() >= self.vocab_size:
                     raise Damaged(
@@ -116,8 +127,9 @@ class Trainer:
                 state.tokens += total
                 reporting, evaluating = schedule.is_due(schedule.report_every, state), schedule.evaluates(state)
                 saving = schedule.is_due(schedule.checkpoint_every, state) or state.step in schedule.milestones
-                saving = saving or time.perf_counter() - self._saved_at >= schedule.checkpoint_seconds
-                if reporting or evaluating or saving or stopping.is_set():
+                stops, saves = wishes()
+                saving = saving or saves
+                if reporting or evaluating or saving or stops:
                     self._collect()
                 now = time.perf_counter()
                 state.seconds += now - started
@@ -127,14 +139,27 @@ class Trainer:
                     self._report(peak)
                 better = self._evaluate() if evaluating else False
                 falls = evaluating and self._begin_fall()
-                if saving or better or falls or stopping.is_set():
+                if saving or better or falls or stops:
                     self._save()
-                if stopping.is_set() and state.step < schedule.end(state):
+                if stops and state.step < schedule.end(state):
                     raise Interrupted(f"stopped at step {state.step:,}; the same command again goes on from there")
                 if reporting or evaluating or saving:
                     started = time.perf_counter()
             rows.cancel()
         return state
+
+    def _wishes(self, stopping: threading.Event) -> Callable[[], tuple[bool, bool]]:
+        """Whether to stop, and whether to save for the time that passed: of one process when it is asked, of several
+        what any of them wished when they were about to begin the step."""
+
+        def own() -> tuple[bool, bool]:
+            return stopping.is_set(), time.perf_counter() - self._saved_at >= self.schedule.checkpoint_seconds
+
+        if self.ranks.size == 1:
+            return own
+        counts = self.ranks.summed(mx.array(own(), mx.int32))
+        mx.async_eval(counts)
+        return lambda: tuple(map(bool, counts.tolist()))
 
     @property
     def flops(self) -> float:
@@ -198,6 +223,10 @@ class Trainer:
         window["steps"] += 1
         window["norm"] = norm.item()
 
+    def _write(self, record: dict) -> None:
+        if self.metrics:
+            self.metrics.write(record)
+
     def _report(self, peak: float) -> None:
         state, schedule, window = self.state, self.schedule, self.state.window
         if not window["tokens"]:
@@ -208,7 +237,7 @@ class Trainer:
         loss, rate = window["loss"] / window["tokens"], schedule.rate(state.step - 1, state)
         left = (schedule.end(state) - state.step) * window["seconds"] / window["steps"]
         memory = mx.get_peak_memory() / 2**30
-        self.metrics.write(
+        self._write(
             {
                 "step": state.step,
                 "tokens": state.tokens,
@@ -239,7 +268,7 @@ class Trainer:
             state.best_nll, state.best_step, state.stale = nll, state.step, 0
         else:
             state.stale += 1
-        self.metrics.write({"step": state.step, "tokens": state.tokens, "valid_nll": nll})
+        self._write({"step": state.step, "tokens": state.tokens, "valid_nll": nll})
         mark = "best so far" if better else f"{state.stale} since the best"
         self.report.line(
             f"step {state.step:>6,}/{self.schedule.end(state):,}  validation perplexity {perplexity(nll):.2f} ({mark})"
@@ -249,12 +278,15 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_step == self.state.step:
             return
+        self._saved_step, self._saved_at = self.state.step, time.perf_counter()
+        if not self.ranks.is_first:
+            return
         best = self.state.best_step
         keep = {*self.schedule.milestones, *([] if best is None else [best])}
         checkpoint.save_checkpoint(
             self.run_directory, self.state.step, self.step.parameters, self.step.moments, self.state.to_json(), keep
         )
-        self._saved_step, self._saved_at = self.state.step, time.perf_counter()
+        self._saved_at = time.perf_counter()
 
 
 @contextlib.contextmanager

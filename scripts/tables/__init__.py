@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from scripts.tables import benchmarks, miniature, models, study
+from scripts.tables import benchmarks, five, miniature, models, recipes, study
 from scripts.tables.records import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,5 +40,17 @@ TABLES: dict[str, Callable[[], str]] = {
         miniature.miniature_helps,
         miniature.encoders_agreement,
         miniature.encoders_models,
+        recipes.early_mixing,
+        recipes.early_mixing_16k,
+        recipes.cooldown,
+        recipes.replay,
+        recipes.continued,
+        recipes.soup,
+        recipes.learned_weights,
+        five.five_64k,
+        five.five_16k,
+        five.best,
+        five.five_clusters,
+        five.five_costs,
     )
 }

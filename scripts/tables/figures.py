@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,11 +14,27 @@ from mlx_slm.study.figures import draw as draw_study
 from scripts.tables.records import ROOT, records
 
 DOCS = ROOT / "docs"
-DRAWN: dict[str, tuple[Callable[[list, str, Path], Iterable[Path]], tuple[str, ...]]] = {
-    "2026-11-28-xeon-study-five.jsonl": (
-        lambda rows, _, folder: draw_study(rows, "study-mini", folder),
-        ("study-mini-cost.png", "study-mini-finetuning.png", "study-mini-domains.png"),
-    ),
+NOTHING = {"tokens": 0, "seconds": 0, "flops": 0}
+
+
+def three_domains(rows: list[dict], folder: Path) -> None:
+    """Rows of before the fine-tuning's curve, variants and the part of a pretraining that domains share."""
+    came_later = {"curve": [], "variant": None, "shared_budget": None}
+    whole = []
+    for row in rows:
+        pretraining = row["pretraining"] or NOTHING
+        shared = NOTHING if row["method"] == "is" else pretraining
+        whole.append(came_later | row | {"pretraining": pretraining, "shared": shared})
+    draw_study(whole, "study-three", folder)
+
+
+def five_domains(rows: list[dict], folder: Path) -> None:
+    draw_study(rows, "study-five", folder)
+
+
+DRAWN: dict[str, tuple[Callable[[list[dict], Path], None], tuple[str, ...]]] = {
+    "2026-11-28-xeon-study-mini.jsonl": (three_domains, ("study-three-cost.png",)),
+    "2026-11-30-xeon-study-five.jsonl": (five_domains, ("study-five-cost.png", "study-five-finetuning.png")),
 }
 """Of each record: what draws it into a folder, and which of those figures the documents show."""
 
@@ -41,7 +57,7 @@ def draw_all() -> list[Path]:
         if all((DOCS / name).exists() and drawn_from(DOCS / name) == now for name in shown):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            draw(records(record), record, Path(folder))
+            draw(records(record), Path(folder))
             for name in shown:
                 note = PngInfo()
                 note.add_text("Record", now)

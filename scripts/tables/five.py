@@ -11,7 +11,7 @@ FIVE = ("pubmed", "stackexchange", "freelaw", "wikipedia", "europarl")
 
 
 def rows() -> list[dict]:
-    return records("2026-11-28-xeon-study-five.jsonl")
+    return records("2026-11-30-xeon-study-five.jsonl")
 
 
 def perplexity(

@@ -1,0 +1,216 @@
+"""Ranks: processes that train one model together, each on its rows of every step.
+
+`mlx.launch` starts them, `mx.distributed` connects them. With one rank, the usual case, everything here returns what it
+was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map_with_path
+
+from mlx_slm.errors import SlmError
+from mlx_slm.machine.trees import flat, nested
+
+BUFFER = 32 * 2**20
+"""Bytes of gradients that are summed at once."""
+T = TypeVar("T")
+
+
+@dataclass
+class Ranks:
+    """This process among those that work together."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+    hosts: list[str] = field(default_factory=list)
+    """The host of each rank."""
+    sent: int = 0
+    """Bytes that this rank has handed to collectives."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes and reports."""
+        return self.rank == 0
+
+    def own(self, items):
+        """This rank's part of a step's rows or groups: every `size`-th."""
+        return items[self.rank :: self.size]
+
+    def by_rank(self, items):
+        """The parts of all ranks, one behind the other, as `gathered` has them."""
+        return np.concatenate([items[rank :: self.size] for rank in range(self.size)])
+
+    def summed(self, array: mx.array) -> mx.array:
+        """The sum over ranks, the same to the bit on each."""
+        if self.size == 1:
+            return array
+        self.sent += array.nbytes
+        return mx.distributed.all_sum(array, group=self.group)
+
+    def gathered(self, array: mx.array) -> mx.array:
+        """The arrays of all ranks, [size * n, ...] of [n, ...], in their order."""
+        if self.size == 1:
+            return array
+        self.sent += array.nbytes
+        return mx.distributed.all_gather(array, group=self.group)
+
+    def summed_tree(self, tree: dict, dtype: mx.Dtype = mx.float32) -> dict:
+        """The sum over ranks of a tree of fp32 arrays, in few large buffers of `dtype`. What a backward pass makes first,
+        the end of the tree, is on its way first."""
+        if self.size == 1:
+            return tree
+        arrays, whole = flat(tree), {}
+        for names in _buffers(arrays, dtype.size):
+            joined = mx.concatenate([arrays[name].reshape(-1) for name in names]).astype(dtype)
+            ends = np.cumsum([arrays[name].size for name in names]).tolist()
+            parts = mx.split(self.summed(joined).astype(mx.float32), ends[:-1])
+            whole |= {name: part.reshape(arrays[name].shape) for name, part in zip(names, parts, strict=True)}
+        return tree_map_with_path(lambda name, _: whole[name], tree)
+
+    def from_first(self, value: T) -> T:
+        """What the first rank has, JSON, on all of them."""
+        if self.size == 1:
+            return value
+        data = np.frombuffer(json.dumps(value).encode(), np.uint8) if self.is_first else np.zeros(0, np.uint8)
+        length = int(self.summed(mx.array([len(data)], mx.int32)).item())
+        buffer = np.zeros(length, np.uint8)
+        buffer[: len(data)] = data
+        return json.loads(np.array(self.summed(mx.array(buffer))).tobytes())
+
+    def of_all(self, value: T) -> list[T]:
+        """What each rank has, JSON, by rank."""
+        if self.size == 1:
+            return [value]
+        data = json.dumps(value).encode()
+        lengths = self.gathered(mx.array([len(data)], mx.int32)).tolist()
+        padded = np.frombuffer(data.ljust(max(lengths)), np.uint8)
+        rows = np.array(self.gathered(mx.array(padded)[None]))
+        return [json.loads(row.tobytes()) for row in rows]
+
+    def tree_from_first(self, tree: dict | None) -> dict:
+        """The arrays that the first rank has, bit for bit, on all of them; the others need not have any."""
+        if self.size == 1:
+            assert tree is not None
+            return tree
+        arrays = flat(tree) if self.is_first else {}
+        forms = self.from_first([(name, a.shape, str(a.dtype).removeprefix("mlx.core.")) for name, a in arrays.items()])
+        received = {}
+        for name, shape, kind in forms:
+            dtype = getattr(mx, kind)
+            bits = getattr(mx, f"uint{8 * dtype.size}")
+            mine = arrays[name].reshape(-1).view(bits) if self.is_first else mx.zeros(math.prod(shape), bits)
+            received[name] = self.summed(mine).view(dtype).reshape(shape)
+            mx.eval(received[name])
+        return nested(received)
+
+    def by_first(self, make: Callable[[], T]) -> T:
+        """What the first rank makes, JSON, on all of them; where it fails, all end."""
+        if self.size == 1:
+            return make()
+        if not self.is_first:
+            answer = self.from_first({})
+            if "error" in answer:
+                raise SlmError(f"rank 0 ({self.hosts[0]}): {answer['error']}")
+            return answer["made"]
+        try:
+            made = make()
+        except SlmError as error:
+            self.from_first({"error": str(error)})
+            raise
+        self.from_first({"made": made})
+        return made
+
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """make() on the first rank, then on the others, which find what it has written where they share its files."""
+        made: list[T] = []
+        self.by_first(lambda: made.append(make()))
+        return made[0] if self.is_first else make()
+
+    def require_same(self, facts: dict[str, Any]) -> None:
+        """Raise SlmError, on all ranks, that names the first rank whose facts are others than the first rank's."""
+        every = self.of_all(facts)
+        for rank, theirs in enumerate(every):
+            for key in facts:
+                if theirs.get(key) != every[0].get(key):
+                    raise SlmError(
+                        f"rank {rank} ({self.hosts[rank]}) has another {key} than rank 0 ({self.hosts[0]}): "
+                        f"{_short(theirs.get(key))}, not {_short(every[0].get(key))}: make them equal, and start again"
+                    )
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) < 30 else f"{text[:12]}..."
+
+
+def _buffers(arrays: dict[str, mx.array], itemsize: int) -> Iterator[list[str]]:
+    """Names of arrays that are summed together, the last first."""
+    names: list[str] = []
+    size = 0
+    for name in reversed(arrays):
+        if names and size + arrays[name].size * itemsize > BUFFER:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += arrays[name].size * itemsize
+    yield names
+
+
+ALONE = Ranks()
+_alone = False
+
+
+def ranks() -> Ranks:
+    """Those that were started together, or this process alone."""
+    return ALONE if _alone else _started()
+
+
+def are_several() -> bool:
+    """Whether this process was started as one of several, without connecting to them."""
+    return bool(os.environ.get("MLX_RANK")) and bool(
+        os.environ.get("MLX_HOSTFILE") or os.environ.get("MLX_WORLD_SIZE") or os.environ.get("MLX_IBV_DEVICES")
+    )
+
+
+@contextlib.contextmanager
+def working_alone() -> Iterator[None]:
+    """What is done inside is this rank's own: other ranks do something else."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+@functools.cache
+def _started() -> Ranks:
+    """Connect to the other ranks; raises SlmError where that fails."""
+    if not are_several():
+        return ALONE
+    try:
+        group = mx.distributed.init(strict=True)
+    except (RuntimeError, ValueError) as error:
+        raise SlmError(
+            f"rank {os.environ['MLX_RANK']} on {socket.gethostname()} does not reach the others ({error}): check the "
+            "hosts and ports of the launcher"
+        ) from error
+    if group.size() == 1:
+        return ALONE
+    found = Ranks(group.rank(), group.size(), group)
+    found.hosts = found.of_all(socket.gethostname())
+    return found
+
