@@ -25,6 +25,7 @@ OUT_OF_MEMORY = (
     "out of memory: lower training.micro_rows (in fine-tuning finetuning.micro_rows), data.context_length or the model,"
     " or end other programs; what was saved is whole, the same command goes on from there"
 )
+RESTART = "start all ranks again, they go on from the last checkpoint; what the other one said tells why"
 NO_BACKEND = (
     "MLX has nothing to compute with on this machine: pip install 'mlx-slm[cpu]', or 'mlx-slm[cuda]' for an NVIDIA GPU"
 )
@@ -140,6 +141,10 @@ def run(arguments: list[str]) -> int:
             raise
         return _fail(f"error: {str(error.filename)[:200]}: {error.strerror}", FAILED)
     except (MemoryError, RuntimeError) as error:
+        from mlx_slm.machine.ranks import is_lost
+
+        if is_lost(error):
+            return _fail(f"error: another rank was lost ({error}): {RESTART}", FAILED)
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in NO_MEMORY):
             raise
         return _fail(f"error: {OUT_OF_MEMORY}", FAILED)

@@ -137,7 +137,7 @@ def pretrain(session: Session, method, domain, weights, k, **given) -> None:
     session.start_computing()
     target = SamplingTarget(domain, domain_tokens, Path(weights) if weights else None) if sampled else None
     if of.continues and not given["init_from"]:
-        given["init_from"] = default_run(session.workspace, of.continues)
+        given["init_from"] = default_run(session.workspace, of.continues, "--init-from")
         if given["init_from"] not in session.workspace.runs():
             raise SlmError(
                 f"--method {method} goes on from a run of method {of.continues}, and there is none: `mlx-slm pretrain` "
@@ -205,6 +205,11 @@ def specialize(session: Session, replay, **given) -> None:
     if replay is not None:
         session.overrides = (*session.overrides, f"finetuning.replay={replay}")
     if request.source and (bundle := bundle_at(session.workspace, request.source)):
+        if replay and not session.workspace.sets():
+            raise SlmError(
+                f"--replay {replay:g}: a bundle brings no generic text to draw rows of; prepare the set in "
+                f"{session.workspace.root} first, or leave --replay out"
+            )
         install_bundle(session.workspace, bundle, session.report)
     project = session.project
     session.start_computing()

@@ -348,6 +348,13 @@ class DistillationConfig(Section):
     """Temperature of both distributions. Not specified by the paper; the best of a small sweep over both."""
 
 
+HORIZONS = ("steps", "tokens", "passes", "hours")
+DECIDED = {f"training.{key}" for key in ("seed", "milestones", *HORIZONS)} | {
+    *("finetuning.seed", "clusters.k", "projection.k", "mixture.k", "mixture.tokens")
+}
+"""What the lists of a grid stand for."""
+
+
 class Grid(Section):
     """Every combination of these lists is a cell of a study: one fine-tuned model."""
 
@@ -370,13 +377,21 @@ class Grid(Section):
     """Pretraining tokens of the small model that SLM-cis goes on from, one for all domains. Default: its own budget."""
     variant: str | None = None
     """What cells with `settings` are called."""
-    settings: dict[str, bool | int | float | str] = {}
-    """Settings of these cells in place of the study's, such as `clusters.domain_share: 0.1`."""
+    settings: dict[str, Any] = {}
+    """Settings of these cells in place of the study's, such as `clusters.domain_share: 0.1`: single values, of what the
+    grid itself does not decide."""
 
     @model_validator(mode="after")
     def check_variant(self) -> Grid:
         if bool(self.variant) != bool(self.settings):
             raise ValueError("a grid with settings needs a variant, which names them, and a variant settings")
+        for key, value in self.settings.items():
+            if key in DECIDED or key.partition(".")[0] in ("data", "tokenizer", "study"):
+                raise ValueError(
+                    f"settings: {key} is no setting of a variant: the grid and the study decide it for all"
+                )
+            if not isinstance(value, bool | int | float | str):
+                raise ValueError(f"settings: {key} is {value!r}: give a single value")
         return self
 
 

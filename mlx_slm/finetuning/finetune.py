@@ -82,7 +82,9 @@ def finetune_all(workspace: Workspace, run: Run, experts: Experts, job: Finetuni
         job.report.line(f"fine-tuning expert {number} of 0 to {experts.k - 1}")
         inputs = run.record["inputs"] | {"expert": number}
         path = expert_path(run.path, number)
-        tuned[number] = open_together(workspace, RunRequest(path, run.record["method"], inputs, job.config, select="best"))
+        tuned[number] = open_together(
+            workspace, RunRequest(path, run.record["method"], inputs, job.config, select="best")
+        )
         if not tuned[number].finished:
             job.work(tuned[number], experts.parameters(number))
         scores = {done: one.record["valid_nll"] for done, one in tuned.items()}

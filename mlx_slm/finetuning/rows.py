@@ -31,12 +31,19 @@ def finetuning_rows(project: Project, domain: DomainSet, steps: int) -> tuple[Sa
     tuning, own = config.finetuning, Stream.of(domain.store, domain.windows)
     streams, distribution, inputs = [own], np.ones(1), {}
     if tuning.replay:
+        rows = steps * tuning.batch_rows
+        for share, whose in ((tuning.replay, "the generic set"), (1 - tuning.replay, "the domain")):
+            if share * rows < 1:
+                raise SlmError(
+                    f"finetuning.replay={tuning.replay:g}: of at most {rows:,} rows none is left for {whose}: give "
+                    "another share, or train longer"
+                )
         target, store = SamplingTarget(domain.name, domain.tokens), Store(project.workspace.data(generic_name, "train"))
         store.require_context(own.row_length)
         clusters = clusters_for(project, target)
         generic = clusters.assigned(generic_name, "train").streams(store)
-        aim = importance_of(project, target, clusters, generic, round(steps * tuning.batch_rows * tuning.replay))
-        report.line(f"{tuning.replay:.0%} of the rows are replayed from {generic_name}\n{aim.lines}")
+        aim = importance_of(project, target, clusters, generic, max(1, round(rows * tuning.replay)))
+        report.line(f"{100 * tuning.replay:g} % of the rows are replayed from {generic_name}\n{aim.lines}")
         streams += generic
         distribution = np.concatenate([[1 - tuning.replay], tuning.replay * aim.distribution])
         inputs = {"replay": {"share": tuning.replay, **inputs_of(config, target, clusters, aim)}}

@@ -68,11 +68,14 @@ class Ranks:
         return mx.distributed.all_gather(array, group=self.group)
 
     def summed_tree(self, tree: dict, dtype: mx.Dtype = mx.float32) -> dict:
-        """The sum over ranks of a tree of fp32 arrays, in few large buffers of `dtype`. What a backward pass makes first,
-        the end of the tree, is on its way first."""
+        """The sum over ranks of a tree of fp32 arrays, in few large buffers of `dtype`.
+
+        What a backward pass makes first, the end of the tree, is on its way first.
+        """
         if self.size == 1:
             return tree
-        arrays, whole = flat(tree), {}
+        arrays = flat(tree)
+        whole: dict[str, mx.array] = {}
         for names in _buffers(arrays, dtype.size):
             joined = mx.concatenate([arrays[name].reshape(-1) for name in names]).astype(dtype)
             ends = np.cumsum([arrays[name].size for name in names]).tolist()
@@ -85,7 +88,7 @@ class Ranks:
         if self.size == 1:
             return value
         data = np.frombuffer(json.dumps(value).encode(), np.uint8) if self.is_first else np.zeros(0, np.uint8)
-        length = int(self.summed(mx.array([len(data)], mx.int32)).item())
+        length = np.array(self.summed(mx.array([len(data)], mx.int32)))
         buffer = np.zeros(length, np.uint8)
         buffer[: len(data)] = data
         return json.loads(np.array(self.summed(mx.array(buffer))).tobytes())
@@ -95,8 +98,8 @@ class Ranks:
         if self.size == 1:
             return [value]
         data = json.dumps(value).encode()
-        lengths = self.gathered(mx.array([len(data)], mx.int32)).tolist()
-        padded = np.frombuffer(data.ljust(max(lengths)), np.uint8)
+        longest = np.array(self.gathered(mx.array([len(data)], mx.int32))).max()
+        padded = np.frombuffer(data.ljust(int(longest)), np.uint8)
         rows = np.array(self.gathered(mx.array(padded)[None]))
         return [json.loads(row.tobytes()) for row in rows]
 
@@ -121,7 +124,7 @@ class Ranks:
         if self.size == 1:
             return make()
         if not self.is_first:
-            answer = self.from_first({})
+            answer: dict[str, Any] = self.from_first({})
             if "error" in answer:
                 raise SlmError(f"rank 0 ({self.hosts[0]}): {answer['error']}")
             return answer["made"]
@@ -169,6 +172,15 @@ def _buffers(arrays: dict[str, mx.array], itemsize: int) -> Iterator[list[str]]:
     yield names
 
 
+LOST = ("[ring]", "[jaccl]", "[nccl]", "NCCL")
+"""How MLX's engines begin what they say of a connection."""
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error says that another rank is gone."""
+    return any(sign in str(error) for sign in LOST)
+
+
 ALONE = Ranks()
 _alone = False
 
@@ -213,4 +225,3 @@ def _started() -> Ranks:
     found = Ranks(group.rank(), group.size(), group)
     found.hosts = found.of_all(socket.gethostname())
     return found
-

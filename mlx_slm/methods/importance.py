@@ -37,7 +37,7 @@ class ImportanceSampling(Method):
         own = domain_stream(project, target) if mixes(config, target) else None
         mixing = mixing_of(config, steps, own.num_rows if own else 0)
         rows = steps * config.training.batch_rows
-        aim = importance_of(project, target, clusters, streams, round(rows * (1 - mixing.mean)))
+        aim = importance_of(project, target, clusters, streams, max(1, round(rows * (1 - mixing.mean))))
         inputs = setup.inputs(self.name) | {"importance": inputs_of(config, target, clusters, aim) | mixing.inputs}
         facts = aim.facts | {"distribution": aim.distribution.tolist()}
         if own is None:
@@ -54,6 +54,7 @@ class ImportanceSampling(Method):
             files={IMPORTANCE: facts},
             steps=steps,
             later=tuple(later),
+            reads=(target.domain or "",),
         )
 
     def cost(self, spending: Spending) -> Cost:
@@ -63,7 +64,7 @@ class ImportanceSampling(Method):
 class Continued(ImportanceSampling):
     """A generic small model that goes on with importance sampling: it is paid for once, and each domain for little.
 
-    With as many tokens in all as SLM-is it ends where that does (docs/decisions.md). It is not of the paper.
+    With as many tokens in all as SLM-is it ends near that (docs/results.md has by how much). It is not of the paper.
     """
 
     OWN = 0.25

@@ -44,6 +44,8 @@ def mixing_of(config: Config, steps: int, domain_rows: int) -> Mixing:
         steps * config.training.batch_rows,
     )
     share, last = settings.domain_share, settings.cooldown_share
+    if not domain_rows:
+        return Mixing([(0, 0.0)], 0.0, {})
     if last is not None and not falling:
         raise SlmError(
             f"clusters.cooldown_share={last:g} is for the last steps, in which the rate falls, and of {steps:,} steps "
@@ -51,14 +53,15 @@ def mixing_of(config: Config, steps: int, domain_rows: int) -> Mixing:
         )
     last = share if last is None else last
     mean = share + (last - share) * falling / steps
-    if not domain_rows or not mean:
+    if not mean:
         return Mixing([(0, 0.0)], 0.0, {})
+    given = f"clusters.domain_share={share:g}" if share else f"clusters.cooldown_share={last:g}"
     if mean * rows < 1:
-        raise SlmError(
-            f"clusters.domain_share={share:g}: of {rows:,} rows that is none: raise it, train longer, or set it to 0"
-        )
+        raise SlmError(f"{given}: of {rows:,} rows that is none: raise it, train longer, or set it to 0")
     lowered = min(1.0, settings.domain_passes * domain_rows / (mean * rows))
     share, last = lowered * share, lowered * last
+    if (1 - lowered * mean) * rows < 1:
+        raise SlmError(f"{given}: of {rows:,} rows none is left for the generic set: lower it, or train longer")
     phases = [(0, share)] if last == share else [(0, share), (steps - falling, last)]
     return Mixing(phases, lowered * mean, {"domain_share": share, "cooldown_share": last})
 

@@ -49,7 +49,9 @@ class Mixture(Method):
             raise SlmError(f"--experts {beyond[0]}: the mixture has the experts 0 to {k - 1} (mixture.k = {k})")
 
     def pretrain(self, setup: Setup, request: Pretraining) -> Run:
-        project, path, experts = setup.project, setup.path, request.experts
+        path, experts = setup.path, request.experts
+        training = setup.project.config.training.model_copy(update={"milestones": []})
+        project = setup.project.having(training=training)
         k = project.config.mixture.k
         clusters = generic_clusters(setup, k)
         mixture = {"mixture": project.config.mixture.model_dump(mode="json")}

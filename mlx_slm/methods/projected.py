@@ -8,6 +8,7 @@ from pathlib import Path
 from mlx_slm.config.schema import Config, ProjectionConfig, TrainingConfig
 from mlx_slm.errors import SlmError
 from mlx_slm.experts.experts import SELECTS
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.methods.base import Method, Models, Rates, Rows, Setup, TrainingJob, Trains
 from mlx_slm.methods.experts import experts_inputs, generic_clusters
 from mlx_slm.methods.requests import Pretraining
@@ -52,6 +53,11 @@ class ProjectedNetwork(Method):
         training, projection, generic = config.training, config.projection, config.data.generic
         shape = ProjectedShape.of(projection, setup.shape)
         groups = resolved_groups(projection)
+        if groups % ranks().size:
+            raise SlmError(
+                f"{ranks().size} ranks cannot share the {groups} groups of a step: set projection.clusters_per_step "
+                "to a multiple of their number, or start fewer"
+            )
         rows = training.batch_rows // groups
         given = training.micro_rows and training.micro_rows // rows
         micro, recompute = groups_that_fit(shape, groups, rows, given, training.recompute_layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -51,6 +52,8 @@ class TrainingJob:
     """What the user should read before it starts."""
     files: dict = field(default_factory=dict)
     """JSON to lie in the run, by name."""
+    reads: tuple[str, ...] = ()
+    """Sets of text beside the generic one that its rows are of."""
     published: dict | None = None
     """`Pretrained.facts` of the model that it begins with."""
 
@@ -102,17 +105,26 @@ def work(
                 write_record(job.path / file, value)
         if run.finished:
             report.line(run.already_finished)
-        else:
-            with in_use(project.workspace, config.data.generic):
-                trainer = _trainer(job, config.training, report)
-                run.finish(trainer.run(), trainer.flops)
-        if config.training.cooldown:
-            with in_use(project.workspace, config.data.generic):
+        with contextlib.ExitStack() as reading:
+            for name in (config.data.generic, *job.reads):
+                reading.enter_context(in_use(project.workspace, name))
+            if not run.finished:
+                _train(job, config.training, report, run)
+            if config.training.cooldown:
                 for tokens, step in milestones(job, config.training):
                     _finish_milestone(project, job, run, tokens, step)
         if export and ranks().is_first:
             export_run(project.workspace, run, report)
     return run
+
+
+def _train(job: TrainingJob, training: TrainingConfig, report: Report, run: Run) -> None:
+    """Train a run to its end, and record what came out."""
+    beyond = [tokens for tokens, step in _steps_at(job, training) if step > job.steps]
+    if beyond:
+        report.warn(f"training.milestones: {format_size(beyond[0])} tokens are beyond the horizon of this training")
+    trainer = _trainer(job, training, report)
+    run.finish(trainer.run(), trainer.flops)
 
 
 def milestones(job: TrainingJob, training: TrainingConfig) -> list[tuple[int, int]]:
@@ -151,9 +163,6 @@ def _finish_milestone(project: Project, job: TrainingJob, run: Run, tokens: int,
 
 
 def _trainer(job: TrainingJob, training: TrainingConfig, report: Report) -> Trainer:
-    beyond = [tokens for tokens, step in _steps_at(job, training) if step > job.steps]
-    if beyond:
-        report.warn(f"training.milestones: {format_size(beyond[0])} tokens are beyond the horizon of this training")
     at = [step - cooldown_steps(training, step) for _, step in milestones(job, training)]
     schedule = Schedule(
         steps=job.steps,
@@ -175,15 +184,21 @@ def _trainer(job: TrainingJob, training: TrainingConfig, report: Report) -> Trai
 
 
 def cooldown_steps(training: TrainingConfig, steps: int) -> int:
-    """Of a horizon of `steps`, those in which the rate falls."""
-    return round(training.cooldown * steps)
+    """Of a horizon of `steps`, those in which the rate falls; the first is not one of them."""
+    return min(round(training.cooldown * steps), steps - 1)
+
+
+def _all_steps(job: TrainingJob, training: TrainingConfig) -> int:
+    """With those in which the rate falls for a milestone."""
+    branches = milestones(job, training) if training.cooldown else []
+    return job.steps + sum(cooldown_steps(training, step) for _, step in branches)
 
 
 def announce_jobs(jobs: list[TrainingJob], training: TrainingConfig, report: Report) -> None:
     """Say what is about to happen; ask where it takes over ten minutes."""
     if not jobs:
         return
-    rows = [job.steps * training.batch_rows for job in jobs]
+    rows = [_all_steps(job, training) * training.batch_rows for job in jobs]
     tokens = sum(rows) * jobs[0].sampler.row_length
     seconds = tokens * jobs[0].flops_per_token / likely_flops() / ranks().size
     passes = sum(rows) / sum(job.sampler.num_rows for job in jobs)

@@ -45,6 +45,9 @@ def recommend(costs: dict[str, Cost], domains: int, against: dict[str, str]) -> 
     generic = costs[shared].generic - costs[sampled].generic
     break_even = generic / (costs[sampled].specialization - costs[shared].specialization)
     equal = f"the first two are equal at {break_even:.1f} domains"
+    if break_even <= 0:
+        less = min((sampled, shared), key=lambda method: costs[method].total(1))
+        equal = f"{NAMES[less]} takes less for any number of domains"
     return (sampled if each <= once else shared), f"{compared}; {equal}"
 
 

@@ -70,7 +70,8 @@ class Study:
 
     def _check(self, domains: Iterable[str]) -> None:
         config = self.config
-        plain_name(self.name)
+        for name in (self.name, *(cell.name for cell in self.cells)):
+            plain_name(name)
         if self.file.name == EVALUATIONS:
             raise SlmError(f"a study cannot be called {self.name}: `evaluate` keeps its results there; rename its file")
         if config.data.generic in domains:
@@ -79,6 +80,12 @@ class Study:
         if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
             raise SlmError(f"study.grids: variant {twice[0]} stands for several settings: give each its own name")
         for cell in {(cell.method, cell.k, cell.variant): cell for cell in self.cells}.values():
+            tuned = [key for key, _ in cell.changes if key.startswith("finetuning.")]
+            if tuned and find_method(cell.method).other_budget == "teacher_budget":
+                raise SlmError(
+                    f"study.grids: variant {cell.variant} changes {tuned[0]}, and the teachers of method {cell.method} "
+                    "are fine-tuned with the study's own settings: leave that method out of it"
+                )
             find_method(cell.method).check_study(self._config(cell, next(iter(cell.pretrained), None)))
         if config.training.schedule != "constant" and any(len(budgets) > 1 for budgets in self.budgets.values()):
             self.report.warn(
@@ -98,8 +105,9 @@ class Study:
         settings = {}
         for cell in self.cells:
             horizons = {method: self.budgets[cell.trunk(method)][-1] for method in cell.pretrained}
+            changes = [cell.changes] if cell.changes else []
             own = find_method(cell.method).of_study(self.config)
-            settings[cell.name] = fingerprint([self._of_all, horizons, own, cell.changes, self._texts[cell.domain]])
+            settings[cell.name] = fingerprint([self._of_all, horizons, own, *changes, self._texts[cell.domain]])
         return settings
 
     @cached_property
@@ -138,7 +146,7 @@ class Study:
         costs = {name: _cost_at(*base) for name, base in bases.items()}
         name = f"{self.name}-{cell.name}"
         method = find_method(cell.method)
-        if method.teaches:
+        if method.teaches and not cell.changes:
             name = name_of_teacher(find_run(self.workspace, starts[0]), cell.domain, cell.domain_tokens)
         start = starts[0] if starts else SCRATCH
         request = Specialisation(cell.domain, start, cell.domain_tokens, name, select=cell.select)
@@ -188,7 +196,11 @@ class Study:
         target = SamplingTarget(cell.domain, cell.domain_tokens) if of.is_per_domain else None
         with alone_in(self.workspace.run(name)):
             pass  # Busy now, rather than after a network was initialised
-        start = require_model(self.workspace, _called(*others[of.continues])) if of.continues else None
+        start = None
+        if of.continues:
+            shared, budget = others[of.continues]
+            with alone_in(shared.path):
+                start = require_model(self.workspace, _called(shared, budget))
         request = Pretraining(method, name, target=target, init_from=start)
         run = pretrain(Project(self.workspace, config, self.report), request)
         budget = cell.pretrained[method]
@@ -273,4 +285,5 @@ def _importance(run: Run) -> dict | None:
         return None
     facts = run.importance()
     kept = ("clusters_used", "passes_max", "passes_mean", "effective_fraction", "exp_entropy", "kl_generic")
-    return {key: facts[key] for key in kept}
+    mixed = {key: facts[key] for key in ("domain_share", "domain_passes") if key in facts}
+    return {key: facts[key] for key in kept} | mixed

@@ -156,7 +156,7 @@ def _finetuning_curves(rows: list[dict], name: str, results: Path) -> Path:
             points = group[0]["curve"]
             xs, ys = [point[0] / size for point in points], [point[1] for point in points]
             axis.plot(xs, ys, **looks[method] | {"marker": None})
-        axis.set(yscale="log", xlabel="passes over the domain set")
+        axis.set(yscale="log", xlabel="tokens read, in sizes of the domain set")
         _plain_numbers(axis)
     return _finish(figure, axes, f"{name}: fine-tuning, until early stopping", results / f"{name}-finetuning.png")
 

@@ -12,6 +12,7 @@ from mlx_slm.config.schema import Config, Grid
 from mlx_slm.errors import SlmError
 from mlx_slm.fields import format_size
 from mlx_slm.methods import Method, find_method
+from mlx_slm.methods.base import Trains
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Cell:
             parts.append(f"k{self.k}")
         if of.is_per_domain:
             parts += [self.domain, format_size(self.domain_tokens)]
-        changes = [f"{key.rpartition('.')[2]}{value}" for key, value in sorted(self.changes) if _concerns(key, of)]
+        changes = [f"{key}_{value}" for key, value in self.changes if _concerns(key, of)]
         parts += [re.sub(r"[^\w.+-]", "_", change) for change in changes]
         return "-".join([*parts, f"s{self.seed}"])
 
@@ -72,6 +73,8 @@ def _concerns(key: str, method: Method) -> bool:
     section = key.partition(".")[0]
     if section in ("projection", "mixture"):
         return section == method.section
+    if section in ("model", "large"):
+        return (section == "large") == (method.trains is Trains.LARGE)
     return bool(method.section) if section == "clusters" else section not in OF_SPECIALISATION
 
 
@@ -82,8 +85,9 @@ def cells(config: Config) -> list[Cell]:
     wanted = list(dict.fromkeys(cell for grid in config.study.grids for cell in _cells_of(grid, config)))
     most: dict[str, int] = {}
     for cell in wanted:
-        most[cell.method] = max(cell.budget or 0, most.get(cell.method, 0))
-    wanted = [cell for cell in wanted if find_method(cell.method).milestones or cell.budget == most[cell.method]]
+        trunk = cell.trunk(cell.method)
+        most[trunk] = max(cell.budget or 0, most.get(trunk, 0))
+    wanted = [c for c in wanted if find_method(c.method).milestones or c.budget == most[c.trunk(c.method)]]
     if not wanted:
         raise SlmError("study.grids: no cell is left (`histogram` is not for mixtures)")
     return sorted(wanted, key=lambda cell: cell.seed)
@@ -99,7 +103,7 @@ def _cells_of(grid: Grid, config: Config) -> Iterable[Cell]:
             clusters, grid.seeds, budgets, selects, grid.domains, grid.domain_tokens
         ):
             other = {method.other_budget: getattr(grid, method.other_budget) or budget} if method.other_budget else {}
-            changes = tuple(grid.settings.items())
+            changes = tuple(sorted(grid.settings.items()))
             yield Cell(
                 method.name, budget, domain, size, seed, k, select, **other, variant=grid.variant, changes=changes
             )

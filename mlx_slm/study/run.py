@@ -46,7 +46,7 @@ def run_study(study: Study, jobs: int = 1, command: list[str] | None = None) -> 
     else:
         _work(study)
     rows = read_rows(study)
-    return [rows[cell.name] for cell in study.cells]
+    return [as_now(rows[cell.name]) for cell in study.cells]
 
 
 def read_rows(study: Study) -> dict[str, dict]:
@@ -56,6 +56,14 @@ def read_rows(study: Study) -> dict[str, dict]:
         if study.settings.get(row["cell"]) == row["settings"]:
             rows[row["cell"]] = row
     return rows
+
+
+def as_now(row: dict) -> dict:
+    """A row with what was added since: variants, and the part of a pretraining that domains share."""
+    nothing = {"tokens": 0, "seconds": 0, "flops": 0}
+    pretraining = row["pretraining"] or nothing
+    shared = nothing if find_method(row["method"]).is_per_domain else pretraining
+    return {"curve": [], "variant": None, "shared_budget": None, "shared": shared} | row | {"pretraining": pretraining}
 
 
 def _left(study: Study) -> list[Cell]:

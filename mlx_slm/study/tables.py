@@ -92,8 +92,8 @@ def markdown(rows: list[dict], name: str, summaries: list[dict]) -> str:
     parts += [
         "## Cost (Table 3, Eq. 1)",
         "Hours of the steps of one job on its device, evaluations left out, and FLOPs. `a domain`: specialization, "
-        "with choosing the expert and fine-tuning the teacher, and for SLM-is the pretraining. Totals for N "
-        f"domains of {format_size(size)} tokens.",
+        "with choosing the expert and fine-tuning the teacher, for SLM-is the pretraining, for SLM-cis its last part. "
+        f"Totals for N domains of {format_size(size)} tokens.",
         costs(rows, size),
     ]
     if summaries:
@@ -176,15 +176,17 @@ def over_clusters(summaries: list[dict]) -> str:
 
 
 def sampling(rows: list[dict]) -> str:
-    most = max(row["budget"] for row in rows if row["importance"])
+    most: dict[str, int] = {}
+    for row in rows:
+        most[label(row)] = max(row["budget"] or 0, most.get(label(row), 0))
     runs = grouped(
-        [row for row in rows if row["importance"] and row["budget"] == most],
-        lambda row: (row["domain"], row["k"], row["domain_tokens"]),
+        [row for row in rows if row["importance"] and row["budget"] == most[label(row)]],
+        lambda row: (label(row), row["domain"], row["domain_tokens"]),
     )
     body = [
         [
+            method,
             domain,
-            str(k),
             format_size(size),
             str(group[0]["importance"]["clusters_used"]),
             f"{math.log(group[0]['importance']['exp_entropy']):.2f}",
@@ -192,11 +194,12 @@ def sampling(rows: list[dict]) -> str:
             f"{group[0]['importance']['passes_max']:.2f}",
             f"{group[0]['importance']['passes_mean']:.2f}",
             f"{group[0]['importance']['effective_fraction']:.1%}",
+            f"{group[0]['importance'].get('domain_passes', 0):.1f}",
         ]
-        for (domain, k, size), group in sorted(runs.items())
+        for (method, domain, size), group in sorted(runs.items())
     ]
-    columns = ["domain", "k", "domain tokens", "clusters used", "entropy, nats", "KL(domain, generic), nats"]
-    columns += ["passes, max", "passes, mean", "effective size"]
+    columns = ["method", "domain", "domain tokens", "clusters used", "entropy, nats", "KL(domain, generic), nats"]
+    columns += ["passes, max", "passes, mean", "effective size", "passes over the domain"]
     return table(columns, body)
 
 

@@ -53,12 +53,12 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict, dict, dict]:
 
 
 def adopt(run: Path, step: int, other: Path) -> None:
-    """Begin the checkpoints of `other` with that of a step of `run`."""
+    """Begin the checkpoints of `other` with that of a step of `run`; of its evaluations none counts there."""
     with new_artifact(checkpoint_path(other, step), KIND, {"step": step}) as (path, _):
         parameters, moments, state = load_checkpoint(run, step)
         save_arrays(path / WEIGHTS, parameters)
         save_arrays(path / MOMENTS, moments)
-        write_json(path / STATE, state)
+        write_json(path / STATE, state | {"best_step": None, "best_nll": None, "stale": 0})
 
 
 def load_weights(run: Path, step: int) -> dict:

@@ -32,15 +32,17 @@ def _at(run: Run, tokens: str) -> Run:
     if step not in kept:
         raise SlmError(
             f"run {run.name} keeps no checkpoint after {tokens} tokens (step {step:,}; it has the steps "
-            f"{', '.join(map(str, kept)) or 'none'}): name it in training.milestones before training"
+            f"{', '.join(map(str, kept)) or 'none'}): "
+            + ("run its command again where it was broken off, or " if run.is_cooled else "")
+            + "name it in training.milestones before training"
         )
     return Run(run.path, run.record, step)
 
 
-def default_run(workspace: Workspace, method: str) -> str:
-    """The name of the only pretrained run of a method; raises SlmError if there is none or a choice."""
+def default_run(workspace: Workspace, method: str, option: str = "--from") -> str:
+    """The name of the only pretrained run of a method; raises SlmError, which names `option`, if there is a choice."""
     records = {name: find_run(workspace, name).record for name in workspace.runs()}
     pretrained = [name for name, r in records.items() if r["method"] == method and "from" not in r["inputs"]]
     if len(pretrained) > 1 and method not in pretrained:
-        raise SlmError(f"several pretrained runs of method {method}: {', '.join(pretrained)}; name one with --from")
+        raise SlmError(f"several pretrained runs of method {method}: {', '.join(pretrained)}; name one with {option}")
     return pretrained[0] if len(pretrained) == 1 else method

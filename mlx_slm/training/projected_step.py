@@ -102,7 +102,10 @@ class ProjectedStep:
         dW = {name: mx.concatenate(parts) for name, parts in stacks.items()}
         loss, shared = together.summed(loss), together.summed_tree(shared, self.optimizer.wire)
         if gathers:
-            dW = {name: together.gathered(stack.astype(self.optimizer.wire)).astype(mx.float32) for name, stack in dW.items()}
+            dW = {
+                name: together.gathered(stack.astype(self.optimizer.wire)).astype(mx.float32)
+                for name, stack in dW.items()
+            }
         dE, dM, norm = self._chain({"E": E, "M": M, "T": T}, C, dW, mixed, shared)
         dT: dict[str, mx.array] = {}
         if together.size > 1 and not gathers:
@@ -121,12 +124,12 @@ class ProjectedStep:
         names = list(T)
         before: list[tuple] = []
         for first in range(0, len(names), len(self._tensor_lanes)):
-            together = names[first : first + len(self._tensor_lanes)]
-            for name, (stream, moved) in zip(together, self._tensor_lanes, strict=False):
+            at_once = names[first : first + len(self._tensor_lanes)]
+            for name, (stream, moved) in zip(at_once, self._tensor_lanes, strict=False):
                 with mx.stream(stream):
                     gradient = (dT.pop(name),) if dT else (C[name], dW.pop(name))
                     T[name], m[name], v[name] = moved(T[name], m[name], v[name], now, *gradient)
-            moved_now = [(T[name], m[name], v[name]) for name in together]
+            moved_now = [(T[name], m[name], v[name]) for name in at_once]
             mx.async_eval(moved_now)
             # A whole update at once would hold the gradient of all T; a GPU has the next matrix at hand meanwhile.
             mx.eval(before if runtime.on_gpu() else moved_now)

@@ -140,7 +140,15 @@ class Run:
         """Steps whose weights are at hand, ascending."""
         named = (path.name.removeprefix(BRANCH) for path in self.path.glob(f"{BRANCH}*"))
         branches = [int(step) for step in named if step.isdecimal() and self.kept_in(int(step)) != self.path]
-        return sorted({*checkpoint.checkpoint_steps(self.path), *branches})
+        kept = checkpoint.checkpoint_steps(self.path)
+        if self.is_cooled:  # the rate has fallen for its milestones and its end, not for what lies between
+            kept = [step for step in kept if self.finished and step == self.record["step"]]
+        return sorted({*kept, *branches})
+
+    @property
+    def is_cooled(self) -> bool:
+        """Whether this is a pretraining whose rate falls in its last part."""
+        return bool(self.record["inputs"].get("training", {}).get("cooldown"))
 
     def weights_step(self) -> int | None:
         """The step whose weights stand for this run: the best of a specialisation, the last of a pretraining, or that

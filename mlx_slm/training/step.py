@@ -32,9 +32,10 @@ def compiled_lanes(function: Callable, parts: int) -> list[Lane]:
 
 
 def shared_out(items: np.ndarray, lanes: list[Lane]) -> Iterator[tuple[np.ndarray, mx.Stream, Callable]]:
-    """An even, consecutive part of the items for each lane."""
+    """An even, consecutive part of the items for each lane that gets one."""
     for part, lane in zip(np.array_split(items, len(lanes)), lanes, strict=True):
-        yield part, *lane
+        if len(part):
+            yield part, *lane
 
 
 def as_it_is(parameters: dict) -> dict:

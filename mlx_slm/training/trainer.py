@@ -60,6 +60,11 @@ class Trainer:
         self.ranks, schedule = ranks(), training.schedule
         self.run_directory, self.report = run, report if self.ranks.is_first else Report()
         report = self.report
+        if schedule.batch_rows < self.ranks.size:
+            raise SlmError(
+                f"{self.ranks.size} ranks cannot share the {schedule.batch_rows} rows of a step: raise batch_rows, or "
+                "start fewer ranks"
+            )
         if schedule.warmup_steps > schedule.steps:
             report.warn(
                 f"the warm-up of {schedule.warmup_steps:,} steps is longer than the training of {schedule.steps:,}, "
@@ -159,7 +164,7 @@ class Trainer:
             return own
         counts = self.ranks.summed(mx.array(own(), mx.int32))
         mx.async_eval(counts)
-        return lambda: tuple(map(bool, counts.tolist()))
+        return lambda: (bool(counts[0].item()), bool(counts[1].item()))
 
     @property
     def flops(self) -> float:

@@ -11,21 +11,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mlx_slm.study.figures import draw as draw_study
+from mlx_slm.study.run import as_now
 from scripts.tables.records import ROOT, records
 
 DOCS = ROOT / "docs"
-NOTHING = {"tokens": 0, "seconds": 0, "flops": 0}
 
 
 def three_domains(rows: list[dict], folder: Path) -> None:
-    """Rows of before the fine-tuning's curve, variants and the part of a pretraining that domains share."""
-    came_later = {"curve": [], "variant": None, "shared_budget": None}
-    whole = []
-    for row in rows:
-        pretraining = row["pretraining"] or NOTHING
-        shared = NOTHING if row["method"] == "is" else pretraining
-        whole.append(came_later | row | {"pretraining": pretraining, "shared": shared})
-    draw_study(whole, "study-three", folder)
+    draw_study([as_now(row) for row in rows], "study-three", folder)
 
 
 def five_domains(rows: list[dict], folder: Path) -> None:

@@ -164,3 +164,28 @@ def test_what_cannot_be(workspace, tmp_path, capsys, texts):
     assert call(capsys, workspace, "prepare", "tiny", *sources)[0] == 0
     code, _, err = call(capsys, workspace, *command, "--domain", "tiny", "--domain-share", "0.1")
     assert code == 1 and "tokens to train on, a row 32" in err and not workspace.run("is-tiny-all").exists()
+
+
+def test_shares_that_leave_no_rows_are_named():
+    """Ten steps of 56 rows."""
+    for config, message in (
+        (config_of(0.999), r"clusters.domain_share=0.999: of 560 rows none is left for the generic set"),
+        (config_of(0.0, 0.001, cooldown=0.5), r"clusters.cooldown_share=0.001: of 560 rows that is none"),
+    ):
+        with pytest.raises(SlmError, match=message):
+            mixing_of(config, 10, 10**6)
+    assert mixing_of(config_of(0.0, 0.5), 10, 0).mean == 0, "weights of clusters: no domain is mixed in"
+
+
+def test_a_milestone_that_was_not_finished_is_no_model_yet(workspace, capsys):
+    """The rate of the milestone at step 6 begins to fall at step 4, where the run has a checkpoint of its own: what
+    stands for 1,024 tokens is the one that the rate fell for, or none."""
+    command = ("pretrain", "--name", "m", "--set", "training.cooldown=0.34")
+    command += ("--set", "training.milestones=[1024,1536]")
+    code, out, err = call(capsys, workspace, *command)
+    assert code == 0 and "is lost" not in err and "beyond the horizon" not in err, err
+    run = find_run(workspace, "m")
+    assert run.kept_steps() == [4, 6, 12] and find_run(workspace, "m@1024").weights_step() == 4
+    shutil.rmtree(branch_path(run.path, 4))
+    code, _, err = call(capsys, workspace, "specialize", "--domain", "notes", "--from", "m@1024")
+    assert code == 1 and "run its command again where it was broken off" in err

@@ -27,7 +27,7 @@ from mlx_slm.storage.workspace import Workspace
 from mlx_slm.study.cell import Study
 from mlx_slm.study.figures import draw
 from mlx_slm.study.grid import budgets_of, cells
-from mlx_slm.study.run import read_rows, run_study
+from mlx_slm.study.run import as_now, read_rows, run_study
 from mlx_slm.study.tables import cost_of, grouped, label, macro, markdown
 from mlx_slm.training.find import find_run
 
@@ -113,9 +113,22 @@ def test_the_grid(study_config):
         **{name: [1024, 2048] for name in ("slm-s0", "pn-k4-s0", "llm-s0")},
         "mix-k4-s0": [2048],
         **sampled,
-        "is-k4-notes-4k-domain_share0.25-s0": [512],
-        "cis-from1024-k4-notes-4k-domain_share0.25-s0": [512],
+        "is-k4-notes-4k-clusters.domain_share_0.25-s0": [512],
+        "cis-from1024-k4-notes-4k-clusters.domain_share_0.25-s0": [512],
     }
+    dims = [
+        ALL.model_copy(update={"methods": [m], "variant": part, "settings": {f"{part}.dims": 64}})
+        for m, part in (("slm", "model"), ("slm", "large"), ("llm", "large"))
+    ]
+    trunks = [cell.trunk(cell.method) for cell in cells(changed(study_config, grids=dims))]
+    assert set(trunks) == {"slm-model.dims_64-s0", "slm-s0", "llm-large.dims_64-s0"}, "what does not concern it is left"
+    several = [
+        ALL.model_copy(update={"methods": ["mix"], "budgets": [2048]}),
+        ALL.model_copy(
+            update={"methods": ["mix"], "budgets": [1024], "variant": "a", "settings": {"training.cooldown": 0.1}}
+        ),
+    ]
+    assert [cell.budget for cell in cells(changed(study_config, grids=several))] == [2048, 1024], "two mixtures"
     taught = cells(changed(study_config, grids=[ALL.model_copy(update={"methods": ["d"], "teacher_budget": 512})]))
     assert [cell.pretrained for cell in taught] == [{"slm": 1024, "llm": 512}, {"slm": 2048, "llm": 512}]
     two = [ALL.model_copy(update={"methods": ["mix"], "budgets": [budget]}) for budget in (1024, 2048)]
@@ -126,7 +139,7 @@ def test_the_grid(study_config):
 
 def test_a_variant_is_another_training_where_its_settings_concern_it(done):
     rows, workspace = read_rows(done), done.workspace
-    continued = find_run(workspace, "grid-cis-from1024-k4-notes-4k-domain_share0.25-s0")
+    continued = find_run(workspace, "grid-cis-from1024-k4-notes-4k-clusters.domain_share_0.25-s0")
     assert continued.record["inputs"]["importance"]["domain_share"] == 0.25 and continued.record["step"] == 2
     assert find_run(workspace, "grid-slm-1024-short-notes-4k-s0").record["inputs"]["from"]["run"] == "grid-slm-s0"
     slm, sampled = rows["slm-1024-notes-4k-s0"], rows["is-k4-512-mixed-notes-4k-s0"]
@@ -142,6 +155,19 @@ def test_a_variant_is_another_training_where_its_settings_concern_it(done):
 def test_variants_that_make_no_sense(done, study_config):
     with pytest.raises(ValidationError, match="a grid with settings needs a variant"):
         Grid(methods=["slm"], domains=["notes"], settings={"training.cooldown": 0.1})
+    for settings, message in (
+        ({"training.seed": 5}, "training.seed is no setting of a variant"),
+        ({"clusters.k": 3}, "clusters.k is no setting of a variant"),
+        ({"study.test_tokens": 9}, "study.test_tokens is no setting"),
+        ({"projection.layers": [1]}, r"projection.layers is \[1\]: give a single value"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            Grid(methods=["slm"], domains=["notes"], variant="a", settings=settings)
+    named = SHORT.model_copy(update={"variant": "fast/er"})
+    taught = ALL.model_copy(update={"methods": ["d"], "variant": "a", "settings": {"finetuning.max_steps": 3}})
+    for grids, message in (([named], "is not a name"), ([taught], "the teachers of method d are fine-tuned with")):
+        with pytest.raises(SlmError, match=message):
+            Study(Project(done.workspace, changed(study_config, grids=grids)), "grid").prepare()
     other = SHORT.model_copy(update={"settings": {"finetuning.max_steps": 3}})
     wrong = SHORT.model_copy(update={"settings": {"finetuning.mox_steps": 3}})
     for grids, message in (([SHORT, other], "variant short stands for several"), ([wrong], "unknown key.*max_steps")):
@@ -258,7 +284,8 @@ def test_what_changes_a_cell_does_it_again(copy, study_config, monkeypatch):
 
         def work(self, cell):
             found.append(cell.method)
-            return {"cell": cell.name, "settings": self.settings[cell.name], "specialized": {"perplexity": 1.0}}
+            row = {"cell": cell.name, "method": cell.method, "settings": self.settings[cell.name]}
+            return row | {"pretraining": None, "specialized": {"perplexity": 1.0}}
 
         monkeypatch.setattr(Study, "work", work)
         run_study(Study(Project(copy, changed(study_config, **study)), "grid"))
@@ -272,6 +299,22 @@ def test_what_changes_a_cell_does_it_again(copy, study_config, monkeypatch):
     more = ALL.model_copy(update={"methods": ["nopt"], "domain_tokens": [2000, 4000]})
     assert worked(grids=[ALL, MORE, more]) == ["nopt"], "a grid more leaves the others as they are"
     assert (copy.results / "grid.jsonl").read_text().startswith(before), "what was there is kept"
+
+
+def test_a_row_of_before_variants_counts(copy, study_config):
+    """Without their keys, and with what SLM-nopt said of its pretraining then."""
+    study = Study(Project(copy, study_config), "grid")
+    rows = [dict(row) for row in read_rows(study).values() if not row["variant"] and not row["shared_budget"]]
+    expected = {row["cell"]: row for row in rows}
+    for row in rows:
+        for key in ("variant", "changes", "shared_budget", "shared"):
+            del row[key]
+        row["pretraining"] = None if row["method"] == "nopt" else row["pretraining"]
+        whole = as_now(row)
+        assert whole["variant"] is None and label(whole)
+        assert whole["shared"]["flops"] == (0 if row["method"] in ("is", "nopt") else row["pretraining"]["flops"])
+        assert cost_of([whole], "flops").total(1) > 0
+    assert len(expected) > 15
 
 
 def test_names_that_belong_to_other_settings(copy, study_config):

@@ -1,0 +1,189 @@
+"""Several processes that train one model: the same losses and weights as one, whatever their number."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import KILLED
+
+from mlx_slm.config.files import dump_config
+from mlx_slm.storage.workspace import Workspace
+from mlx_slm.training.find import find_run
+
+MAIN = "import sys, mlx_slm; from mlx_slm.cli import run; sys.exit(run(sys.argv[1:]))"
+
+
+@pytest.fixture
+def workspace(with_experts, expert_config, tmp_path):
+    shutil.copytree(with_experts.root, tmp_path / "w")
+    workspace = Workspace(tmp_path / "w")
+    workspace.config_file.write_text(dump_config(expert_config))
+    return workspace
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def launch(count: int, tmp_path, programs, *arguments: str) -> list[subprocess.CompletedProcess]:
+    """Run a program (or one for each rank) as `count` ranks of a ring, as `mlx.launch` does."""
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
+    programs = [programs] * count if isinstance(programs, str) else programs
+    alone = {"OMP_NUM_THREADS": "1"} | ({} if count == 1 else {"MLX_HOSTFILE": str(hosts)})
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *arguments],
+            env={**os.environ, **alone, "MLX_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, program in enumerate(programs)
+    ]
+    ended = []
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    return ended
+
+
+def command(workspace, *options):
+    return ("pretrain", "--workspace", str(workspace.root), "-y", "--set", "training.report_every=1", *options)
+
+
+def losses(workspace, name):
+    lines = map(json.loads, (workspace.run(name) / "metrics.jsonl").read_text().splitlines())
+    return np.array([line.get("loss", line.get("valid_nll")) for line in lines])
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        (("--method", "slm"), (1, 2, 4)),
+        (("--method", "is", "--domain", "notes", "--k", "4", "--domain-share", "0.25"), (1, 2)),
+        (("--method", "pn", "--set", "projection.clusters_per_step=4", "--set", "projection.h=4"), (1, 4)),
+        (("--method", "pn", "--set", "projection.clusters_per_step=4"), (1, 2)),  # h = 3
+    ],
+    ids=["slm", "is", "pn-gathers", "pn-sums"],
+)
+def test_any_number_of_ranks_has_the_losses_of_one(workspace, tmp_path, options, counts):
+    """50 steps. The rows are the same; sums are in another order, which is 1e-7 of a loss of 6 in each step."""
+    options = (*options, "--set", "training.steps=50", "--set", "training.eval_every=25")
+    for count in counts:
+        for ended in launch(count, tmp_path, MAIN, *command(workspace, *options, "--name", f"of-{count}")):
+            assert ended.returncode == 0, ended.stderr
+    one = losses(workspace, "of-1")
+    assert len(one) == 52
+    for count in counts[1:]:
+        np.testing.assert_allclose(losses(workspace, f"of-{count}"), one, atol=1e-5)
+    records = [find_run(workspace, f"of-{count}").record for count in counts]
+    assert len({(record["tokens"], record["step"]) for record in records}) == 1
+    if "pn" not in options:
+        assert all((workspace.model(f"of-{count}") / "model.safetensors").exists() for count in counts)
+
+
+def test_two_ranks_killed_go_on_as_four_and_as_one(workspace, tmp_path):
+    """A rank is killed in step 8; the last checkpoint is that of step 5, and rows go on from there."""
+    options = command(workspace, "--method", "slm", "--name", "killed")
+    first, second = launch(2, tmp_path, [MAIN, KILLED.format(calls=8)], *options)
+    assert second.returncode == -9 and first.returncode == 1
+    assert "lost" in first.stderr and "Traceback" not in first.stderr, first.stderr
+    assert launch(1, tmp_path, MAIN, *command(workspace, "--method", "slm", "--name", "whole"))[0].returncode == 0
+    whole = losses(workspace, "whole")
+    shutil.copytree(workspace.run("killed"), workspace.run("as-one"))
+    for count, name in ((4, "killed"), (1, "as-one")):
+        for ended in launch(count, tmp_path, MAIN, *command(workspace, "--method", "slm", "--name", name)):
+            assert ended.returncode == 0, ended.stderr
+        assert find_run(workspace, name).record["step"] == 12
+        np.testing.assert_allclose(losses(workspace, name), whole, atol=1e-5)
+
+
+def test_ranks_agree_to_stop(workspace, tmp_path):
+    """The second rank alone is asked to stop, in step 4: both end, and the first has saved."""
+    asks = KILLED.format(calls=4).replace("signal.SIGKILL", "signal.SIGTERM")
+    ended = launch(2, tmp_path, [MAIN, asks], *command(workspace, "--method", "slm", "--name", "stopped"))
+    assert [one.returncode for one in ended] == [130, 130], [one.stderr for one in ended]
+    run = find_run(workspace, "stopped")
+    assert not run.finished and 3 <= run.kept_steps()[-1] <= 6
+
+
+def test_fine_tuning(workspace, tmp_path):
+    options = ("--workspace", str(workspace.root), "--domain", "notes", "--tokens", "2k")
+    for count in (1, 2):
+        for ended in launch(count, tmp_path, MAIN, "specialize", *options, "--from", "slm", "--name", f"of-{count}"):
+            assert ended.returncode == 0, ended.stderr
+    np.testing.assert_allclose(losses(workspace, "of-2"), losses(workspace, "of-1"), atol=1e-5)
+
+
+def test_ranks_that_differ_are_told(workspace, tmp_path):
+    """Another learning rate on the second."""
+    other = MAIN.replace("run(sys.argv[1:])", "run([*sys.argv[1:], '--set', 'training.learning_rate=1e-4'])")
+    ended = launch(2, tmp_path, [MAIN, other], *command(workspace, "--method", "slm", "--name", "other"))
+    assert [one.returncode for one in ended] == [1, 1]
+    assert "rank 1 (" in ended[0].stderr and "has another training than rank 0" in ended[0].stderr, ended[0].stderr
+    assert not workspace.run("other").exists()
+    code = launch(2, tmp_path, MAIN, *command(workspace, "--method", "pn", "--set", "projection.clusters_per_step=1"))
+    assert [one.returncode for one in code] == [1, 1] and "2 ranks" in code[0].stderr
+
+
+SENT = """
+import mlx_slm, mlx.core as mx, numpy as np
+from functools import partial
+from mlx_slm.machine.ranks import ranks
+from mlx_slm.models.projected import ProjectedShape, initialise_network
+from mlx_slm.models.shape import Shape
+from mlx_slm.models.transformer import Transformer
+from mlx_slm.config.schema import ProjectionConfig
+from mlx_slm.training.optimizer import AdamW
+from mlx_slm.training.projected_step import ProjectedStep
+from mlx_slm.machine.trees import flat
+shape = Shape("llama", 1, 32, 64, 2, 2, 64, 16)
+config = ProjectionConfig(k=4, h=HH, m=4)
+network = ProjectedShape.of(config, shape)
+step = ProjectedStep(Transformer(shape), AdamW(sent_as="WIRE"), 4, initialise_network(network, config, 0))
+rng = np.random.default_rng(0)
+tokens = rng.integers(0, 64, (8, 17)).astype(np.int32)
+before = ranks().sent
+mx.eval(step(tokens, np.ones((8, 16), np.float32), 1e-3, np.array([0, 1, 2, 3])))
+shared = sum(a.size for a in flat(step.parameters["shared"]).values())
+small = sum(a.size for part in "EM" for a in flat(step.parameters[part]).values())
+print(ranks().sent - before, shared, small, network.projected_parameters)
+"""
+
+
+@pytest.mark.parametrize(("h", "wire", "size"), [(4, "float32", 4), (4, "bfloat16", 2), (3, "float32", 4)])
+def test_bytes_that_a_step_of_a_network_sends(tmp_path, h, wire, size):
+    """Four groups on two ranks: with h = 4 each sends its two dW, with h = 3 its part of the sum of three dT."""
+    for ended in launch(2, tmp_path, SENT.replace("HH", str(h)).replace("WIRE", wire)):
+        assert ended.returncode == 0, ended.stderr
+        sent, shared, small, projected = map(int, ended.stdout.split())
+        factors = 2 * projected * size if h == 4 else h * projected * size + small * 4
+        assert sent == shared * size + factors + 4
+
+
+def test_trees_and_values_of_the_first(tmp_path):
+    program = """
+import mlx_slm, mlx.core as mx
+from mlx_slm.machine.ranks import ranks
+r = ranks()
+tree = {"a": mx.array([1.5, -0.0, float("nan")]), "b": {"c": mx.array(7), "d": mx.array([1, 2], mx.bfloat16)}}
+got = r.tree_from_first(tree if r.is_first else None)
+print(r.rank, got["a"].view(mx.uint32).tolist(), got["b"]["c"].item(), got["b"]["d"].tolist(), got["b"]["d"].dtype)
+print(r.of_all({"rank": r.rank, "text": "x" * r.rank}), r.from_first("first" if r.is_first else None))
+"""
+    for rank, ended in enumerate(launch(3, tmp_path, program)):
+        assert ended.returncode == 0, ended.stderr
+        first, second = ended.stdout.splitlines()
+        bits = np.array([1.5, -0.0, float("nan")], np.float32).view(np.uint32).tolist()
+        assert first == f"{rank} {bits} 7 [1.0, 2.0] mlx.core.bfloat16"
+        assert second == f"{[{'rank': r, 'text': 'x' * r} for r in range(3)]} first"
