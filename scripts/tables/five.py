@@ -34,10 +34,13 @@ def pairs(tokens: int, ours: tuple, theirs: tuple, domain: str) -> list[float]:
 LINES = {
     ("slm", None, None): "SLM",
     ("is", None, 64): "SLM-is, k = 64",
+    ("slm", "replayed", None): "SLM, a quarter replayed in fine-tuning",
+    ("is", "replayed", 64): "SLM-is, a quarter replayed",
     ("is", "mixed", 64): "SLM-is, early mixing, falling rate",
     ("is", "mixed-replayed", 64): "the same, a quarter replayed in fine-tuning",
     ("cis", "mixed", 64): "SLM-cis: 4.5M shared, 1.5M for the domain, early mixing, falling rate",
     ("pn", None, 16): "SLM-pn, k = 16, histogram",
+    ("pn", "soups", 16): "SLM-pn, soups for half of the groups",
     ("nopt", None, None): "SLM-nopt",
     ("llm", None, None): "LLM",
     ("lora", None, None): "LLM-lora, rank 64",
@@ -70,7 +73,7 @@ def best() -> str:
     """The recipe against plain SLM and the paper's SLM-is, at 6M tokens for the one domain."""
     body = []
     for tokens in (16_000, 64_000):
-        for recipe in (method for method in LINES if method[1]):
+        for recipe in (method for method in LINES if method[1] not in (None, "soups")):
             for against in (("slm", None, None), ("is", None, 64)):
                 gains = {domain: pairs(tokens, recipe, against, domain) for domain in FIVE}
                 every = [gain for each in gains.values() for gain in each]

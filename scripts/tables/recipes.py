@@ -42,7 +42,8 @@ def compared(first: str, lines: list[tuple[str, str, dict, dict]], stages: bool 
             row, start = found(domain, method, settings, **more), found(domain, other, base, **fields)
             cells += [against(row, start, "pretrained")] if stages else []
             cells.append(against(row, start))
-        body.append(cells)
+        if any(cell != "-" for cell in cells[1:]):
+            body.append(cells)
     return table(head, body)
 
 
@@ -82,12 +83,10 @@ def cooldown() -> str:
 
 
 def replay() -> str:
-    mixed = {"training.cooldown": 0.2, "clusters.domain_share": 0.2}
     parts = []
     for first, method, start, shares in (
         ("SLM, fine-tuning", "slm", PLAIN, (0.25, 0.5)),
-        ("SLM-is, fine-tuning", "is", PLAIN, (0.25, 0.5)),
-        ("SLM-is with early mixing and a falling rate, fine-tuning", "is", mixed, (0.25,)),
+        ("SLM-is, fine-tuning", "is", PLAIN, (0.25,)),
     ):
         lines = [("on the domain alone", method, start, {})]
         lines += [
