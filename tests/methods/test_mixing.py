@@ -182,7 +182,7 @@ def test_a_milestone_that_was_not_finished_is_no_model_yet(workspace, capsys):
     stands for 1,024 tokens is the one that the rate fell for, or none."""
     command = ("pretrain", "--name", "m", "--set", "training.cooldown=0.34")
     command += ("--set", "training.milestones=[1024,1536]")
-    code, out, err = call(capsys, workspace, *command)
+    code, _, err = call(capsys, workspace, *command)
     assert code == 0 and "is lost" not in err and "beyond the horizon" not in err, err
     run = find_run(workspace, "m")
     assert run.kept_steps() == [4, 6, 12] and find_run(workspace, "m@1024").weights_step() == 4
