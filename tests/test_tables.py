@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from scripts import tables
+from scripts.tables.figures import DRAWN, drawn_from, fingerprint
 from scripts.tables.study import seeds, study_against
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +20,12 @@ def test_tables_are_their_records(page):
 def test_every_table_stands_somewhere():
     placed = [name for page in tables.PAGES for _, name, _ in tables.PLACE.findall(page.read_text())]
     assert sorted(placed) == sorted(tables.TABLES), "each once"
+
+
+@pytest.mark.parametrize("record", DRAWN)
+def test_figures_say_which_record_they_were_drawn_from(record):
+    for name in DRAWN[record][1]:
+        assert drawn_from(ROOT / "docs" / name) == fingerprint(record), "run `python -m scripts.tables`"
 
 
 def test_a_number_that_was_changed_by_hand_is_noticed():

@@ -18,14 +18,13 @@ import click
 from mlx_slm import __version__
 from mlx_slm.cli import data, info, plan, train, use
 from mlx_slm.errors import Interrupted, SlmError
-from mlx_slm.machine import runtime
+from mlx_slm.machine import runtime, watch
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 OUT_OF_MEMORY = (
     "out of memory: lower training.micro_rows (in fine-tuning finetuning.micro_rows), data.context_length or the model,"
     " or end other programs; what was saved is whole, the same command goes on from there"
 )
-RESTART = "start all ranks again, they go on from the last checkpoint; what the other one said tells why"
 NO_BACKEND = (
     "MLX has nothing to compute with on this machine: pip install 'mlx-slm[cpu]', or 'mlx-slm[cuda]' for an NVIDIA GPU"
 )
@@ -84,11 +83,17 @@ def last_words(wanted: bool) -> Iterator[None]:
             os.write(2, f"mlx-slm: error: ended by the system or by kill -9; if not by you: {OUT_OF_MEMORY}\n".encode())
         os._exit(0)
     os.close(ended)
+
+    def said() -> None:
+        with contextlib.suppress(BrokenPipeError):  # it may have been killed as well
+            os.write(alive, b".")
+
+    watch.before_exit.append(said)
     try:
         yield
     finally:
-        with contextlib.suppress(BrokenPipeError):  # it may have been killed as well
-            os.write(alive, b".")
+        watch.before_exit.remove(said)
+        said()
         os.close(alive)
         os.waitpid(watcher, 0)
 
@@ -144,13 +149,15 @@ def run(arguments: list[str]) -> int:
         from mlx_slm.machine.ranks import is_lost
 
         if is_lost(error):
-            return _fail(f"error: another rank was lost ({error}): {RESTART}", FAILED)
+            return _fail(f"error: {watch.who_is_lost()}: {watch.RESTART}", FAILED)
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in NO_MEMORY):
             raise
         return _fail(f"error: {OUT_OF_MEMORY}", FAILED)
+    watch.say_end("")
     return DONE
 
 
 def _fail(text: str, code: int) -> int:
     click.echo(f"mlx-slm: {text}", err=True)
+    watch.say_end(text.removeprefix("error: "))
     return code

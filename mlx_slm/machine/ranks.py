@@ -21,6 +21,7 @@ import numpy as np
 from mlx.utils import tree_map_with_path
 
 from mlx_slm.errors import SlmError
+from mlx_slm.machine import watch
 from mlx_slm.machine.trees import flat, nested
 
 BUFFER = 32 * 2**20
@@ -224,4 +225,5 @@ def _started() -> Ranks:
         return ALONE
     found = Ranks(group.rank(), group.size(), group)
     found.hosts = found.of_all(socket.gethostname())
+    watch.start(found)
     return found

@@ -50,7 +50,8 @@ TABLES: dict[str, Callable[[], str]] = {
         five.five_64k,
         five.five_16k,
         five.best,
-        five.five_clusters,
         five.five_costs,
+        five.over_clusters,
+        five.drawn,
     )
 }

@@ -6,10 +6,12 @@ import tempfile
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from mlx_slm.experts.geometry import draw as draw_experts
 from mlx_slm.study.figures import draw as draw_study
 from mlx_slm.study.run import as_now
 from scripts.tables.records import ROOT, records
@@ -25,9 +27,14 @@ def five_domains(rows: list[dict], folder: Path) -> None:
     draw_study(rows, "study-five", folder)
 
 
-DRAWN: dict[str, tuple[Callable[[list[dict], Path], None], tuple[str, ...]]] = {
+def experts(facts: dict, folder: Path) -> None:
+    draw_experts(facts, folder)
+
+
+DRAWN: dict[str, tuple[Callable[[Any, Path], None], tuple[str, ...]]] = {
     "2026-11-28-xeon-study-mini.jsonl": (three_domains, ("study-three-cost.png",)),
     "2026-11-30-xeon-study-five.jsonl": (five_domains, ("study-five-cost.png", "study-five-finetuning.png")),
+    "2026-12-01-xeon-experts.json": (experts, ("experts-pn.png",)),
 }
 """Of each record: what draws it into a folder, and which of those figures the documents show."""
 

@@ -84,16 +84,16 @@ def best() -> str:
     return table(["domain set", "recipe", "against", *FIVE, "mean"], body)
 
 
-def five_clusters() -> str:
-    body = []
-    for variant, label in ((None, "SLM-is"), ("mixed", "SLM-is, early mixing, falling rate")):
-        for domain in ("pubmed", "stackexchange"):
-            cells = []
-            for k in (16, 64, 256, 1024):
-                values = [perplexity(domain, seed, 64_000, "is", variant, k) for seed in (0, 1)]
-                cells.append(", ".join(f"{value:.1f}" for value in values if value) or "-")
-            body.append([label, domain, *cells])
-    return table(["", "domain", *(f"k = {k:,}" for k in (16, 64, 256, 1024))], body)
+def over_clusters() -> str:
+    return product.over_clusters(records("2026-12-01-xeon-clusters.jsonl"))
+
+
+def drawn() -> str:
+    """What importance sampling drew for 64k tokens of a domain, seed 0."""
+    kept = ("is", "cis")
+    return product.sampling(
+        [r for r in rows() if r["method"] in kept and r["domain_tokens"] == 64_000 and not r["seed"]]
+    )
 
 
 def five_costs() -> str:

@@ -34,13 +34,13 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def launch(count: int, tmp_path, programs, *arguments: str) -> list[subprocess.CompletedProcess]:
-    """Run a program (or one for each rank) as `count` ranks of a ring, as `mlx.launch` does."""
+def start(count: int, tmp_path, programs, *arguments: str) -> list[subprocess.Popen]:
+    """Start a program (or one for each rank) as `count` ranks of a ring, as `mlx.launch` does."""
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
     programs = [programs] * count if isinstance(programs, str) else programs
     alone = {"OMP_NUM_THREADS": "1"} | ({} if count == 1 else {"MLX_HOSTFILE": str(hosts)})
-    started = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", program, *arguments],
             env={**os.environ, **alone, "MLX_RANK": str(rank)},
@@ -50,8 +50,12 @@ def launch(count: int, tmp_path, programs, *arguments: str) -> list[subprocess.C
         )
         for rank, program in enumerate(programs)
     ]
+
+
+def launch(count: int, tmp_path, programs, *arguments: str) -> list[subprocess.CompletedProcess]:
+    """Start them, and wait until all have ended."""
     ended = []
-    for process in started:
+    for process in start(count, tmp_path, programs, *arguments):
         out, err = process.communicate(timeout=120)
         ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return ended
@@ -97,7 +101,7 @@ def test_two_ranks_killed_go_on_as_four_and_as_one(workspace, tmp_path):
     options = command(workspace, "--method", "slm", "--name", "killed")
     first, second = launch(2, tmp_path, [MAIN, KILLED.format(calls=8)], *options)
     assert second.returncode == -9 and first.returncode == 1
-    assert "lost" in first.stderr and "Traceback" not in first.stderr, first.stderr
+    assert "rank 1 (" in first.stderr and "is gone: start all ranks again" in first.stderr, first.stderr
     assert launch(1, tmp_path, MAIN, *command(workspace, "--method", "slm", "--name", "whole"))[0].returncode == 0
     whole = losses(workspace, "whole")
     shutil.copytree(workspace.run("killed"), workspace.run("as-one"))
@@ -115,6 +119,21 @@ def test_ranks_agree_to_stop(workspace, tmp_path):
     assert [one.returncode for one in ended] == [130, 130], [one.stderr for one in ended]
     run = find_run(workspace, "stopped")
     assert not run.finished and 3 <= run.kept_steps()[-1] <= 6
+
+
+def test_a_rank_that_stands_still_is_named(workspace, tmp_path):
+    """Stopped in step 8, as by a machine that hangs: the other waits for its gradient, and ends by its silence."""
+    still = KILLED.format(calls=8).replace("signal.SIGKILL", "signal.SIGSTOP")
+    hurried = "import mlx_slm.machine.watch as watch; watch.SILENT = 4.0\n"
+    options = command(workspace, "--method", "slm", "--name", "still")
+    first, second = start(2, tmp_path, [hurried + MAIN, hurried + still], *options)
+    try:
+        _, said = first.communicate(timeout=60)
+        assert first.returncode == 1 and "rank 1 (" in said and "not been heard of for 4 s" in said, said
+    finally:
+        second.kill()
+        second.communicate()
+    assert find_run(workspace, "still").kept_steps()[-1] == 6, "that of the evaluation before"
 
 
 def test_fine_tuning(workspace, tmp_path):
