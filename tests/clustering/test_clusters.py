@@ -278,7 +278,7 @@ def test_weights_from_a_file_take_the_place_of_a_domain(own, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--method", "is"], "give --domain NAME or --weights FILE"),
-        (["--domain", "notes"], "--domain and --weights are for --method is"),
+        (["--domain", "notes"], "--domain and --weights are for the methods is and cis"),
         (["--method", "is", "--weights", __file__, "--domain", "x"], "give --domain NAME or --weights FILE"),
         (["--method", "is", "--domain-tokens", "1k", "--weights", __file__], "--domain-tokens needs --domain"),
     ],

@@ -229,7 +229,7 @@ def test_bad_input_is_one_sentence(arguments, message, with_experts, capsys):
     ("arguments", "message"),
     [
         (("pretrain", "--experts", "3"), "--experts is for --method mix"),
-        (("pretrain", "--k", "3"), "--k is for the methods is, pn and mix"),
+        (("pretrain", "--k", "3"), "--k is for the methods is, cis, pn and mix"),
         (("pretrain", "--method", "mix", "--experts", "3-1"), "'3-1' is not a number or a range"),
         (("export", "pn", "--bundle", "x", "--format", "gguf"), "goes with --type and --fuse alone"),
     ],
