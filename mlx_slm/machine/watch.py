@@ -126,4 +126,7 @@ def _own_address() -> str:
     file = os.environ.get("MLX_HOSTFILE")
     if file and os.environ.get("MLX_RANK", "").isdigit():
         return json.loads(Path(file).read_text())[int(os.environ["MLX_RANK"])][0].rpartition(":")[0]
-    return socket.gethostbyname(socket.gethostname())
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:  # a name that nobody knows: then ranks of this host alone hear it
+        return "127.0.0.1"
