@@ -14,6 +14,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -193,9 +194,11 @@ def ranks() -> Ranks:
 
 def are_several() -> bool:
     """Whether this process was started as one of several, without connecting to them."""
-    return bool(os.environ.get("MLX_RANK")) and bool(
-        os.environ.get("MLX_HOSTFILE") or os.environ.get("MLX_WORLD_SIZE") or os.environ.get("MLX_IBV_DEVICES")
-    )
+    if not os.environ.get("MLX_RANK"):
+        return False
+    if file := os.environ.get("MLX_HOSTFILE"):
+        return not Path(file).exists() or bool(Path(file).read_text().strip())  # empty for one rank alone
+    return bool(os.environ.get("MLX_WORLD_SIZE") or os.environ.get("MLX_IBV_DEVICES"))
 
 
 @contextlib.contextmanager
