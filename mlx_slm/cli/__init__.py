@@ -149,7 +149,7 @@ def run(arguments: list[str]) -> int:
         from mlx_slm.machine.ranks import is_lost
 
         if is_lost(error):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends the others at once, this one has a word to say
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which a launcher ends the others: there is a word to say
             return _fail(f"error: {watch.who_is_lost()}: {watch.RESTART}", FAILED)
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in NO_MEMORY):
             raise
