@@ -29,6 +29,7 @@ TABLES: dict[str, Callable[[], str]] = {
         models.quantised,
         study.study_order,
         study.study_against,
+        study.study_crossing,
         study.study_sizes,
         study.study_others,
         benchmarks.beside_others,

@@ -33,6 +33,22 @@ def seeds(method: tuple, domain: str, budget: int | None, tokens: int) -> list[f
     return [r["specialized"]["perplexity"] for r in sorted(cells, key=lambda r: r["seed"])]
 
 
+def study_crossing() -> str:
+    """SLM-pn against SLM at 54M tokens, seed 0: each stage, and the network's difference."""
+    found = {(r["method"], r["domain"]): r for r in records("2026-12-01-xeon-study-long.jsonl")}
+    first = {method: found[method, DOMAINS[0]] for method in ("slm", "pn")}
+    pairs = [("generic text, held out", *(first[method]["generic"]["perplexity"] for method in ("slm", "pn")))]
+    for stage, said in (("pretrained", "no fine-tuning"), ("specialized", "fine-tuned on 64k")):
+        pairs += [
+            (f"{domain}, {said}", *(found[method, domain][stage]["perplexity"] for method in ("slm", "pn")))
+            for domain in DOMAINS
+        ]
+    body = [
+        [name, f"{small:.1f}", f"{network:.1f}", percent([math.log(network / small)])] for name, small, network in pairs
+    ]
+    return table(["900 tokens a parameter (54M)", "SLM", "SLM-pn, k = 16, histogram", ""], body)
+
+
 def study_order() -> str:
     head = ["domain", "method", "30 tokens a parameter (1.8M)", "100 (6M)", "300 (18M)"]
     return table(
