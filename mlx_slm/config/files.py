@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, StrictFloat, StrictStr, ValidationError
 from pydantic_core import ErrorDetails
 
-from mlx_slm.config.schema import RENAMED, Config
+from mlx_slm.config.schema import HORIZONS, RENAMED, Config
 from mlx_slm.errors import SlmError, nearest
 from mlx_slm.fields import Form
 from mlx_slm.files import parse_yaml, read_yaml, require_form
@@ -88,7 +88,7 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
-EITHER = ({"steps", "tokens", "passes", "hours"}, *map(set, RENAMED.items()))
+EITHER = (set(HORIZONS), *map(set, RENAMED.items()))
 """Keys of `training` that stand in each other's place."""
 
 

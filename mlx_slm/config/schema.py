@@ -196,6 +196,8 @@ class MixtureConfig(Section):
 
 RENAMED = {"checkpoint_layers": "recompute_layers"}
 """Former names of keys of `training`."""
+HORIZONS = ("steps", "tokens", "passes", "hours")
+"""Keys of `training` of which one is given."""
 
 
 class TrainingConfig(Section):
@@ -259,7 +261,7 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def check_horizon(self) -> TrainingConfig:
-        given = [name for name in ("steps", "tokens", "passes", "hours") if getattr(self, name) is not None]
+        given = [name for name in HORIZONS if getattr(self, name) is not None]
         if len(given) != 1:
             named = " and ".join(given) or "none of them"
             raise ValueError(f"give exactly one of steps, tokens, passes and hours ({named} given)")
@@ -348,7 +350,6 @@ class DistillationConfig(Section):
     """Temperature of both distributions. Not specified by the paper; the best of a small sweep over both."""
 
 
-HORIZONS = ("steps", "tokens", "passes", "hours")
 DECIDED = {f"training.{key}" for key in ("seed", "milestones", *HORIZONS)} | {
     *("finetuning.seed", "clusters.k", "projection.k", "mixture.k", "mixture.tokens")
 }

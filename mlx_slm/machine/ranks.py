@@ -6,7 +6,6 @@ was given.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
@@ -184,12 +183,6 @@ def is_lost(error: Exception) -> bool:
 
 
 ALONE = Ranks()
-_alone = False
-
-
-def ranks() -> Ranks:
-    """Those that were started together, or this process alone."""
-    return ALONE if _alone else _started()
 
 
 def are_several() -> bool:
@@ -201,20 +194,10 @@ def are_several() -> bool:
     return bool(os.environ.get("MLX_WORLD_SIZE") or os.environ.get("MLX_IBV_DEVICES"))
 
 
-@contextlib.contextmanager
-def working_alone() -> Iterator[None]:
-    """What is done inside is this rank's own: other ranks do something else."""
-    global _alone
-    before, _alone = _alone, True
-    try:
-        yield
-    finally:
-        _alone = before
-
-
 @functools.cache
-def _started() -> Ranks:
-    """Connect to the other ranks; raises SlmError where that fails."""
+def ranks() -> Ranks:
+    """Those that were started together, connected at the first call, or this process alone; raises SlmError where the
+    others are not reached."""
     if not are_several():
         return ALONE
     try:

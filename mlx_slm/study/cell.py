@@ -12,7 +12,7 @@ from mlx_slm.clustering.clusters import Clusters, as_made, ensure_clusters
 from mlx_slm.clustering.show import summary
 from mlx_slm.clustering.target import SamplingTarget
 from mlx_slm.config.files import changed_config
-from mlx_slm.config.schema import Config
+from mlx_slm.config.schema import HORIZONS, Config
 from mlx_slm.errors import OtherSettings, SlmError
 from mlx_slm.evaluation.evaluate import Evaluated, find_experts
 from mlx_slm.experts.experts import HISTOGRAM
@@ -182,7 +182,7 @@ class Study:
         horizon: dict = {}
         if method:
             budgets = self.budgets[cell.trunk(method)]
-            horizon = dict.fromkeys(("steps", "passes", "hours")) | {"tokens": budgets[-1]}
+            horizon = dict.fromkeys(HORIZONS) | {"tokens": budgets[-1]}
             horizon["milestones"] = budgets if find_method(method).milestones else []
         changes["training"] = config.training.model_copy(update=seed | horizon)
         if section := find_method(cell.method).section:

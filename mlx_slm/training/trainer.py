@@ -283,15 +283,13 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_step == self.state.step:
             return
+        if self.ranks.is_first:
+            best = self.state.best_step
+            keep = {*self.schedule.milestones, *([] if best is None else [best])}
+            checkpoint.save_checkpoint(
+                self.run_directory, self.state.step, self.step.parameters, self.step.moments, self.state.to_json(), keep
+            )
         self._saved_step, self._saved_at = self.state.step, time.perf_counter()
-        if not self.ranks.is_first:
-            return
-        best = self.state.best_step
-        keep = {*self.schedule.milestones, *([] if best is None else [best])}
-        checkpoint.save_checkpoint(
-            self.run_directory, self.state.step, self.step.parameters, self.step.moments, self.state.to_json(), keep
-        )
-        self._saved_at = time.perf_counter()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,17 @@ from scripts.tables.records import ROOT, records
 DOCS = ROOT / "docs"
 
 
-def three_domains(rows: list[dict], folder: Path) -> None:
-    draw_study([as_now(row) for row in rows], "study-three", folder)
+def study(rows: list[dict], folder: Path, name: str) -> list[Path]:
+    return draw_study([as_now(row) for row in rows], name, folder)
 
 
-def five_domains(rows: list[dict], folder: Path) -> None:
-    draw_study(rows, "study-five", folder)
-
-
-def experts(facts: dict, folder: Path) -> None:
-    draw_experts(facts, folder)
-
-
-DRAWN: dict[str, tuple[Callable[[Any, Path], None], tuple[str, ...]]] = {
-    "2026-11-28-xeon-study-mini.jsonl": (three_domains, ("study-three-cost.png",)),
-    "2026-11-30-xeon-study-five.jsonl": (five_domains, ("study-five-cost.png", "study-five-finetuning.png")),
-    "2026-12-01-xeon-experts.json": (experts, ("experts-pn.png",)),
+DRAWN: dict[str, tuple[Callable[[Any, Path], Any], tuple[str, ...]]] = {
+    "2026-11-28-xeon-study-mini.jsonl": (partial(study, name="study-three"), ("study-three-cost.png",)),
+    "2026-11-30-xeon-study-five.jsonl": (
+        partial(study, name="study-five"),
+        ("study-five-cost.png", "study-five-finetuning.png"),
+    ),
+    "2026-12-01-xeon-experts.json": (draw_experts, ("experts-pn.png",)),
 }
 """Of each record: what draws it into a folder, and which of those figures the documents show."""
 

@@ -6,7 +6,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import call, small_config, write_jsonl
+from conftest import call, copy_of, small_config, write_jsonl
 from mlx.utils import tree_flatten
 
 from mlx_slm.clustering.target import SamplingTarget
@@ -18,7 +18,6 @@ from mlx_slm.methods.mixing import mixed, mixes, mixing_of
 from mlx_slm.methods.requests import Pretraining
 from mlx_slm.project import Project
 from mlx_slm.stages.pretrain import pretrain
-from mlx_slm.storage.workspace import Workspace
 from mlx_slm.training.find import find_run
 from mlx_slm.training.runs import branch_path
 from mlx_slm.training.schedule import Schedule, State
@@ -28,8 +27,7 @@ DOMAIN = SamplingTarget("notes")
 
 @pytest.fixture
 def workspace(prepared, config, tmp_path):
-    shutil.copytree(prepared.root, tmp_path / "w")
-    workspace = Workspace(tmp_path / "w")
+    workspace = copy_of(prepared, tmp_path / "w")
     workspace.config_file.write_text(dump_config(config))
     return workspace
 

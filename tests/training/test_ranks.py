@@ -9,21 +9,16 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import KILLED
+from conftest import KILLED, copy_of
 
-from mlx_slm.config.files import dump_config
-from mlx_slm.storage.workspace import Workspace
 from mlx_slm.training.find import find_run
 
 MAIN = "import sys, mlx_slm; from mlx_slm.cli import run; sys.exit(run(sys.argv[1:]))"
 
 
 @pytest.fixture
-def workspace(with_experts, expert_config, tmp_path):
-    shutil.copytree(with_experts.root, tmp_path / "w")
-    workspace = Workspace(tmp_path / "w")
-    workspace.config_file.write_text(dump_config(expert_config))
-    return workspace
+def workspace(with_experts, tmp_path):
+    return copy_of(with_experts, tmp_path / "w")
 
 
 def free_ports(count: int) -> list[int]:
