@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -105,9 +104,7 @@ def work(
                 write_record(job.path / file, value)
         if run.finished:
             report.line(run.already_finished)
-        with contextlib.ExitStack() as reading:
-            for name in (config.data.generic, *job.reads):
-                reading.enter_context(in_use(project.workspace, name))
+        with in_use(project.workspace, config.data.generic, *job.reads):
             if not run.finished:
                 _train(job, config.training, report, run)
             if config.training.cooldown:

@@ -97,10 +97,7 @@ def specialize(project: Project, request: Specialisation) -> Run:
         if run.finished:
             report.line(run.already_finished)
         else:
-            replayed_from = [config.data.generic] if replayed else []
-            with contextlib.ExitStack() as reading:
-                for read in (name, *replayed_from):
-                    reading.enter_context(in_use(workspace, read))
+            with in_use(workspace, name, *([config.data.generic] if replayed else [])):
                 start.train(project, run, job, domain)
         if ranks().is_first:
             for candidate in run.path.glob(f"{EXPERT}*"):

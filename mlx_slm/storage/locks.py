@@ -33,10 +33,11 @@ def alone(lock: Path, busy: str, waiting: Callable[[], None] | None = None) -> I
 
 
 @contextlib.contextmanager
-def in_use(workspace: Workspace, name: str) -> Iterator[None]:
-    """While a training reads a set nobody rebuilds it. Several may read it."""
-    with _set_lock(workspace, name) as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
+def in_use(workspace: Workspace, *names: str) -> Iterator[None]:
+    """While a training reads sets nobody rebuilds them. Several may read them."""
+    with contextlib.ExitStack() as held:
+        for name in names:
+            fcntl.flock(held.enter_context(_set_lock(workspace, name)), fcntl.LOCK_SH)
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from mlx_slm.study import tables as product
-from scripts.tables.records import percent, records, table
+from scripts.tables.records import percent, records, shown, table
 
 FIVE = ("pubmed", "stackexchange", "freelaw", "wikipedia", "europarl")
 
@@ -55,7 +55,7 @@ def of_size(tokens: int) -> str:
         cells = []
         for domain in FIVE:
             values = [perplexity(domain, seed, tokens, *method) for seed in (0, 1)]
-            cells.append(", ".join(f"{value:.1f}" for value in values if value) or "-")
+            cells.append(shown([value for value in values if value], 1))
         if any(cell != "-" for cell in cells):
             body.append([label, *cells])
     return table([f"fine-tuned on {tokens // 1000}k tokens", *FIVE], body)

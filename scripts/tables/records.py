@@ -30,10 +30,6 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     )
 
 
-def both(values: list[float]) -> str:
-    return ", ".join(f"{value:.1f}" for value in values) or "-"
-
-
 def percent(gains: list[float]) -> str:
     """The mean of differences of logarithms."""
     return f"{100 * math.expm1(sum(gains) / len(gains)):+.1f} %"
