@@ -6,6 +6,8 @@ was given.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import json
 import math
@@ -194,10 +196,27 @@ def are_several() -> bool:
     return bool(os.environ.get("MLX_WORLD_SIZE") or os.environ.get("MLX_IBV_DEVICES"))
 
 
-@functools.cache
+_apart = contextvars.ContextVar("apart", default=False)
+
+
 def ranks() -> Ranks:
     """Those that were started together, connected at the first call, or this process alone; raises SlmError where the
     others are not reached."""
+    return ALONE if _apart.get() else _connected()
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Within, each rank works for itself, on what the others do not."""
+    before = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(before)
+
+
+@functools.cache
+def _connected() -> Ranks:
     if not are_several():
         return ALONE
     try:

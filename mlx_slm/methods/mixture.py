@@ -13,6 +13,7 @@ from mlx_slm.clustering.clusters import Clusters
 from mlx_slm.errors import SlmError
 from mlx_slm.experts.experts import HISTOGRAM, SELECTS
 from mlx_slm.machine import runtime
+from mlx_slm.machine.ranks import apart, ranks
 from mlx_slm.methods.base import Method, Rows, Setup, TrainingJob
 from mlx_slm.methods.experts import experts_inputs, generic_clusters
 from mlx_slm.methods.requests import Pretraining
@@ -20,15 +21,14 @@ from mlx_slm.methods.work import announce_jobs, plain_job, work
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.project import Project
 from mlx_slm.training.runs import (
-    RECORD,
+    EXPERT,
     REMEDY,
     Run,
     RunRequest,
     alone_in,
     expert_path,
     open_expert,
-    open_run,
-    read_run,
+    open_together,
 )
 from mlx_slm.training.scoring import validation_loss
 
@@ -65,25 +65,28 @@ class Mixture(Method):
         whole = request.fresh and experts is None
         remedy = "start the whole mixture over with --fresh and without --experts" if request.fresh else REMEDY
         with alone_in(path):
-            old = Run(path, read_run(path)) if (path / RECORD).exists() and not request.fresh else None
-            done = _finished_experts(old, possible) if old else {}
+            finished = {} if request.fresh else _finished_experts(Run(path, {}), possible)
+            done = set().union(*ranks().of_all(list(finished)))
             left = [job for number, job in jobs.items() if number not in done]
 
             def announce() -> None:
                 announce_jobs(left, project.config.training, project.report)
 
             asked = RunRequest(path, self.name, inputs, project.config, whole, remedy=remedy, published=setup.published)
-            run = open_run(project.workspace, asked, announce)
+            run = open_together(project.workspace, asked, announce)
             if request.fresh:
                 run.record["started"] = time.time()
             try:
-                for number, job in jobs.items():
+                for number in ranks().own([number for number in jobs if number not in done]):
                     project.report.line(
                         f"expert {number} of 0 to {k - 1}: cluster {number}, {inputs['generic'][number]:,} tokens"
                     )
-                    work(project, job, request.fresh, lambda: None)
+                    with apart():
+                        work(project, jobs[number], request.fresh, lambda: None)
             finally:
-                _record_experts(run, possible)
+                if ranks().is_first:
+                    _record_experts(run, possible)
+            _collect(run, jobs, possible)
         return run
 
 
@@ -108,6 +111,22 @@ def expert_jobs(setup: Setup, clusters: Clusters, inputs: dict, experts: list[in
         )
 
     return {expert: job(expert) for expert in experts}
+
+
+def _collect(run: Run, jobs: dict[int, TrainingJob], possible: list[int]) -> None:
+    """Record the experts that other ranks have trained; raises SlmError where their files are not shared."""
+    trained = ranks().of_all(list(_finished_experts(run, possible)))
+
+    def record() -> None:
+        for rank, theirs in enumerate(trained):
+            for number in set(jobs) & set(theirs) - set(_finished_experts(run, possible)):
+                raise SlmError(
+                    f"expert {number} of run {run.name} lies in the workspace of rank {rank} ({ranks().hosts[rank]}): "
+                    f"copy its {run.path.name}/{EXPERT}{number} into runs/ here, and run the same command again"
+                )
+        _record_experts(run, possible)
+
+    ranks().by_first(record)
 
 
 def _finished_experts(run: Run, possible: list[int]) -> dict[int, dict]:

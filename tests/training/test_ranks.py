@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from conftest import KILLED, copy_of
 
+from mlx_slm.machine.trees import flat
 from mlx_slm.training.find import find_run
+from mlx_slm.training.runs import open_expert
 
 MAIN = "import sys, mlx_slm; from mlx_slm.cli import run; sys.exit(run(sys.argv[1:]))"
 
@@ -89,6 +91,32 @@ def test_any_number_of_ranks_has_the_losses_of_one(workspace, tmp_path, options,
     assert len({(record["tokens"], record["step"]) for record in records}) == 1
     if "pn" not in options:
         assert all((workspace.model(f"of-{count}") / "model.safetensors").exists() for count in counts)
+
+
+def test_experts_of_a_mixture_by_rank(workspace, tmp_path):
+    """Each rank trains every second expert by itself: the same to the bit as one process after another."""
+    for count in (1, 2):
+        ended = launch(count, tmp_path, MAIN, *command(workspace, "--method", "mix", "--name", f"of-{count}"))
+        assert [one.returncode for one in ended] == [0] * count, [one.stderr for one in ended]
+    one, two = (find_run(workspace, f"of-{count}") for count in (1, 2))
+    assert two.finished and two.record["experts"] == one.record["experts"] and len(one.record["experts"]) == 4
+    for number in range(4):
+        ours, theirs = (flat(open_expert(run, number).weights()) for run in (one, two))
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_experts_that_lie_on_another_host_are_named(workspace, tmp_path):
+    """Two ranks with a workspace each."""
+    other = copy_of(workspace, tmp_path / "other")
+    there = MAIN.replace("sys.argv[1:]", f"[*sys.argv[1:], '--workspace', {str(other.root)!r}]")
+    options = command(workspace, "--method", "mix", "--name", "apart")
+    first, second = launch(2, tmp_path, [MAIN, there], *options)
+    assert first.returncode == second.returncode == 1
+    assert "expert 1 of run apart lies in the workspace of rank 1 (" in first.stderr, first.stderr
+    for number in (1, 3):
+        shutil.copytree(other.run("apart") / f"expert-{number}", workspace.run("apart") / f"expert-{number}")
+    assert launch(1, tmp_path, MAIN, *options)[0].returncode == 0
+    assert find_run(workspace, "apart").finished
 
 
 def test_two_ranks_killed_go_on_as_four_and_as_one(workspace, tmp_path):
