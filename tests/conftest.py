@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import json
 import os
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 import hypothesis
@@ -99,6 +101,16 @@ Sampler.rows = rows
 sys.exit(run(sys.argv[1:]))
 """
 """A program that is the command line, and is killed when it asks for rows for the {calls}th time."""
+
+
+def find_ports(count: int) -> list[int]:
+    """Ports of this machine that are free, one behind the other."""
+    for first in range(20_000 + os.getpid() % 10_000, 60_000, count):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return list(range(first, first + count))
+    raise OSError("no free ports")
 
 
 def copy_of(workspace: Workspace, directory: Path) -> Workspace:

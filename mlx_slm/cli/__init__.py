@@ -48,7 +48,7 @@ for module in (train, data, use, plan, info):
 
 
 def main() -> None:
-    """Run a command; exit with 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run a command; exit with 0 done, 1 failed, 2 wrong usage, 3 another rank is lost, 130 interrupted."""
     if os.environ.get(runtime.PARENT):
         runtime.end_with(int(os.environ[runtime.PARENT]))
     with last_words(bool(set(sys.argv[1:]) & COMPUTING)):
@@ -95,7 +95,8 @@ def last_words(wanted: bool) -> Iterator[None]:
         watch.before_exit.remove(said)
         said()
         os.close(alive)
-        os.waitpid(watcher, 0)
+        with contextlib.suppress(KeyboardInterrupt):  # a signal while this ends: it ends
+            os.waitpid(watcher, 0)
 
 
 def run(arguments: list[str]) -> int:
@@ -150,7 +151,7 @@ def run(arguments: list[str]) -> int:
 
         if is_lost(error):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which a launcher ends the others: there is a word to say
-            return _fail(f"error: {watch.who_is_lost()}: {watch.RESTART}", FAILED)
+            return _fail(f"error: {watch.who_is_lost()}: {watch.RESTART}", watch.LOST)
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in NO_MEMORY):
             raise
         return _fail(f"error: {OUT_OF_MEMORY}", FAILED)

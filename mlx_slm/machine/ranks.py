@@ -91,19 +91,19 @@ class Ranks:
         if self.size == 1:
             return value
         data = np.frombuffer(json.dumps(value).encode(), np.uint8) if self.is_first else np.zeros(0, np.uint8)
-        length = np.array(self.summed(mx.array([len(data)], mx.int32)))
+        length = _values(self.summed(mx.array([len(data)], mx.int32)))
         buffer = np.zeros(length, np.uint8)
         buffer[: len(data)] = data
-        return json.loads(np.array(self.summed(mx.array(buffer))).tobytes())
+        return json.loads(_values(self.summed(mx.array(buffer))).tobytes())
 
     def of_all(self, value: T) -> list[T]:
         """What each rank has, JSON, by rank."""
         if self.size == 1:
             return [value]
         data = json.dumps(value).encode()
-        longest = np.array(self.gathered(mx.array([len(data)], mx.int32))).max()
+        longest = _values(self.gathered(mx.array([len(data)], mx.int32))).max()
         padded = np.frombuffer(data.ljust(int(longest)), np.uint8)
-        rows = np.array(self.gathered(mx.array(padded)[None]))
+        rows = _values(self.gathered(mx.array(padded)[None]))
         return [json.loads(row.tobytes()) for row in rows]
 
     def tree_from_first(self, tree: dict | None) -> dict:
@@ -155,6 +155,13 @@ class Ranks:
                         f"rank {rank} ({self.hosts[rank]}) has another {key} than rank 0 ({self.hosts[0]}): "
                         f"{_short(theirs.get(key))}, not {_short(every[0].get(key))}: make them equal, and start again"
                     )
+
+
+def _values(array: mx.array) -> np.ndarray:
+    """Of an array that a collective made. It is evaluated first: where a rank is lost that raises, while NumPy, which
+    would evaluate it as well, goes on with whatever lies in the memory."""
+    mx.eval(array)
+    return np.array(array)
 
 
 def _short(value: object) -> str:
@@ -219,16 +226,17 @@ def apart() -> Iterator[None]:
 def _connected() -> Ranks:
     if not are_several():
         return ALONE
-    try:
-        group = mx.distributed.init(strict=True)
-    except (RuntimeError, ValueError) as error:
-        raise SlmError(
-            f"rank {os.environ['MLX_RANK']} on {socket.gethostname()} does not reach the others ({error}): check the "
-            "hosts and ports of the launcher"
-        ) from error
-    if group.size() == 1:
-        return ALONE
-    found = Ranks(group.rank(), group.size(), group)
-    found.hosts = found.of_all(socket.gethostname())
-    watch.start(found)
-    return found
+    with watch.connecting():
+        try:
+            group = mx.distributed.init(strict=True)
+            if group.size() == 1:
+                return ALONE
+            found = Ranks(group.rank(), group.size(), group)
+            found.hosts = found.of_all(socket.gethostname())
+            watch.start(found)
+        except (RuntimeError, ValueError) as error:
+            raise SlmError(
+                f"rank {os.environ['MLX_RANK']} ({socket.gethostname()}) does not reach {watch.others()}: {error}; check "
+                f"the names of the hosts, and that its port is free{watch.own_place()}"
+            ) from error
+        return found

@@ -10,11 +10,13 @@ import contextlib
 import json
 import os
 import secrets
+import select
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,10 @@ BEAT, SILENT = 1.0, 30.0
 """Seconds between beats, and without any after which a rank is lost."""
 NOTICED = 4.0
 """Seconds in which it is found out who ended, where a connection was closed."""
+CONNECTING = 45.0
+"""Seconds in which all ranks have to be there."""
+LOST = 3
+"""Exit code where another rank is lost: started again, all go on."""
 before_exit: list[Callable[[], None]] = []
 """To call where this process ends by itself, from a thread."""
 _watch: Watch | None = None
@@ -40,6 +46,7 @@ class Watch:
         self.socket.settimeout(BEAT / 2)
         every = ranks.of_all([_own_address(), self.socket.getsockname()[1]])
         self.token = ranks.from_first(secrets.token_hex(8))
+        self.parent = os.getppid()
         self.others = {rank: tuple(place) for rank, place in enumerate(every) if rank != ranks.rank}
         self.heard: dict[int, float] = {}
         self.ended: dict[int, str] = {}
@@ -68,6 +75,8 @@ class Watch:
                 self.send()
                 last = now
             self._listen()
+            if os.getppid() != self.parent:
+                self._end("what started this rank is gone")
             for rank, at in self.heard.items():
                 if time.monotonic() - at > SILENT and rank not in self.ended:
                     self._end(f"{self.name(rank)} has not been heard of for {SILENT:.0f} s")
@@ -83,6 +92,13 @@ class Watch:
         except (OSError, ValueError, KeyError, TypeError):
             return
 
+    def hears_all(self) -> bool:
+        """Whether beats of all others come within the time of three."""
+        until = time.monotonic() + 3 * BEAT
+        while len(self.heard) < len(self.others) and time.monotonic() < until:
+            time.sleep(BEAT / 100)
+        return len(self.heard) == len(self.others)
+
     def lost(self) -> str:
         """Who is gone, where a connection was closed: the first that said why, or that is heard of no more."""
         until = time.monotonic() + NOTICED
@@ -96,19 +112,55 @@ class Watch:
 
     def _end(self, what: str) -> None:
         self.send(what)
-        sys.stderr.write(f"mlx-slm: error: {what}: {RESTART}\n")
-        sys.stderr.flush()
-        for call in before_exit:
-            call()
-        os._exit(1)
+        _exit(f"{what}: {RESTART}")
 
 
 RESTART = "start all ranks again, they go on from the last checkpoint"
 
 
+def _exit(what: str) -> None:
+    """End this process from any thread, while another may wait in MLX without end."""
+    sys.stderr.write(f"mlx-slm: error: {what}\n")
+    sys.stderr.flush()
+    for call in before_exit:
+        call()
+    os._exit(LOST)
+
+
 def start(ranks: Ranks) -> None:
+    """Begin to watch the others."""
     global _watch
     _watch = Watch(ranks)
+    deaf = [ranks.hosts[rank] for rank, hears in enumerate(ranks.of_all(_watch.hears_all())) if not hears]
+    if deaf and ranks.is_first:
+        sys.stderr.write(
+            f"mlx-slm: warning: datagrams (UDP) do not reach {', '.join(dict.fromkeys(deaf))}: a rank that stands "
+            "still will not be noticed; let them through the firewall\n"
+        )
+
+
+@contextlib.contextmanager
+def connecting() -> Iterator[None]:
+    """End this process where the others are not there in time: MLX waits for them without end, and no other thread of
+    Python runs meanwhile, so it is another process that does."""
+    ended, alive = os.pipe()
+    if (timer := os.fork()) == 0:
+        os.close(alive)
+        os.setpgid(0, 0)  # Ctrl-C is for the other
+        if not select.select([ended], [], [], CONNECTING)[0]:
+            here = f"rank {os.environ.get('MLX_RANK')} ({socket.gethostname()})"
+            late = f"{here} has waited {CONNECTING:.0f} s for {others()}: start each rank once, on its host"
+            os.write(2, f"mlx-slm: error: {late}\n".encode())
+            for call in before_exit:
+                call()
+            os.kill(os.getppid(), signal.SIGALRM)
+        os._exit(0)
+    os.close(ended)
+    try:
+        yield
+    finally:
+        os.close(alive)
+        os.waitpid(timer, 0)
 
 
 def who_is_lost() -> str:
@@ -121,11 +173,26 @@ def say_end(why: str) -> None:
         _watch.send(why)
 
 
+def _addresses() -> list[str]:
+    """HOST:PORT of each rank, where the launcher has made a list."""
+    file = os.environ.get("MLX_HOSTFILE")
+    return [places[0] for places in json.loads(Path(file).read_text())] if file else []
+
+
+def own_place() -> str:
+    places = _addresses()
+    return f" ({places[int(os.environ['MLX_RANK'])]})" if places else ""
+
+
+def others() -> str:
+    ranks = [f"rank {rank} ({place})" for rank, place in enumerate(_addresses()) if str(rank) != os.environ["MLX_RANK"]]
+    return " or ".join(ranks[:4]) or "the others"
+
+
 def _own_address() -> str:
     """Of this rank: as the launcher's list of hosts has it, or as its name stands for."""
-    file = os.environ.get("MLX_HOSTFILE")
-    if file and os.environ.get("MLX_RANK", "").isdigit():
-        return json.loads(Path(file).read_text())[int(os.environ["MLX_RANK"])][0].rpartition(":")[0]
+    if places := _addresses():
+        return places[int(os.environ["MLX_RANK"])].rpartition(":")[0]
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:  # a name that nobody knows: then ranks of this host alone hear it

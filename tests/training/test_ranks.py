@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import KILLED, copy_of
+from conftest import KILLED, copy_of, find_ports
 
 from mlx_slm.machine.trees import flat
 from mlx_slm.training.find import find_run
@@ -23,18 +23,10 @@ def workspace(with_experts, tmp_path):
     return copy_of(with_experts, tmp_path / "w")
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 def start(count: int, tmp_path, programs, *arguments: str) -> list[subprocess.Popen]:
     """Start a program (or one for each rank) as `count` ranks of a ring, as `mlx.launch` does."""
     hosts = tmp_path / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in find_ports(count)]))
     programs = [programs] * count if isinstance(programs, str) else programs
     alone = {"OMP_NUM_THREADS": "1"} | ({} if count == 1 else {"MLX_HOSTFILE": str(hosts)})
     return [
@@ -123,7 +115,7 @@ def test_two_ranks_killed_go_on_as_four_and_as_one(workspace, tmp_path):
     """A rank is killed in step 8; the last checkpoint is that of step 5, and rows go on from there."""
     options = command(workspace, "--method", "slm", "--name", "killed")
     first, second = launch(2, tmp_path, [MAIN, KILLED.format(calls=8)], *options)
-    assert second.returncode == -9 and first.returncode == 1
+    assert second.returncode == -9 and first.returncode == 3
     assert "rank 1 (" in first.stderr and "is gone: start all ranks again" in first.stderr, first.stderr
     assert launch(1, tmp_path, MAIN, *command(workspace, "--method", "slm", "--name", "whole"))[0].returncode == 0
     whole = losses(workspace, "whole")
@@ -152,7 +144,7 @@ def test_a_rank_that_stands_still_is_named(workspace, tmp_path):
     first, second = start(2, tmp_path, [hurried + MAIN, hurried + still], *options)
     try:
         _, said = first.communicate(timeout=60)
-        assert first.returncode == 1 and "rank 1 (" in said and "not been heard of for 4 s" in said, said
+        assert first.returncode == 3 and "rank 1 (" in said and "not been heard of for 4 s" in said, said
     finally:
         second.kill()
         second.communicate()
@@ -176,6 +168,21 @@ def test_ranks_that_differ_are_told(workspace, tmp_path):
     assert not workspace.run("other").exists()
     code = launch(2, tmp_path, MAIN, *command(workspace, "--method", "pn", "--set", "projection.clusters_per_step=1"))
     assert [one.returncode for one in code] == [1, 1] and "2 ranks" in code[0].stderr
+
+
+def test_ranks_that_do_not_find_each_other(workspace, tmp_path):
+    """A host that nobody knows; a rank that is started twice, while another is missing."""
+    hosts = tmp_path / "unknown.json"
+    hosts.write_text(json.dumps([["127.0.0.1:1"], ["no-such-host.invalid:2"]]))
+    unknown = MAIN.replace("import sys", f"import os, sys; os.environ['MLX_HOSTFILE'] = {str(hosts)!r}; import sys")
+    for rank, ended in enumerate(launch(2, tmp_path, unknown, *command(workspace, "--name", "unknown"))):
+        assert ended.returncode == 1 and f"rank {rank} (" in ended.stderr, ended.stderr
+        assert "no-such-host.invalid" in ended.stderr and "check the names of the hosts" in ended.stderr
+    twice = "import os; os.environ['MLX_RANK'] = '0'; import mlx_slm.machine.watch as w; w.CONNECTING = 3.0\n" + MAIN
+    for ended in launch(2, tmp_path, twice, *command(workspace, "--name", "twice")):
+        assert ended.returncode == -signal.SIGALRM, ended.stderr
+        assert "has waited 3 s for rank 1 (127.0.0.1:" in ended.stderr and "start each rank once" in ended.stderr
+    assert not workspace.run("unknown").exists() and not workspace.run("twice").exists()
 
 
 SENT = """
