@@ -64,6 +64,7 @@ DimensionOrAuto = Annotated[Dimension | None, BeforeValidator(_auto)]
 """`auto` and nothing are the same: the default, which depends on the rest."""
 Layers = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=MAX_LAYERS)]
 Clusters = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=MAX_CLUSTERS)]
+Branches = Annotated[int, BeforeValidator(parse_size), Field(gt=1, le=MAX_CLUSTERS)]
 Steps = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=10**9)]
 Rounds = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=10_000)]
 """Of k-means."""

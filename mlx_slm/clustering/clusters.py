@@ -7,19 +7,18 @@ that the stream of any cluster opens in O(1). A domain's windows are assigned to
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from mlx_slm.clustering.kmeans import KMeansState, Lloyd, assign, kmeans
+from mlx_slm.clustering.learn import CENTROIDS, KIND, LEVEL, Learner, learned_from
+from mlx_slm.clustering.tree import assign, with_levels_above
 from mlx_slm.config.schema import ClustersConfig
 from mlx_slm.embedding.embed import Embeddings, embed
 from mlx_slm.embedding.encoder import Choice, choose_encoder, recorded_encoder
 from mlx_slm.errors import SlmError
-from mlx_slm.files import Damaged, append_array, read_arrays, read_json, write_arrays
+from mlx_slm.files import Damaged, append_array, read_arrays, read_json
 from mlx_slm.project import Project
 from mlx_slm.report import Report
 from mlx_slm.storage.artifacts import MANIFEST, is_made, load_manifest, new_artifact, verify
@@ -34,12 +33,10 @@ from mlx_slm.text.rows import Stream, separated_ends
 from mlx_slm.text.sources import SPLITS
 from mlx_slm.text.store import Store
 
-KIND, ASSIGNED = "clusters", "assignments"
-CENTROIDS = "centroids.safetensors"
+ASSIGNED = "assignments"
 FILES = {"clusters.u4": "<u4", "order.u4": "<u4", "ends.i8": "<i8"}
 NEAREST = 3
 """Windows nearest to each centroid that are remembered."""
-LEARNING = ("points_per_centroid", "iterations", "tolerance", "restarts", "seed")
 
 
 class Assigned:
@@ -61,19 +58,28 @@ class Assigned:
         self.distances = np.array(counts["distances"])
         """Quantiles 0, 0.01 .. 1 of the squared distance of a window to its centroid, float64 [101]."""
 
+    def windows(self, cluster: int) -> np.ndarray:
+        """uint32 of the split."""
+        return self.order[int(self.bounds[cluster]) : int(self.bounds[cluster + 1])]
+
     def streams(self, store: Store) -> list[Stream]:
         """The stream of each cluster."""
         return [Stream(store, self.order, self.ends, int(a), int(b)) for a, b in pairwise(self.bounds)]
 
 
 class Clusters:
-    """Centroids fp32 [k, dims] and the assignments to them."""
+    """Centroids and the assignments to them."""
 
     def __init__(self, workspace: Workspace, k: int):
         self.k, self.directory = k, workspace.clusters(k)
         self.manifest = load_manifest(self.directory, KIND)
         verify(self.directory, self.manifest)
-        self.centroids = read_centroids(self.directory, self.manifest)
+        self.levels = read_levels(self.directory, self.manifest)
+        """Centroids fp32 [k, dims] of a tree's levels down to this one, itself the last."""
+
+    @property
+    def centroids(self) -> np.ndarray:
+        return self.levels[-1]
 
     @property
     def fingerprint(self) -> str:
@@ -88,14 +94,20 @@ class Clusters:
         return Assigned(self.directory / name / split)
 
 
-def read_centroids(directory: Path, manifest: dict) -> np.ndarray:
-    """fp32 [k, dims]; raises Damaged for numbers that are none, or not as many as the manifest says."""
-    centroids = read_arrays(directory / CENTROIDS, {"centroids": 2})["centroids"]
-    with np.errstate(over="ignore", invalid="ignore"):
-        finite = np.isfinite(np.einsum("kd,kd->k", centroids, centroids)).all()
-    if centroids.shape != (manifest["info"]["k"], manifest["info"]["dims"]) or not finite:
-        raise Damaged(f"{directory / CENTROIDS}: not the centroids that its manifest speaks of")
-    return centroids
+def read_levels(directory: Path, manifest: dict) -> list[np.ndarray]:
+    """fp32 [k, dims] of each level of a tree down to these clusters; raises Damaged for numbers that are none, or other
+    than the manifest says."""
+    info = manifest["info"]
+    *above, k = info.get("levels") or [info["k"]]
+    names = [f"{LEVEL}{depth}" for depth in range(len(above))]
+    arrays = read_arrays(directory / CENTROIDS, dict.fromkeys([*names, "centroids"], 2))
+    levels = [arrays[name] for name in [*names, "centroids"]]
+    for level, count in zip(levels, [*above, k], strict=True):
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite = np.isfinite(np.einsum("kd,kd->k", level, level)).all()
+        if level.shape != (count, info["dims"]) or not finite or k % count:
+            raise Damaged(f"{directory / CENTROIDS}: not the centroids that its manifest speaks of")
+    return levels
 
 
 def ensure_clusters(
@@ -120,16 +132,22 @@ def ensure_clusters(
                 f"the largest possible is {store.num_windows:,}; choose a smaller --k or clusters.k"
             )
     choice = choose_encoder(workspace, settings, store, tokenizer, report)
+    ways = with_levels_above(counts, settings.tree)
     if not fresh:
-        for k in counts:
-            _require_same(workspace, k, {"store": store.fingerprint, **choice.facts}, settings)
+        for levels in ways:
+            _require_same(workspace, {"store": store.fingerprint, **choice.facts}, settings, levels)
+    made: dict[int, Clusters] = {}
     with _alone(workspace, report):
         embeddings = embed(workspace, generic, "train", choice, report)
-        made = [_ensure_centroids(workspace, k, embeddings, settings, report, fresh) for k in counts]
+        for *before, k in ways:
+            above = made[before[-1]] if before else None
+            if above:
+                _ensure_assigned(workspace, [above], choice, generic, "train", report)
+            made[k] = _ensure_centroids(project, [*before, k], embeddings, above, fresh)
         for name in dict.fromkeys([generic, *sets]):
             for split in splits:
-                _ensure_assigned(workspace, made, choice, name, split, report)
-    return made
+                _ensure_assigned(workspace, [made[k] for k in counts], choice, name, split, report)
+    return [made[k] for k in counts]
 
 
 def assign_set(
@@ -171,7 +189,7 @@ def as_made(project: Project, k: int) -> Project:
     recorded = load_manifest(path, KIND)["info"]["settings"]
     if recorded["encoder"] != settings.encoder:
         project.report.line(f"clusters/{k} is used as it was made, with the encoder {recorded['encoder']}")
-    return project.having(clusters=settings.model_copy(update=recorded))
+    return project.having(clusters=settings.model_copy(update={"tree": []} | recorded))
 
 
 def far_windows(domain: Assigned, generic: Assigned) -> float:
@@ -182,15 +200,11 @@ def far_windows(domain: Assigned, generic: Assigned) -> float:
     return float((domain.distances > generic.distances[99]).mean())
 
 
-def _inputs(origin: dict, settings: ClustersConfig) -> dict:
-    return {"embeddings": origin, "kmeans": settings.model_dump(mode="json", include=set(LEARNING))}
-
-
-def _require_same(workspace: Workspace, k: int, origin: dict, settings: ClustersConfig) -> None:
-    path = workspace.clusters(k)
+def _require_same(workspace: Workspace, origin: dict, settings: ClustersConfig, levels: list[int]) -> None:
+    path = workspace.clusters(k := levels[-1])
     if not (path / MANIFEST).exists():
         return
-    before, now = load_manifest(path, KIND)["inputs"], _inputs(origin, settings)
+    before, now = load_manifest(path, KIND)["inputs"], learned_from(origin, settings, levels)
     if before != now:
         changed = sorted(
             f"{key} {before[part].get(key)} -> {now[part].get(key)}"
@@ -207,66 +221,20 @@ def _require_same(workspace: Workspace, k: int, origin: dict, settings: Clusters
 
 
 def _ensure_centroids(
-    workspace: Workspace, k: int, embeddings: Embeddings, settings: ClustersConfig, report: Report, fresh: bool
+    project: Project, levels: list[int], embeddings: Embeddings, above: Clusters | None, fresh: bool
 ) -> Clusters:
-    path = workspace.clusters(k)
-    inputs = _inputs(embeddings.manifest["inputs"], settings)
-    if not fresh and is_made(path, KIND, inputs):
-        return Clusters(workspace, k)
-    rng = np.random.default_rng((settings.seed, k))
-    points = embeddings.sample(settings.points_per_centroid * k, rng)
-    saved = Progress(path.with_name(f".{k}.partial"), inputs)
-    state = saved.load()
-    if state.iteration or state.restart:
-        report.line(f"resuming k-means at iteration {state.iteration}")
-    total = settings.iterations * settings.restarts
-    with report.progress(f"k-means, k = {k:,}", total, " iterations") as advance:
-
-        def on_iteration(state: KMeansState) -> None:
-            advance(1)
-            saved.save(state)
-
-        lloyd = Lloyd(settings.seed, settings.iterations, settings.tolerance, settings.restarts)
-        centroids, inertia = kmeans(points, k, lloyd, state, on_iteration)
-    with new_artifact(path, KIND, inputs) as (directory, info):
-        write_arrays(directory / CENTROIDS, {"centroids": centroids})
-        info.update(k=k, points=len(points), inertia=inertia, dims=embeddings.dims)
-        info["settings"] = settings.model_dump(mode="json", include={*LEARNING, "encoder", "long_windows", "dims"})
-    saved.remove()
-    report.line(
-        f"{k:,} clusters of {len(points):,} windows, mean squared distance {inertia / len(points):.4f}, in clusters/{k}"
-    )
+    """Those of the last of a tree's levels, where `above` is the one before it."""
+    workspace, settings, k = project.workspace, project.config.clusters, levels[-1]
+    path, inputs = workspace.clusters(k), learned_from(embeddings.manifest["inputs"], settings, levels)
+    if fresh or not is_made(path, KIND, inputs):
+        settings = settings.model_copy(update={"tree": settings.tree if above else []})
+        learner = Learner(path, embeddings, settings, inputs, project.report)
+        if above:
+            assigned = above.assigned(project.config.data.generic, "train")
+            learner.split(above.levels, k, assigned.windows)
+        else:
+            learner.flat(k)
     return Clusters(workspace, k)
-
-
-class Progress:
-    """The state of a k-means run on disk, so that a killed one goes on."""
-
-    def __init__(self, directory: Path, inputs: dict):
-        self.directory, self.inputs = directory, inputs
-
-    def load(self) -> KMeansState:
-        """The last state if it is of the same inputs, else a new one."""
-        if not (self.directory / MANIFEST).exists():
-            return KMeansState()
-        with contextlib.suppress(SlmError):
-            manifest = load_manifest(self.directory, "k-means state")
-            verify(self.directory, manifest)
-            if manifest["inputs"] == self.inputs:
-                arrays: dict = read_arrays(self.directory / "arrays.safetensors")
-                return KMeansState(**arrays, **manifest["info"]["numbers"])
-        return KMeansState()
-
-    def save(self, state: KMeansState) -> None:
-        fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-        arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
-        numbers = {name: value for name, value in fields.items() if name not in arrays and value is not None}
-        with new_artifact(self.directory, "k-means state", self.inputs) as (directory, info):
-            write_arrays(directory / "arrays.safetensors", arrays)
-            info["numbers"] = numbers
-
-    def remove(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _assignment_inputs(clusters: Clusters, store: Store) -> dict:
@@ -282,7 +250,7 @@ def _is_assigned(clusters: Clusters, name: str, split: str, store: Store) -> boo
 def _assign(clusters: Clusters, name: str, split: str, store: Store, vectors: Embeddings, report: Report) -> None:
     k, places, distances = clusters.k, [], []
     with report.progress(f"assigning {name}/{split} to {k:,} clusters", len(vectors), " windows") as advance:
-        for closest, distance in assign(vectors.chunks(), clusters.centroids):
+        for closest, distance in assign(vectors.chunks(), clusters.levels):
             places.append(closest)
             distances.append(distance)
             advance(len(closest))

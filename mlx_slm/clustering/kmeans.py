@@ -8,7 +8,7 @@ change by the points that moved only. On a CPU the result depends on the points 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -155,15 +155,21 @@ def _sums(
     return total
 
 
+def scorer(centroids: np.ndarray) -> Callable[[mx.array], mx.array]:
+    """From points fp32 [n, dims] to x.c - |c|^2 / 2, fp32 [n, k]: the largest is that of the nearest centroid."""
+    turned, bias = mx.array(centroids.T), mx.array(-0.5 * (centroids**2).sum(axis=1))
+    return lambda points: mx.addmm(bias, points, turned)
+
+
 def nearest(points: mx.array, centroids: np.ndarray, with_scores: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Return (assignments int32 [n], scores fp32 [n]: x.c - |c|^2 / 2 of the nearest; none of them unless asked)."""
-    turned, bias = mx.array(centroids.T), mx.array(-0.5 * (centroids**2).sum(axis=1))
+    scores_of = scorer(centroids)
     size = max(1, chunk_scores() // len(centroids))
     assignments = np.empty(len(points), np.int32)
     scores = np.empty(len(points) if with_scores else 0, np.float32)
 
     def best(lane: int, where: slice) -> tuple[mx.array, ...]:
-        closeness = mx.addmm(bias, points[where], turned)
+        closeness = scores_of(points[where])
         place = mx.argmax(closeness, axis=-1)
         return (place, mx.take_along_axis(closeness, place[:, None], axis=-1)[:, 0]) if with_scores else (place,)
 
@@ -225,13 +231,6 @@ def _distances(rows: mx.array, squares: np.ndarray, chosen: np.ndarray) -> np.nd
     distances = np.maximum(squares[:, None] - 2 * products + squares[chosen], 0)
     distances[chosen, np.arange(len(chosen))] = 0
     return distances
-
-
-def assign(chunks: Iterator[np.ndarray], centroids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each chunk of points fp32 [n, dims] yield (assignments int32 [n], squared distances fp32 [n])."""
-    for chunk in chunks:
-        assignments, scores = nearest(mx.array(chunk), centroids)
-        yield assignments, np.maximum(np.einsum("nd,nd->n", chunk, chunk) - 2 * scores, 0)
 
 
 def require_finite(squares: np.ndarray, what: str) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from mlx_slm.fields import (
+    Branches,
     Clusters,
     Dimension,
     DimensionOrAuto,
@@ -94,9 +95,12 @@ class TokenizerConfig(Section):
 class ClustersConfig(Section):
     """Clusters of the generic set's windows (section 2.3), and how a domain's histogram becomes a distribution."""
 
-    came_later = ("domain_share", "cooldown_share", "domain_passes")
+    came_later = ("domain_share", "cooldown_share", "domain_passes", "tree")
     k: Clusters = 1024
     """Clusters that importance sampling uses. Paper: 1,024 (16 to 1,024 are studied)."""
+    tree: list[Branches] = []
+    """Branches of each level of a tree of clusters, such as [32, 32], for a k of thousands: each cluster of a level is
+    split into as many. 32 and 1024 are then its levels; another k is clustered flat, and so is any without a tree."""
     encoder: str = DEFAULT_ENCODER
     """A sentence-transformers or model2vec directory, or a repository on the Hub (paper: Sentence-BERT); or `static`,
     distilled from the default encoder, or `lsi`, which needs no download: both for CPUs."""

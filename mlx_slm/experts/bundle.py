@@ -16,7 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_slm.clustering.clusters import KIND as CLUSTERS
-from mlx_slm.clustering.clusters import read_centroids
+from mlx_slm.clustering.clusters import read_levels
 from mlx_slm.config.files import dump_config, load_config
 from mlx_slm.config.schema import DEFAULT_ENCODER, Config, ProjectionConfig, TokenizerConfig
 from mlx_slm.embedding.encoder import FITTED, key_of, open_fitted
@@ -124,7 +124,7 @@ def checked(directory: Path) -> dict:
         raise Damaged(f"{directory}: its tokenizer is not the one that its run was trained with; get the bundle again")
     clusters = directory / f"clusters/{manifest['info']['k']}"
     centroids = load_manifest(clusters, CLUSTERS)
-    dims = read_centroids(clusters, centroids).shape[1]
+    dims = read_levels(clusters, centroids)[-1].shape[1]
     if centroids["fingerprint"] != run.record["inputs"]["clusters"]:
         raise Damaged(f"{directory}: its centroids are not those that its run was trained with; get the bundle again")
     facts = {name: value for name, value in centroids["inputs"]["embeddings"].items() if name != "store"}

@@ -235,8 +235,9 @@ def _connected() -> Ranks:
             found.hosts = found.of_all(socket.gethostname())
             watch.start(found)
         except (RuntimeError, ValueError) as error:
+            here = f"rank {os.environ['MLX_RANK']} ({socket.gethostname()})"
             raise SlmError(
-                f"rank {os.environ['MLX_RANK']} ({socket.gethostname()}) does not reach {watch.others()}: {error}; check "
+                f"{here} does not reach {watch.others()}: {error}; check "
                 f"the names of the hosts, and that its port is free{watch.own_place()}"
             ) from error
         return found

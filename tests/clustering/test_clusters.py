@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from conftest import call, write_jsonl
 
-from mlx_slm.clustering import clusters as module
+from mlx_slm.clustering import learn
 from mlx_slm.clustering.clusters import Clusters, ensure_clusters
-from mlx_slm.clustering.kmeans import assign
+from mlx_slm.clustering.learn import Progress
+from mlx_slm.clustering.tree import assign
 from mlx_slm.config.files import dump_config
 from mlx_slm.embedding import embed as embedding
 from mlx_slm.embedding.embed import Embeddings
@@ -87,7 +88,7 @@ def test_what_is_there_is_kept_and_a_new_domain_is_assigned(own, config, texts, 
     before = {path: path.stat().st_mtime_ns for path in own.root.rglob("*.u4")}
     code, _, err = call(capsys, own, "prepare", "extra", str(write_jsonl(tmp_path / "x.jsonl", texts[:200])))
     assert code == 0, err
-    monkeypatch.setattr(module, "kmeans", lambda *_: pytest.fail("clustered again"))
+    monkeypatch.setattr(learn, "kmeans", lambda *_: pytest.fail("clustered again"))
     ensure_clusters(Project(own, config), [5, 12], ["notes", "extra"])
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert Clusters(own, 12).assigned("extra", "train").tokens.sum() == Store(own.data("extra", "train")).num_tokens
@@ -108,7 +109,7 @@ def test_changed_settings_are_refused_until_fresh(own, config):
 
 def test_a_killed_k_means_goes_on_to_the_same_centroids(own, config, report, monkeypatch):
     shutil.rmtree(own.clusters(12))
-    expected, save, saves = Clusters(own, 5).centroids, module.Progress.save, []
+    expected, save, saves = Clusters(own, 5).centroids, Progress.save, []
     ensure_clusters(Project(own, config), [12], [])
     whole = Clusters(own, 12).centroids
     shutil.rmtree(own.clusters(12))
@@ -120,7 +121,7 @@ def test_a_killed_k_means_goes_on_to_the_same_centroids(own, config, report, mon
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module.Progress, "save", killed)
+        patch.setattr(Progress, "save", killed)
         ensure_clusters(Project(own, config), [12], [])
     ensure_clusters(Project(own, config, report), [12], [])
     assert "resuming k-means at iteration 2" in report.lines
@@ -334,8 +335,8 @@ def test_max_passes_that_cannot_be_met(own, capsys):
 def test_assigning_in_chunks_changes_nothing(clustered):
     clusters = Clusters(clustered, 12)
     rows = embeddings_of(clustered, "generic", "train").rows(0, 200)
-    parts = list(assign(iter([rows[:3], rows[3:150], rows[150:]]), clusters.centroids))
-    whole = next(assign(iter([rows]), clusters.centroids))
+    parts = list(assign(iter([rows[:3], rows[3:150], rows[150:]]), clusters.levels))
+    whole = next(assign(iter([rows]), clusters.levels))
     assert (np.concatenate([p for p, _ in parts]) == whole[0]).all()
 
 

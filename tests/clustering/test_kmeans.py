@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mlx_slm.clustering import kmeans as module
-from mlx_slm.clustering.kmeans import KMeansState, Lloyd, assign, kmeans
+from mlx_slm.clustering.kmeans import KMeansState, Lloyd, kmeans
+from mlx_slm.clustering.tree import assign
 from mlx_slm.errors import SlmError
 
 CACHE = Path(os.environ.get("MLX_SLM_EMBEDDINGS", Path.home() / ".cache" / "mlx-slm" / "embeddings-50000.npy"))
@@ -30,7 +31,7 @@ def blobs():
 
 
 def inertia_of(points, centroids):
-    return float(sum(distances.sum(dtype=np.float64) for _, distances in assign(iter([points]), centroids)))
+    return float(sum(distances.sum(dtype=np.float64) for _, distances in assign(iter([points]), [centroids])))
 
 
 @pytest.mark.parametrize("k", [64, 256])
@@ -59,7 +60,7 @@ def test_lloyd_from_the_same_start_ends_where_scikit_learn_does(blobs):
 def test_assignments_are_the_nearest_centroids(blobs, monkeypatch):
     monkeypatch.setattr(module, "chunk_scores", lambda: 700)
     centroids, inertia = kmeans(blobs, 7, lloyd=Lloyd(seed=3))
-    (places, distances), *others = assign(iter([blobs[:500], blobs[500:]]), centroids)
+    (places, distances), *others = assign(iter([blobs[:500], blobs[500:]]), [centroids])
     exact = ((blobs[:, None].astype(np.float64) - centroids) ** 2).sum(axis=2)
     assert (np.concatenate([places, others[0][0]]) == exact.argmin(axis=1)).all()
     np.testing.assert_allclose(distances, exact[:500].min(axis=1), rtol=1e-4, atol=1e-3)

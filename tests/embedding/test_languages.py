@@ -8,7 +8,8 @@ from conftest import Recorder, small_config, write_jsonl
 from safetensors.numpy import save_file
 
 from mlx_slm.clustering.clusters import ensure_clusters
-from mlx_slm.clustering.kmeans import Lloyd, assign, kmeans
+from mlx_slm.clustering.kmeans import Lloyd, kmeans
+from mlx_slm.clustering.tree import assign
 from mlx_slm.config.schema import ClustersConfig
 from mlx_slm.embedding import lsi
 from mlx_slm.embedding.lsi import LsiEncoder
@@ -46,7 +47,7 @@ def test_lsi_tells_topics_apart_in_any_script(language, tmp_path):
     found = [gap.join(rng.choice(TOPICS[language][topic], 60)) for topic in place]
     lsi.fit(found, 4, 0, tmp_path, Report())
     centroids, _ = kmeans(LsiEncoder(tmp_path).encode(found), 2, lloyd=Lloyd(seed=0))
-    which = next(assign(iter([LsiEncoder(tmp_path).encode(found)]), centroids))[0]
+    which = next(assign(iter([LsiEncoder(tmp_path).encode(found)]), [centroids]))[0]
     assert max((which == place).mean(), (which != place).mean()) > 0.98
 
 
