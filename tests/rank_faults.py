@@ -175,7 +175,7 @@ def at_place(site: Site, place: str, victim: int) -> dict:
 
 def cut(site: Site, rng: random.Random) -> dict:
     """Two network namespaces, and the link between them taken down: each ends, and names the other."""
-    moment = rng.uniform(0.3, 0.8) * site.seconds
+    moment = rng.uniform(0.4, 0.7) * site.seconds
     names = ("slm-a", "slm-b")
     _spaces(names, make=True)
     try:
@@ -187,7 +187,7 @@ def cut(site: Site, rng: random.Random) -> dict:
         code = pair.wait(0, ALLOWED)
         named = "rank 1 (" in pair.text(0)
         found = outcome(site, pair, 0, since)
-        if found["result"] == "held" and not (code and named):
+        if found["result"] == "held" and code and not named:
             found["result"] = "not named"
         return {"moment": round(moment, 1)} | found
     finally:

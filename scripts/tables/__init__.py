@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from scripts.tables import benchmarks, five, miniature, models, recipes, study
+from scripts.tables import benchmarks, five, miniature, models, recipes, scale, study
 from scripts.tables.records import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -54,5 +54,11 @@ TABLES: dict[str, Callable[[], str]] = {
         five.five_costs,
         five.over_clusters,
         five.drawn,
+        scale.ring,
+        scale.links,
+        scale.trees,
+        scale.assigning,
+        scale.c4,
+        scale.rank_faults,
     )
 }

@@ -1,0 +1,171 @@
+"""What a training of many ranks and a pool of many windows cost, in their parts (docs/scale.md).
+
+    python -m benchmarks.scale ring                      two ranks on this machine: latency and bandwidth of all_sum
+    python -m benchmarks.scale data WORKSPACE            tokenising, and embedding with two encoders
+    python -m benchmarks.scale clusters WORKSPACE        flat k-means and trees on its embeddings, up to 10^7 windows
+
+Prints a JSON line for each measurement, as docs/records keeps them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+
+import mlx_slm  # noqa: F401  (before mlx: the BLAS)
+from mlx_slm.clustering.kmeans import Lloyd, kmeans
+from mlx_slm.clustering.tree import assign
+from mlx_slm.config.files import load_config
+from mlx_slm.config.schema import DEFAULT_ENCODER
+from mlx_slm.embedding.embed import Embeddings
+from mlx_slm.embedding.encoder import choose_encoder, window_texts
+from mlx_slm.machine import runtime
+from mlx_slm.report import Report
+from mlx_slm.storage.workspace import Workspace
+from mlx_slm.text.hub_tokenizer import open_tokenizer
+from mlx_slm.text.store import Store
+
+SIZES = [1, 256, 2**14, 2**18, 2**20, 2**23, 2**25]
+"""fp32 numbers that are summed."""
+RANK = f"""
+import json, time
+import mlx.core as mx
+from statistics import median
+group = mx.distributed.init(backend="ring", strict=True)
+for size in {SIZES}:
+    seconds = []
+    for _ in range(9 if size > 2**20 else 101):
+        array = mx.zeros(size) + 1
+        mx.eval(array)
+        begun = time.perf_counter()
+        mx.eval(mx.distributed.all_sum(array, group=group))
+        seconds.append(time.perf_counter() - begun)
+    if group.rank() == 0:
+        print(json.dumps({{"what": "all_sum", "bytes": 4 * size, "seconds": median(seconds)}}), flush=True)
+"""
+
+
+@click.group()
+def cli() -> None:
+    pass
+
+
+@cli.command()
+@click.option("--port", default=23456)
+def ring(port: int) -> None:
+    """Two ranks on this machine, over its loopback."""
+    with tempfile.TemporaryDirectory() as folder:
+        hosts = Path(folder) / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in range(2)]))
+        environment = os.environ | {"MLX_HOSTFILE": str(hosts), "OMP_NUM_THREADS": "1"}
+        ranks = [
+            subprocess.Popen([sys.executable, "-c", RANK], env=environment | {"MLX_RANK": str(rank)})
+            for rank in range(2)
+        ]
+        sys.exit(max(rank.wait() for rank in ranks))
+
+
+def note(**facts) -> None:
+    click.echo(json.dumps({"device": runtime.device_name()} | facts))
+
+
+@cli.command()
+@click.argument("workspace", type=click.Path(exists=True, path_type=Path))
+@click.option("--set", "name", default="generic")
+def clusters(workspace: Path, name: str) -> None:
+    """Learn 1,024 and 4,096 clusters of windows, flat and as trees; assign up to 10^7 windows to them."""
+    (folder,) = (workspace / "embeddings").glob(f"*/{name}/train")
+    embeddings = Embeddings(folder)
+    held = embeddings.sample(20_000, np.random.default_rng(1))
+    made = {}
+    for branches in ([1024], [32, 32], [4096], [64, 64], [16, 16, 16]):
+        k = int(np.prod(branches))
+        points = embeddings.sample(64 * k, np.random.default_rng(0))
+        begun = time.perf_counter()
+        made[tuple(branches)] = levels = learn(points, branches)
+        seconds = time.perf_counter() - begun
+        distances = [float(next(assign(iter([rows]), levels))[1].mean()) for rows in (points, held)]
+        facts = {"tree": branches, "points": len(points), "dims": embeddings.dims, "seconds": round(seconds, 2)}
+        note(what="learn", **facts, distance=round(distances[0], 5), distance_held=round(distances[1], 5))
+    for branches, levels in made.items():
+        for count in (10**5, 10**6, 10**7):
+            if branches == (4096,) and count == 10**7:
+                continue  # ten times that of 10^6
+            begun = time.perf_counter()
+            for _ in assign(windows(embeddings, count), levels):
+                pass
+            note(
+                what="assign", tree=branches, windows=count, seconds=round(time.perf_counter() - begun, 2), rss_mb=rss()
+            )
+    begun = time.perf_counter()
+    for _ in windows(embeddings, 10**6):
+        pass
+    note(what="read", windows=10**6, seconds=round(time.perf_counter() - begun, 2))
+
+
+@cli.command()
+@click.argument("workspace", type=click.Path(exists=True, path_type=Path))
+@click.option("--set", "name", default="generic")
+def data(workspace: Path, name: str) -> None:
+    """Text to tokens, windows to embeddings: rates on the first windows of a prepared set."""
+    place = Workspace(workspace)
+    store, tokenizer = Store(place.data(name, "train")), open_tokenizer(place.tokenizer)
+    texts = window_texts(store, tokenizer, np.arange(20_000))
+    size = sum(len(text.encode()) for text in texts)
+    begun = time.perf_counter()
+    tokens = sum(len(ids) for ids in map(tokenizer.encode, texts))
+    seconds = time.perf_counter() - begun
+    note(what="tokenise", bytes=size, tokens=tokens, seconds=round(seconds, 2), processes=1)
+    for encoder, count in (("static", 20_000), (DEFAULT_ENCODER, 512)):
+        settings = load_config(place.config_file).clusters.model_copy(update={"encoder": encoder})
+        opened = choose_encoder(place, settings, store, tokenizer, Report()).open()
+        opened.encode(texts[:64])
+        begun = time.perf_counter()
+        vectors = opened.encode(texts[:count])
+        seconds = time.perf_counter() - begun
+        size = sum(len(text.encode()) for text in texts[:count])
+        facts = {"encoder": encoder, "windows": count, "bytes": size, "dims": vectors.shape[1]}
+        note(what="embed", **facts, seconds=round(seconds, 2))
+
+
+def learn(points: np.ndarray, branches: list[int]) -> list[np.ndarray]:
+    """The centroids of each level of a tree, all from these points."""
+    levels: list[np.ndarray] = []
+    for width in branches:
+        if not levels:
+            levels.append(kmeans(points, width, Lloyd(0, 50))[0])
+            continue
+        places = next(assign(iter([points]), levels))[0]
+        parts = [kmeans(points[places == parent], width, Lloyd(0, 50))[0] for parent in range(len(levels[-1]))]
+        levels.append(np.concatenate(parts))
+    return levels
+
+
+def windows(embeddings: Embeddings, count: int) -> Iterator[np.ndarray]:
+    """So many embeddings: those of a real set, again and again."""
+    given = 0
+    while given < count:
+        for chunk in embeddings.chunks():
+            yield chunk[: count - given]
+            given += len(chunk)
+            if given >= count:
+                return
+
+
+def rss() -> int:
+    """MB that this process has taken at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "linux" else 2**20)
+
+
+if __name__ == "__main__":
+    cli()
