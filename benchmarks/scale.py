@@ -24,6 +24,7 @@ import numpy as np
 
 import mlx_slm  # noqa: F401  (before mlx: the BLAS)
 from mlx_slm.clustering.kmeans import Lloyd, kmeans
+from mlx_slm.clustering.learn import split_points
 from mlx_slm.clustering.tree import assign
 from mlx_slm.config.files import load_config
 from mlx_slm.config.schema import DEFAULT_ENCODER
@@ -146,7 +147,8 @@ def learn(points: np.ndarray, branches: list[int]) -> list[np.ndarray]:
             levels.append(kmeans(points, width, Lloyd(0, 50))[0])
             continue
         places = next(assign(iter([points]), levels))[0]
-        parts = [kmeans(points[places == parent], width, Lloyd(0, 50))[0] for parent in range(len(levels[-1]))]
+        above = enumerate(levels[-1])
+        parts = [split_points(points[places == parent], center, width, Lloyd(0, 50))[0] for parent, center in above]
         levels.append(np.concatenate(parts))
     return levels
 

@@ -68,6 +68,7 @@ def cluster(session: Session, counts, encoder, show, fresh) -> None:
     """
     from mlx_slm.clustering import show as shows
     from mlx_slm.clustering.clusters import ensure_clusters
+    from mlx_slm.machine.ranks import ranks
 
     if encoder:
         session.overrides = (*session.overrides, f"clusters.encoder={encoder}")
@@ -75,6 +76,7 @@ def cluster(session: Session, counts, encoder, show, fresh) -> None:
     session.start_computing()
     sets = [name for name in workspace.sets() if name != config.data.generic]
     made = ensure_clusters(session.project, list(counts) or [config.clusters.k], sets, fresh)
+    show = show and ranks().is_first
     summaries = [shows.summary(clusters, config.data.generic, sets) for clusters in made]
     if show:
         for clusters, facts in zip(made, summaries, strict=True):

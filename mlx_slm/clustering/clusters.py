@@ -19,6 +19,7 @@ from mlx_slm.embedding.embed import Embeddings, embed
 from mlx_slm.embedding.encoder import Choice, choose_encoder, recorded_encoder
 from mlx_slm.errors import SlmError
 from mlx_slm.files import Damaged, append_array, read_arrays, read_json
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.project import Project
 from mlx_slm.report import Report
 from mlx_slm.storage.artifacts import MANIFEST, is_made, load_manifest, new_artifact, verify
@@ -121,7 +122,7 @@ def ensure_clusters(
     workspace, report = project.workspace, project.report
     settings, generic = project.config.clusters, project.config.data.generic
     if generic not in workspace.sets():
-        ensure_set(project, generic)
+        ranks().in_turn(lambda: ensure_set(project, generic))
     tokenizer = open_tokenizer(workspace.tokenizer)
     store = Store(workspace.data(generic, "train"))
     store.require_tokenizer(tokenizer)
@@ -157,7 +158,7 @@ def assign_set(
 
     `encoder`: where the encoder is to be found (`recorded_encoder`).
     """
-    if not _is_assigned(clusters, name, split, Store(workspace.require_set(name, split))):
+    if not ranks().agree(_is_assigned(clusters, name, split, Store(workspace.require_set(name, split)))):
         choice = recorded_encoder(workspace, clusters.encoder, encoder)
         with _alone(workspace, report):
             _ensure_assigned(workspace, [clusters], choice, name, split, report)
@@ -165,6 +166,9 @@ def assign_set(
 
 
 def _alone(workspace: Workspace, report: Report) -> contextlib.AbstractContextManager[None]:
+    """Of several ranks the first has the lock."""
+    if not ranks().is_first:
+        return contextlib.nullcontext()
     busy = f"another process is clustering in {workspace.root}: waiting for it"
     return alone(workspace.root / ".clusters.lock", busy, waiting=lambda: report.line(busy))
 
@@ -174,11 +178,16 @@ def _ensure_assigned(
 ) -> None:
     store, tokenizer = Store(workspace.require_set(name, split)), open_tokenizer(workspace.tokenizer)
     store.require_tokenizer(tokenizer)
-    missing = [clusters for clusters in made if not _is_assigned(clusters, name, split, store)]
-    if missing:
-        vectors = embed(workspace, name, split, choice, report)
-        for clusters in missing:
-            _assign(clusters, name, split, store, vectors, report)
+    if ranks().agree(all(_is_assigned(clusters, name, split, store) for clusters in made)):
+        return
+    vectors = embed(workspace, name, split, choice, report)
+
+    def assign_missing() -> None:
+        for clusters in made:
+            if not _is_assigned(clusters, name, split, store):
+                _assign(clusters, name, split, store, vectors, report)
+
+    ranks().in_turn(assign_missing)
 
 
 def as_made(project: Project, k: int) -> Project:
@@ -226,7 +235,7 @@ def _ensure_centroids(
     """Those of the last of a tree's levels, where `above` is the one before it."""
     workspace, settings, k = project.workspace, project.config.clusters, levels[-1]
     path, inputs = workspace.clusters(k), learned_from(embeddings.manifest["inputs"], settings, levels)
-    if fresh or not is_made(path, KIND, inputs):
+    if fresh or not ranks().agree(is_made(path, KIND, inputs)):
         settings = settings.model_copy(update={"tree": settings.tree if above else []})
         learner = Learner(path, embeddings, settings, inputs, project.report)
         if above:

@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_slm.errors import SlmError
 from mlx_slm.machine import runtime
+from mlx_slm.machine.ranks import ranks
 
 SUMMED_POINTS = 8192
 """Points that are added up at once in fp32; the sums of those are added in float64."""
@@ -95,7 +96,7 @@ def _lloyd(
 ) -> KMeansState:
     while True:
         assert state.centroids is not None
-        assignments, _ = nearest(points, state.centroids, with_scores=False)
+        assignments = _nearest_of_all(points, state.centroids)
         k = len(state.centroids)
         sums = _moved_sums(points, assignments, k, state)
         counts = np.bincount(assignments, minlength=k)
@@ -179,6 +180,22 @@ def nearest(points: mx.array, centroids: np.ndarray, with_scores: bool = True) -
         if with_scores:
             scores[where] = score[0]
     return assignments, scores
+
+
+def _nearest_of_all(points: mx.array, centroids: np.ndarray) -> np.ndarray:
+    """The nearest centroid of each point, int32 [n]. Of several ranks each looks at its part of the chunks, and they
+    gather 4 bytes a point: the chunks are those of one rank, and so are the bits."""
+    together, size, count = ranks(), max(1, chunk_scores() // len(centroids)), len(points)
+    if together.size == 1:
+        return nearest(points, centroids, with_scores=False)[0]
+    starts = list(range(0, count, size))
+    rounds = -(-len(starts) // together.size)
+    own = np.zeros((rounds, size), np.int32)
+    for turn, start in enumerate(together.own(starts)):
+        chunk = points[start : start + size]
+        own[turn, : len(chunk)] = nearest(chunk, centroids, with_scores=False)[0]
+    every = together.values_of_all(own)
+    return every.swapaxes(0, 1).reshape(-1)[:count]
 
 
 def reseed_empty(centroids: np.ndarray, counts: np.ndarray, points: mx.array, assignments: np.ndarray) -> None:

@@ -16,8 +16,9 @@ from mlx_slm.config.schema import ClustersConfig
 from mlx_slm.embedding.embed import Embeddings
 from mlx_slm.errors import SlmError
 from mlx_slm.files import read_arrays, write_arrays
+from mlx_slm.machine.ranks import apart, ranks
 from mlx_slm.report import Report
-from mlx_slm.storage.artifacts import MANIFEST, load_manifest, new_artifact, verify
+from mlx_slm.storage.artifacts import MANIFEST, is_made, load_manifest, new_artifact, verify
 from mlx_slm.text.shards import read_shard, save_shard, start_shards
 
 KIND = "clusters"
@@ -53,18 +54,26 @@ class Learner:
         settings, report = self.settings, self.report
         points = self.embeddings.sample(settings.points_per_centroid * k, np.random.default_rng((settings.seed, k)))
         saved = Progress(self.path.with_name(f".{k}.partial"), self.inputs)
-        state = saved.load()
+        state, together = saved.load(), ranks()
+        if len(set(together.of_all(f"{state.restart} {state.iteration}"))) > 1:  # their files are not shared
+            state = KMeansState()
         if state.iteration or state.restart:
             report.line(f"resuming k-means at iteration {state.iteration}")
         with report.progress(f"k-means, k = {k:,}", settings.iterations * settings.restarts, " iterations") as advance:
 
             def on_iteration(state: KMeansState) -> None:
                 advance(1)
-                saved.save(state)
+                if together.is_first:
+                    saved.save(state)
 
             centroids, inertia = kmeans(points, k, self.lloyd, state, on_iteration)
-        self._write({"centroids": centroids}, len(points), inertia)
-        saved.remove()
+
+        def write() -> None:
+            if together.is_first or not is_made(self.path, KIND, self.inputs):
+                self._write({"centroids": centroids}, len(points), inertia)
+            saved.remove()
+
+        together.in_turn(write)
 
     def split(self, levels: list[np.ndarray], k: int, windows: Callable[[int], np.ndarray]) -> None:
         """Split each cluster of the last of `levels` into as many that they are k: k-means of a sample of `windows` of
@@ -72,31 +81,32 @@ class Learner:
         above, settings = levels[-1], self.settings
         branches = k // len(above)
         partial = self.path.with_name(f".{k}.partial")
-        start_shards(partial, self.inputs, self.report)
-        parts, points, inertia = [], 0, 0.0
+        together = ranks()
+        together.in_turn(lambda: start_shards(partial, self.inputs, self.report))
+        shards = [partial / f"{cluster:08d}.npz" for cluster in range(len(above))]
         with self.report.progress(f"splitting {len(above):,} clusters into {k:,}", len(above), " clusters") as advance:
-            for cluster, centroid in enumerate(above):
-                shard = partial / f"{cluster:08d}.npz"
-                if not shard.exists():
-                    own = windows(cluster)
-                    rng = np.random.default_rng((settings.seed, k, cluster))
-                    chosen = own[np.sort(rng.permutation(len(own))[: settings.points_per_centroid * branches])]
-                    part, distances = self._split(self.embeddings.at(chosen), centroid, branches)
-                    save_shard(shard, centroids=part, sums=np.array([len(chosen), distances]))
-                part, sums = read_shard(shard, "centroids", "sums")
-                parts.append(part)
-                points, inertia = points + int(sums[0]), inertia + float(sums[1])
-                advance(1)
-        kept = {f"{LEVEL}{depth}": level for depth, level in enumerate(levels)}
-        self._write(kept | {"centroids": np.concatenate(parts)}, points, inertia)
-        shutil.rmtree(partial)
+            advance(sum(shard.exists() for shard in shards))
 
-    def _split(self, points: np.ndarray, centroid: np.ndarray, branches: int) -> tuple[np.ndarray, float]:
-        """Centroids of the points of one cluster; where they are fewer than the branches each is one, and the cluster's
-        own stands for the rest."""
-        if len(points) > branches:
-            return kmeans(points, branches, self.lloyd)
-        return np.concatenate([points, np.tile(centroid, (branches - len(points), 1))]), 0.0
+            def make(cluster: int) -> None:
+                own = windows(cluster)
+                rng = np.random.default_rng((settings.seed, k, cluster))
+                chosen = own[np.sort(rng.permutation(len(own))[: settings.points_per_centroid * branches])]
+                with apart():
+                    part, distances = split_points(self.embeddings.at(chosen), above[cluster], branches, self.lloyd)
+                save_shard(shards[cluster], centroids=part, sums=np.array([len(chosen), distances]))
+                advance(together.size)
+
+            together.share_out(len(shards), lambda cluster: shards[cluster].exists(), make)
+
+        def join() -> None:
+            if partial.exists():
+                parts, sums = zip(*(read_shard(shard, "centroids", "sums") for shard in shards), strict=True)
+                kept = {f"{LEVEL}{depth}": level for depth, level in enumerate(levels)}
+                points, inertia = np.sum(sums, axis=0)
+                self._write(kept | {"centroids": np.concatenate(parts)}, int(points), float(inertia))
+                shutil.rmtree(partial)
+
+        together.in_turn(join)
 
     def _write(self, arrays: dict[str, np.ndarray], points: int, inertia: float) -> None:
         """`inertia`: the sum of squared distances of so many points."""
@@ -109,6 +119,14 @@ class Learner:
         self.report.line(
             f"{k:,} clusters of {points:,} windows, mean squared distance {inertia / points:.4f}, in clusters/{k}"
         )
+
+
+def split_points(points: np.ndarray, centroid: np.ndarray, branches: int, lloyd: Lloyd) -> tuple[np.ndarray, float]:
+    """(centroids fp32 [branches, dims], inertia) of the points of one cluster; where they are fewer than the branches
+    each is one, and the cluster's own stands for the rest."""
+    if len(points) > branches:
+        return kmeans(points, branches, lloyd)
+    return np.concatenate([points, np.tile(centroid, (branches - len(points), 1))]), 0.0
 
 
 class Progress:

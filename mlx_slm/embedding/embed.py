@@ -12,6 +12,7 @@ import numpy as np
 from mlx_slm.embedding.encoder import Choice, window_texts
 from mlx_slm.errors import Interrupted, SlmError
 from mlx_slm.files import Damaged, append_array
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.report import Report, duration
 from mlx_slm.storage.artifacts import is_made, load_manifest, new_artifact
 from mlx_slm.storage.mapped import MappedFile
@@ -69,39 +70,48 @@ class Embeddings:
 def embed(workspace: Workspace, name: str, split: str, choice: Choice, report: Report) -> Embeddings:
     """Return the embeddings of a split by an encoder, computing them where they are missing or the text changed."""
     store = Store(workspace.data(name, split))
-    path = workspace.embeddings(choice.key, name, split)
+    path, together = workspace.embeddings(choice.key, name, split), ranks()
     inputs = {"store": store.fingerprint, **choice.facts}
-    if is_made(path, KIND, inputs):
+    if together.agree(is_made(path, KIND, inputs)):
         return Embeddings(path)
     partial = path.with_name(f".{split}.partial")
-    start_shards(partial, inputs, report)
-    encoder, tokenizer = choice.open(), open_tokenizer(workspace.tokenizer)
-    size, total, shards, made = encoder.shard_windows, store.num_windows, [], 0
+    together.in_turn(lambda: start_shards(partial, inputs, report))
+    encoder, tokenizer = together.in_turn(choice.open), open_tokenizer(workspace.tokenizer)
+    size, total, made = encoder.shard_windows, store.num_windows, 0
+    shards = [partial / f"{start:010d}.npz" for start in range(0, total, size)]
     with report.progress(f"embedding {name}/{split}", total, " windows") as advance:
-        for start in range(0, total, size):
-            windows = np.arange(start, min(start + size, total))
-            shard = partial / f"{start:010d}.npz"
-            shards.append(shard)
-            if not shard.exists():
-                if not made and (share := encoder.unknown(window_texts(store, tokenizer, windows[:200]))) > UNKNOWN:
-                    report.warn(
-                        f"the encoder {choice.facts['encoder']} does not know {share:.0%} of the pieces of {name}: "
-                        "take one for its language with clusters.encoder, or lsi, which learns from the generic set"
-                    )
-                begun = time.perf_counter()
-                vectors = encoder.encode(window_texts(store, tokenizer, windows)).astype(np.float16)
-                _require_finite(vectors, start, store)
-                save_shard(shard, embeddings=vectors)
-                made += 1
-                if made == 1:
-                    _announce(name, total - start - len(windows), len(windows) / (time.perf_counter() - begun), report)
-            advance(len(windows))
-    with new_artifact(path, KIND, inputs, mapped=(FILE,)) as (directory, info):
-        with open(directory / FILE, "wb") as file:
-            for shard in shards:
-                append_array(file, _read(shard))
-        info.update(windows=total, dims=encoder.dims)
-    shutil.rmtree(partial)
+        advance(min(total, size * sum(shard.exists() for shard in shards)))
+
+        def make(shard: int) -> None:
+            nonlocal made
+            windows = np.arange(shard * size, min((shard + 1) * size, total))
+            if not made and (share := encoder.unknown(window_texts(store, tokenizer, windows[:200]))) > UNKNOWN:
+                report.warn(
+                    f"the encoder {choice.facts['encoder']} does not know {share:.0%} of the pieces of {name}: "
+                    "take one for its language with clusters.encoder, or lsi, which learns from the generic set"
+                )
+            begun = time.perf_counter()
+            vectors = encoder.encode(window_texts(store, tokenizer, windows)).astype(np.float16)
+            _require_finite(vectors, shard * size, store)
+            save_shard(shards[shard], embeddings=vectors)
+            made += 1
+            if made == 1:
+                rate = len(windows) * together.size / (time.perf_counter() - begun)
+                _announce(name, total - shard * size - len(windows), rate, report)
+            advance(len(windows) * together.size)
+
+        together.share_out(len(shards), lambda shard: shards[shard].exists(), make)
+
+    def join() -> None:
+        if not is_made(path, KIND, inputs):
+            with new_artifact(path, KIND, inputs, mapped=(FILE,)) as (directory, info):
+                with open(directory / FILE, "wb") as file:
+                    for shard in shards:
+                        append_array(file, _read(shard))
+                info.update(windows=total, dims=encoder.dims)
+        shutil.rmtree(partial, ignore_errors=True)
+
+    together.in_turn(join)
     return Embeddings(path)
 
 

@@ -106,6 +106,10 @@ class Ranks:
         rows = _values(self.gathered(mx.array(padded)[None]))
         return [json.loads(row.tobytes()) for row in rows]
 
+    def values_of_all(self, values: np.ndarray) -> np.ndarray:
+        """[size, ...]: the arrays of all ranks, of one shape, in their order."""
+        return _values(self.gathered(mx.array(values)[None]))
+
     def tree_from_first(self, tree: dict | None) -> dict:
         """The arrays that the first rank has, bit for bit, on all of them; the others need not have any."""
         if self.size == 1:
@@ -141,9 +145,25 @@ class Ranks:
 
     def in_turn(self, make: Callable[[], T]) -> T:
         """make() on the first rank, then on the others, which find what it has written where they share its files."""
+        if self.size == 1:
+            return make()
         made: list[T] = []
-        self.by_first(lambda: made.append(make()))
-        return made[0] if self.is_first else make()
+        with apart():
+            self.by_first(lambda: made.append(make()))
+            return made[0] if self.is_first else make()
+
+    def share_out(self, count: int, is_there: Callable[[int], bool], make: Callable[[int], None]) -> None:
+        """make(i) for each i below `count` that is not there: every `size`-th by each rank, and what is still missing
+        after that, where files are not shared, by each for itself."""
+        for part in (self.own(range(count)), range(count)):
+            for each in part:
+                if not is_there(each):
+                    make(each)
+            self.of_all(None)
+
+    def agree(self, fact: bool) -> bool:
+        """Whether it is so on all of them."""
+        return all(self.of_all(fact))
 
     def require_same(self, facts: dict[str, Any]) -> None:
         """Raise SlmError, on all ranks, that names the first rank whose facts are others than the first rank's."""

@@ -19,7 +19,7 @@ from mlx_slm.project import Project
 from mlx_slm.text.rows import Sampler, SoupSampler
 from mlx_slm.training.optimizer import AdamW
 from mlx_slm.training.projected_step import ProjectedStep, groups_that_fit, network_bytes, resolved, resolved_groups
-from mlx_slm.training.runs import RECORD, read_run
+from mlx_slm.training.runs import RECORD, Run, read_run
 from mlx_slm.training.scoring import routed_loss
 
 
@@ -48,16 +48,20 @@ class ProjectedNetwork(Method):
         slowdown = projected.flops_per_token(per_group) / shape.flops_per_token
         return config.model_copy(update={"projection": projection}), slowdown
 
-    def job(self, setup: Setup, request: Pretraining) -> TrainingJob:
-        config = setup.project.config
-        training, projection, generic = config.training, config.projection, config.data.generic
-        shape = ProjectedShape.of(projection, setup.shape)
-        groups = resolved_groups(projection)
+    def pretrain(self, setup: Setup, request: Pretraining) -> Run:
+        groups = resolved_groups(setup.project.config.projection)
         if groups % ranks().size:
             raise SlmError(
                 f"{ranks().size} ranks cannot share the {groups} groups of a step: set projection.clusters_per_step "
                 "to a multiple of their number, or start fewer"
             )
+        return super().pretrain(setup, request)
+
+    def job(self, setup: Setup, request: Pretraining) -> TrainingJob:
+        config = setup.project.config
+        training, projection, generic = config.training, config.projection, config.data.generic
+        shape = ProjectedShape.of(projection, setup.shape)
+        groups = resolved_groups(projection)
         rows = training.batch_rows // groups
         given = training.micro_rows and training.micro_rows // rows
         micro, recompute = groups_that_fit(shape, groups, rows, given, training.recompute_layers)

@@ -51,6 +51,7 @@ TABLES: dict[str, Callable[[], str]] = {
         five.five_64k,
         five.five_16k,
         five.best,
+        five.five_others,
         five.five_costs,
         five.over_clusters,
         five.drawn,

@@ -34,6 +34,9 @@ def pairs(tokens: int, ours: tuple, theirs: tuple, domain: str) -> list[float]:
 LINES = {
     ("slm", None, None): "SLM",
     ("is", None, 64): "SLM-is, k = 64",
+    ("is", None, 16): "SLM-is, k = 16",
+    ("is", None, 256): "SLM-is, k = 256",
+    ("is", None, 1024): "SLM-is, k = 1,024",
     ("slm", "replayed", None): "SLM, a quarter replayed in fine-tuning",
     ("is", "replayed", 64): "SLM-is, a quarter replayed",
     ("is", "mixed", 64): "SLM-is, early mixing, falling rate",
@@ -69,19 +72,37 @@ def five_16k() -> str:
     return of_size(16_000)
 
 
+def compared(tokens: int, ours: tuple, theirs: tuple) -> list[str]:
+    """Cells of a line: two methods, the mean difference of each domain, that of all; empty where no pair was done."""
+    gains = {domain: pairs(tokens, ours, theirs, domain) for domain in FIVE}
+    every = [gain for each in gains.values() for gain in each]
+    if not every:
+        return []
+    cells = [percent(each) if each else "-" for each in gains.values()]
+    lower = f"{percent(every)}, {sum(gain < 0 for gain in every)} of {len(every)} lower"
+    return [LINES[ours], LINES[theirs], *cells, lower]
+
+
+SLM, IS = ("slm", None, None), ("is", None, 64)
+
+
 def best() -> str:
     """The recipe against plain SLM and the paper's SLM-is, at 6M tokens for the one domain."""
     body = []
     for tokens in (16_000, 64_000):
         for recipe in (method for method in LINES if method[1] not in (None, "soups")):
-            for against in (("slm", None, None), ("is", None, 64)):
-                gains = {domain: pairs(tokens, recipe, against, domain) for domain in FIVE}
-                every = [gain for each in gains.values() for gain in each]
-                if every:
-                    cells = [percent(each) if each else "-" for each in gains.values()]
-                    lower = f"{percent(every)}, {sum(gain < 0 for gain in every)} of {len(every)} lower"
-                    body.append([f"{tokens // 1000}k", LINES[recipe], LINES[against], *cells, lower])
+            for line in (compared(tokens, recipe, SLM), compared(tokens, recipe, IS)):
+                if line:
+                    body.append([f"{tokens // 1000}k", *line])
     return table(["domain set", "recipe", "against", *FIVE, "mean"], body)
+
+
+def five_others() -> str:
+    """The others of the paper, after 6M and 64k tokens."""
+    llm, lora, d, mix = ("llm", None, None), ("lora", None, None), ("d", None, None), ("mix", None, 4)
+    asked = [(("is", None, k), IS) for k in (16, 256, 1024)]
+    asked += [(IS, SLM), (("pn", None, 16), SLM), (mix, SLM), (d, SLM), (d, IS), (lora, SLM), (llm, SLM), (lora, llm)]
+    return table(["", "against", *FIVE, "mean"], [compared(64_000, *both) for both in asked])
 
 
 def over_clusters() -> str:
@@ -89,11 +110,10 @@ def over_clusters() -> str:
 
 
 def drawn() -> str:
-    """What importance sampling drew for 64k tokens of a domain, seed 0."""
+    """What importance sampling drew for 64k tokens of a domain, seed 0; replay in fine-tuning changes none of it."""
     kept = ("is", "cis")
-    return product.sampling(
-        [r for r in rows() if r["method"] in kept and r["domain_tokens"] == 64_000 and not r["seed"]]
-    )
+    drawn_once = (r for r in rows() if r["method"] in kept and "replayed" not in (r["variant"] or ""))
+    return product.sampling([r for r in drawn_once if r["domain_tokens"] == 64_000 and not r["seed"]])
 
 
 def five_costs() -> str:

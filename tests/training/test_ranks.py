@@ -97,6 +97,34 @@ def test_experts_of_a_mixture_by_rank(workspace, tmp_path):
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_clusters_by_ranks(with_experts, tmp_path):
+    """Embedding by shards, k-means by chunks of its points, a tree's clusters: the bits of one process, in a workspace
+    that two ranks share, and in one of each."""
+    small = "from mlx_slm.embedding.lsi import LsiEncoder; LsiEncoder.shard_windows = 500\n"
+    small += "import mlx_slm.clustering.kmeans as k; k.chunk_scores = lambda: 1024\n"
+    places = [copy_of(with_experts, tmp_path / name) for name in ("one", "shared", "first", "second")]
+    for place in places:
+        shutil.rmtree(place.root / "embeddings")
+        shutil.rmtree(place.root / "clusters")
+    one, shared, first, second = places
+    clusters = ("cluster", "--k", "3", "--k", "12", "--set", "clusters.tree=[3,4]", "-y", "--workspace")
+    (alone,) = launch(1, tmp_path, small + MAIN, *clusters, str(one.root))
+    together = launch(2, tmp_path, small + MAIN, *clusters, str(shared.root))
+    there = (small + MAIN).replace("sys.argv[1:]", f"[*sys.argv[1:], '--workspace', {str(second.root)!r}]")
+    apart = launch(2, tmp_path, [small + MAIN, there], *clusters, str(first.root))
+    for ended in (alone, *together, *apart):
+        assert ended.returncode == 0, ended.stderr
+    files = [
+        path.relative_to(one.root) for path in one.root.glob("clusters/**/*") if path.suffix in (".u4", ".safetensors")
+    ]
+    files += [path.relative_to(one.root) for path in one.root.glob("embeddings/**/*.f16")]
+    assert len(files) > 20
+    for place in (shared, first, second):
+        for file in files:
+            assert (place.root / file).read_bytes() == (one.root / file).read_bytes(), (place.root, file)
+        assert not [path for path in place.root.glob("**/.*") if path.is_dir()]
+
+
 def test_experts_that_lie_on_another_host_are_named(workspace, tmp_path):
     """Two ranks with a workspace each."""
     other = copy_of(workspace, tmp_path / "other")
