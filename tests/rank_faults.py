@@ -270,7 +270,7 @@ def main() -> None:
         for _ in range(3 if "cut" in kinds else 0):
             note("the link between two hosts taken down", cut(site, rng))
         if options.soak:
-            note("minutes of checkpoints", soak(site, options.soak))
+            note(f"none: {options.soak:g} minutes, a checkpoint every 200 steps", soak(site, options.soak))
     for kind in dict.fromkeys(kind for kind, _ in results):
         tried = sum(count for (of, _), count in results.items() if of == kind)
         print(f"| {kind} | {results[kind, 'held']} of {tried} |")

@@ -27,7 +27,7 @@ def study(rows: list[dict], folder: Path, name: str) -> list[Path]:
 DRAWN: dict[str, tuple[Callable[[Any, Path], Any], tuple[str, ...]]] = {
     "2026-11-28-xeon-study-mini.jsonl": (partial(study, name="study-three"), ("study-three-cost.png",)),
     "2026-11-30-xeon-study-five.jsonl": (
-        partial(study, name="study-five"),
+        lambda rows, into: study([r for r in rows if r["method"] != "is" or r["k"] == 64], into, name="study-five"),
         ("study-five-cost.png", "study-five-finetuning.png"),
     ),
     "2026-12-01-xeon-experts.json": (draw_experts, ("experts-pn.png",)),

@@ -26,7 +26,7 @@ def _found(what: str, **wanted) -> dict:
 
 def _short(seconds: float) -> str:
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= 2 * size:
+        if seconds >= (1 if unit == "s" else 2) * size:
             return f"{seconds / size:,.3g} {unit}"
     return f"{1000 * seconds:,.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:,.3g} us"
 
