@@ -179,10 +179,11 @@ def test_a_rank_that_stands_still_is_named(workspace, tmp_path):
     assert find_run(workspace, "still").kept_steps()[-1] == 6, "that of the evaluation before"
 
 
-def test_fine_tuning(workspace, tmp_path):
+@pytest.mark.parametrize("source", ["slm", "pn", "mix"])
+def test_fine_tuning(workspace, tmp_path, source):
     options = ("--workspace", str(workspace.root), "--domain", "notes", "--tokens", "2k")
     for count in (1, 2):
-        for ended in launch(count, tmp_path, MAIN, "specialize", *options, "--from", "slm", "--name", f"of-{count}"):
+        for ended in launch(count, tmp_path, MAIN, "specialize", *options, "--from", source, "--name", f"of-{count}"):
             assert ended.returncode == 0, ended.stderr
     np.testing.assert_allclose(losses(workspace, "of-2"), losses(workspace, "of-1"), atol=1e-5)
 
