@@ -37,6 +37,7 @@ LINES = {
     ("is", None, 16): "SLM-is, k = 16",
     ("is", None, 256): "SLM-is, k = 256",
     ("is", None, 1024): "SLM-is, k = 1,024",
+    ("is", None, 4096): "SLM-is, k = 4,096, a tree of 64 x 64",
     ("slm", "replayed", None): "SLM, a quarter replayed in fine-tuning",
     ("is", "replayed", 64): "SLM-is, a quarter replayed",
     ("is", "mixed", 64): "SLM-is, early mixing, falling rate",
@@ -100,7 +101,7 @@ def best() -> str:
 def five_others() -> str:
     """The others of the paper, after 6M and 64k tokens."""
     llm, lora, d, mix = ("llm", None, None), ("lora", None, None), ("d", None, None), ("mix", None, 4)
-    asked = [(("is", None, k), IS) for k in (16, 256, 1024)]
+    asked = [(("is", None, k), IS) for k in (16, 256, 1024, 4096)]
     asked += [(IS, SLM), (("pn", None, 16), SLM), (mix, SLM), (d, SLM), (d, IS), (lora, SLM), (llm, SLM), (lora, llm)]
     return table(["", "against", *FIVE, "mean"], [compared(64_000, *both) for both in asked])
 
