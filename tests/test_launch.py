@@ -74,6 +74,7 @@ def test_what_fails_by_itself_is_not_started_again(tmp_path):
         ("{", "not a hostfile of mlx.launch"),
         (json.dumps({"hosts": 3}), "not a hostfile of mlx.launch"),
         (json.dumps({"hosts": []}), "it names no host"),
+        (json.dumps([{"ssh": "root@no-such-host.invalid", "ips": None}]), "'no-such-host.invalid' is not known"),
         (json.dumps([{"ips": ["127.0.0.1"]}]), "not a hostfile of mlx.launch"),
         (
             json.dumps([{"ssh": "no-such-host.invalid", "ips": ["127.0.0.1"]}]),

@@ -7,6 +7,7 @@ that the stream of any cluster opens in O(1). A domain's windows are assigned to
 from __future__ import annotations
 
 import contextlib
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def read_levels(directory: Path, manifest: dict) -> list[np.ndarray]:
     for level, count in zip(levels, [*above, k], strict=True):
         with np.errstate(over="ignore", invalid="ignore"):
             finite = np.isfinite(np.einsum("kd,kd->k", level, level)).all()
-        if level.shape != (count, info["dims"]) or not finite or k % count:
+        if level.shape != (count, info["dims"]) or not finite:
             raise Damaged(f"{directory / CENTROIDS}: not the centroids that its manifest speaks of")
     return levels
 
@@ -121,8 +122,9 @@ def ensure_clusters(
     """
     workspace, report = project.workspace, project.report
     settings, generic = project.config.clusters, project.config.data.generic
-    if generic not in workspace.sets():
-        ranks().in_turn(lambda: ensure_set(project, generic))
+    together = ranks()
+    if not together.agree(generic in workspace.sets()):
+        together.in_turn(lambda: None if generic in workspace.sets() else ensure_set(project, generic))
     tokenizer = open_tokenizer(workspace.tokenizer)
     store = Store(workspace.data(generic, "train"))
     store.require_tokenizer(tokenizer)
@@ -134,6 +136,10 @@ def ensure_clusters(
             )
     choice = choose_encoder(workspace, settings, store, tokenizer, report)
     ways = with_levels_above(counts, settings.tree)
+    versions = {f"version of {name}": metadata.version(name) for name in ("mlx-slm", "mlx")}
+    asked = {"text": store.fingerprint, "tokenizer": tokenizer.fingerprint, "encoder": choice.facts, "levels": ways}
+    learned = learned_from({}, settings, [])["kmeans"]
+    together.require_same(versions | asked | {"k-means": learned, "list of sets": [*sets, *splits], "--fresh": fresh})
     if not fresh:
         for levels in ways:
             _require_same(workspace, {"store": store.fingerprint, **choice.facts}, settings, levels)
@@ -144,7 +150,7 @@ def ensure_clusters(
             above = made[before[-1]] if before else None
             if above:
                 _ensure_assigned(workspace, [above], choice, generic, "train", report)
-            made[k] = _ensure_centroids(project, [*before, k], embeddings, above, fresh)
+            made[k] = _ensure_centroids(project, [*before, k], embeddings, above, fresh and k in counts)
         for name in dict.fromkeys([generic, *sets]):
             for split in splits:
                 _ensure_assigned(workspace, [made[k] for k in counts], choice, name, split, report)

@@ -81,7 +81,7 @@ def kmeans(
     while state.restart < lloyd.restarts:
         if state.centroids is None:
             rng = np.random.default_rng((lloyd.seed, state.restart))
-            state = replace(state, centroids=seed_centroids(points, k, rng))
+            state = replace(state, centroids=_of_first(seed_centroids(points, k, rng)))
         state = _lloyd(rows, squares, state, lloyd.iterations, lloyd.tolerance, on_iteration)
         if state.inertia < state.best_inertia:
             state = replace(state, best_inertia=state.inertia, best_centroids=state.centroids)
@@ -100,12 +100,13 @@ def _lloyd(
         k = len(state.centroids)
         sums = _moved_sums(points, assignments, k, state)
         counts = np.bincount(assignments, minlength=k)
-        inertia = _inertia(squares, sums, counts, state.centroids)
+        inertia = ranks().from_first(_inertia(squares, sums, counts, state.centroids))
         converged = state.iteration > 0 and state.inertia - inertia <= tolerance * inertia
         if converged or state.iteration >= iterations:
             return replace(state, inertia=inertia)
         centroids = (sums / np.maximum(counts, 1)[:, None]).astype(np.float32)
         reseed_empty(centroids, counts, points, assignments)
+        centroids = _of_first(centroids)
         state = replace(
             state,
             iteration=state.iteration + 1,
@@ -180,6 +181,13 @@ def nearest(points: mx.array, centroids: np.ndarray, with_scores: bool = True) -
         if with_scores:
             scores[where] = score[0]
     return assignments, scores
+
+
+def _of_first(centroids: np.ndarray) -> np.ndarray:
+    """Those of the first rank: sums on a GPU, and embeddings made on two machines, may differ in their last bits."""
+    if ranks().size == 1:
+        return centroids
+    return np.array(ranks().tree_from_first({"centroids": mx.array(centroids)})["centroids"])
 
 
 def _nearest_of_all(points: mx.array, centroids: np.ndarray) -> np.ndarray:

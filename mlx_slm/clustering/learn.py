@@ -7,6 +7,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from mlx_slm.files import read_arrays, write_arrays
 from mlx_slm.machine.ranks import apart, ranks
 from mlx_slm.report import Report
 from mlx_slm.storage.artifacts import MANIFEST, is_made, load_manifest, new_artifact, verify
-from mlx_slm.text.shards import read_shard, save_shard, start_shards
+from mlx_slm.text.shards import read_or_remove, save_shard, start_shards
 
 KIND = "clusters"
 CENTROIDS = "centroids.safetensors"
@@ -82,7 +83,8 @@ class Learner:
         branches = k // len(above)
         partial = self.path.with_name(f".{k}.partial")
         together = ranks()
-        together.in_turn(lambda: start_shards(partial, self.inputs, self.report))
+        plan = self.inputs | {"above": sha256(above.tobytes()).hexdigest()}
+        together.in_turn(lambda: start_shards(partial, plan, self.report))
         shards = [partial / f"{cluster:08d}.npz" for cluster in range(len(above))]
         with self.report.progress(f"splitting {len(above):,} clusters into {k:,}", len(above), " clusters") as advance:
             advance(sum(shard.exists() for shard in shards))
@@ -100,7 +102,7 @@ class Learner:
 
         def join() -> None:
             if partial.exists():
-                parts, sums = zip(*(read_shard(shard, "centroids", "sums") for shard in shards), strict=True)
+                parts, sums = zip(*(read_or_remove(shard, "centroids", "sums") for shard in shards), strict=True)
                 kept = {f"{LEVEL}{depth}": level for depth, level in enumerate(levels)}
                 points, inertia = np.sum(sums, axis=0)
                 self._write(kept | {"centroids": np.concatenate(parts)}, int(points), float(inertia))

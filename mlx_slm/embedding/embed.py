@@ -11,14 +11,14 @@ import numpy as np
 
 from mlx_slm.embedding.encoder import Choice, window_texts
 from mlx_slm.errors import Interrupted, SlmError
-from mlx_slm.files import Damaged, append_array
+from mlx_slm.files import append_array
 from mlx_slm.machine.ranks import ranks
 from mlx_slm.report import Report, duration
 from mlx_slm.storage.artifacts import is_made, load_manifest, new_artifact
 from mlx_slm.storage.mapped import MappedFile
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.hub_tokenizer import open_tokenizer
-from mlx_slm.text.shards import read_shard, save_shard, start_shards
+from mlx_slm.text.shards import read_or_remove, save_shard, start_shards
 from mlx_slm.text.store import Store
 
 KIND = "embeddings"
@@ -107,20 +107,12 @@ def embed(workspace: Workspace, name: str, split: str, choice: Choice, report: R
             with new_artifact(path, KIND, inputs, mapped=(FILE,)) as (directory, info):
                 with open(directory / FILE, "wb") as file:
                     for shard in shards:
-                        append_array(file, _read(shard))
+                        append_array(file, read_or_remove(shard, "embeddings")[0])
                 info.update(windows=total, dims=encoder.dims)
         shutil.rmtree(partial, ignore_errors=True)
 
     together.in_turn(join)
     return Embeddings(path)
-
-
-def _read(shard: Path) -> np.ndarray:
-    try:
-        return read_shard(shard, "embeddings")[0]
-    except Damaged as error:
-        shard.unlink()
-        raise Damaged(f"{shard} was damaged and is removed: run the same command again, it rebuilds it") from error
 
 
 def _require_finite(vectors: np.ndarray, start: int, store: Store) -> None:

@@ -27,6 +27,7 @@ from mlx_slm.training.runs import (
     RunRequest,
     alone_in,
     expert_path,
+    is_of,
     open_expert,
     open_together,
 )
@@ -66,7 +67,8 @@ class Mixture(Method):
         remedy = "start the whole mixture over with --fresh and without --experts" if request.fresh else REMEDY
         with alone_in(path):
             finished = {} if request.fresh else _finished_experts(Run(path, {}), possible)
-            done = set().union(*ranks().of_all(list(finished)))
+            own = [n for n, record in finished.items() if n not in jobs or is_of(record, jobs[n].inputs)]
+            done = set().union(*ranks().of_all(own))
             left = [job for number, job in jobs.items() if number not in done]
 
             def announce() -> None:
@@ -76,6 +78,8 @@ class Mixture(Method):
             run = open_together(project.workspace, asked, announce)
             if request.fresh:
                 run.record["started"] = time.time()
+            if not left:
+                project.report.line(f"run {run.name} is finished: it has these experts; --fresh trains them again")
             try:
                 for number in ranks().own([number for number in jobs if number not in done]):
                     project.report.line(

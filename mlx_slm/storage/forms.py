@@ -6,6 +6,7 @@ tensor, a loop or a file name of somebody else's choice.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -92,10 +93,18 @@ class ClustersInfo(Form):
     k: Clusters
     dims: StrictDimension
     settings: dict[str, Any]
+    levels: list[Clusters] | None = None
 
     @model_validator(mode="after")
     def known_settings(self) -> ClustersInfo:
         ClustersConfig.model_validate(self.settings)
+        return self
+
+    @model_validator(mode="after")
+    def nested_levels(self) -> ClustersInfo:
+        levels = [self.k] if self.levels is None else self.levels
+        if not levels or levels[-1] != self.k or any(below % above for above, below in pairwise(levels)):
+            raise ValueError(f"levels {levels} are not those of a tree of {self.k} clusters")
         return self
 
 

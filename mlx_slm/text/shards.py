@@ -155,11 +155,20 @@ def read_shard(path: Path, *names: str) -> list[np.ndarray]:
     return values
 
 
+def read_or_remove(path: Path, *names: str) -> list[np.ndarray]:
+    """`read_shard` of one that is made again where it is missing: a damaged one is removed, and Damaged raised."""
+    try:
+        return read_shard(path, *names)
+    except Damaged as error:
+        path.unlink(missing_ok=True)
+        raise Damaged(f"{path} was damaged and is removed: run the same command again, it rebuilds it") from error
+
+
 def save_shard(path: Path, **arrays) -> None:
     """Write arrays to an npz file, whole or not at all, with the place that it has among the others."""
     buffer = io.BytesIO()
     np.savez(buffer, place=np.array(path.stem), **arrays)
-    temporary = path.with_suffix(".new")
+    temporary = path.with_suffix(f".{os.getpid()}.new")
     with open(temporary, "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()

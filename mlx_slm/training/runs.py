@@ -232,7 +232,7 @@ def open_run(workspace: Workspace, asked: RunRequest, announce: Callable[[], Non
     path, inputs, fresh = asked.path, asked.inputs, asked.fresh
     record = read_run(path) if (path / RECORD).exists() and not fresh else None
     inputs = inputs | {ROWS_KEY: formats.ROWS}
-    before = {ROWS_KEY: 1} | record["inputs"] if record else inputs
+    before = _made_from(record) if record else inputs
     if before[ROWS_KEY] != inputs[ROWS_KEY]:
         raise SlmError(
             f"run {path.name} was begun with rows in the layout {before[ROWS_KEY]}, and this version lays them out as "
@@ -269,6 +269,15 @@ def open_run(workspace: Workspace, asked: RunRequest, announce: Callable[[], Non
     run = Run(path, record | {"config": sha256(path / CONFIG)})
     run.save()
     return run
+
+
+def _made_from(record: dict) -> dict:
+    return {ROWS_KEY: 1} | record["inputs"]
+
+
+def is_of(record: dict, inputs: dict) -> bool:
+    """Whether a run was made from these inputs."""
+    return _made_from(record) == inputs | {ROWS_KEY: formats.ROWS}
 
 
 def open_together(workspace: Workspace, asked: RunRequest, announce: Callable[[], None] = lambda: None) -> Run:

@@ -15,6 +15,7 @@ from mlx_slm.clustering.tree import descend, with_levels_above
 from mlx_slm.config.files import dump_config
 from mlx_slm.embedding.embed import Embeddings
 from mlx_slm.errors import SlmError
+from mlx_slm.files import Damaged
 from mlx_slm.project import Project
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.sources import SPLITS
@@ -107,8 +108,12 @@ def test_a_killed_split_goes_on(planted, config, tmp_path, monkeypatch, report):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(learn, "kmeans", killed)
         ensure_clusters(Project(own, with_tree(config, 3, 2, 4)), [24], [])
+    (shard, _) = sorted(own.clusters(24).with_name(".24.partial").glob("*.npz"))
+    shard.write_bytes(shard.read_bytes()[:-40])
+    with pytest.raises(Damaged, match="was damaged and is removed: run the same command again"):
+        ensure_clusters(Project(own, with_tree(config, 3, 2, 4)), [24], [])
     ensure_clusters(Project(own, with_tree(config, 3, 2, 4), report), [24], [])
-    assert "resuming: 2 finished shards are kept" in report.lines
+    assert "resuming: 5 finished shards are kept" in report.lines
     assert (Clusters(own, 24).centroids == whole).all() and not list(own.root.glob("clusters/.*"))
 
 

@@ -15,6 +15,7 @@ from mlx_slm.machine.trees import flat
 from mlx_slm.training.find import find_run
 from mlx_slm.training.runs import open_expert
 
+RATE = "training.learning_rate=1e-4"
 MAIN = "import sys, mlx_slm; from mlx_slm.cli import run; sys.exit(run(sys.argv[1:]))"
 
 
@@ -91,6 +92,9 @@ def test_experts_of_a_mixture_by_rank(workspace, tmp_path):
         ended = launch(count, tmp_path, MAIN, *command(workspace, "--method", "mix", "--name", f"of-{count}"))
         assert [one.returncode for one in ended] == [0] * count, [one.stderr for one in ended]
     one, two = (find_run(workspace, f"of-{count}") for count in (1, 2))
+    (one.path / "run.json").unlink()  # what is left are experts of another rate
+    (stale,) = launch(1, tmp_path, MAIN, *command(workspace, "--method", "mix", "--name", "of-1", "--set", RATE))
+    assert stale.returncode == 1 and "was started with another configuration" in stale.stderr, stale.stderr
     assert two.finished and two.record["experts"] == one.record["experts"] and len(one.record["experts"]) == 4
     for number in range(4):
         ours, theirs = (flat(open_expert(run, number).weights()) for run in (one, two))
@@ -195,6 +199,10 @@ def test_ranks_that_differ_are_told(workspace, tmp_path):
     assert [one.returncode for one in ended] == [1, 1]
     assert "rank 1 (" in ended[0].stderr and "has another training than rank 0" in ended[0].stderr, ended[0].stderr
     assert not workspace.run("other").exists()
+    seeded = MAIN.replace("run(sys.argv[1:])", "run([*sys.argv[1:], '--set', 'clusters.iterations=3'])")
+    clusters = ("cluster", "--k", "7", "-y", "--workspace", str(workspace.root))
+    for ended in launch(2, tmp_path, [MAIN, seeded], *clusters):
+        assert ended.returncode == 1 and "has another k-means than rank 0" in ended.stderr, ended.stderr
     code = launch(2, tmp_path, MAIN, *command(workspace, "--method", "pn", "--set", "projection.clusters_per_step=1"))
     assert [one.returncode for one in code] == [1, 1] and "2 ranks" in code[0].stderr
 
