@@ -7,7 +7,6 @@ that the stream of any cluster opens in O(1). A domain's windows are assigned to
 from __future__ import annotations
 
 import contextlib
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
@@ -136,10 +135,9 @@ def ensure_clusters(
             )
     choice = choose_encoder(workspace, settings, store, tokenizer, report)
     ways = with_levels_above(counts, settings.tree)
-    versions = {f"version of {name}": metadata.version(name) for name in ("mlx-slm", "mlx")}
     asked = {"text": store.fingerprint, "tokenizer": tokenizer.fingerprint, "encoder": choice.facts, "levels": ways}
     learned = learned_from({}, settings, [])["kmeans"]
-    together.require_same(versions | asked | {"k-means": learned, "list of sets": [*sets, *splits], "--fresh": fresh})
+    together.require_same(asked | {"k-means": learned, "list of sets": [*sets, *splits], "--fresh": fresh})
     if not fresh:
         for levels in ways:
             _require_same(workspace, {"store": store.fingerprint, **choice.facts}, settings, levels)

@@ -25,7 +25,7 @@ from mlx_slm.text.shards import read_or_remove, save_shard, start_shards
 KIND = "clusters"
 CENTROIDS = "centroids.safetensors"
 LEVEL = "level_"
-"""Beside its own centroids a tree's level keeps those of the levels above, by the number of their clusters."""
+"""Beside its own centroids a tree's level keeps those of the levels above, by their depth, from 0."""
 LEARNING = ("points_per_centroid", "iterations", "tolerance", "restarts", "seed")
 
 

@@ -15,6 +15,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -166,7 +167,11 @@ class Ranks:
         return all(self.of_all(fact))
 
     def require_same(self, facts: dict[str, Any]) -> None:
-        """Raise SlmError, on all ranks, that names the first rank whose facts are others than the first rank's."""
+        """Raise SlmError, on all ranks, that names the first rank whose facts, or versions of the packages, are others
+        than those of rank 0."""
+        if self.size == 1:
+            return
+        facts = {f"version of {name}": metadata.version(name) for name in ("mlx-slm", "mlx")} | facts
         every = self.of_all(facts)
         for rank, theirs in enumerate(every):
             for key in facts:

@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from mlx_slm.config.files import dump_config, load_config
@@ -284,8 +283,7 @@ def open_together(workspace: Workspace, asked: RunRequest, announce: Callable[[]
     """`open_run` by the first of several ranks; the others have its record. Raises SlmError where what they would train
     is not the same on all."""
     together = ranks()
-    versions = {f"version of {name}": metadata.version(name) for name in ("mlx-slm", "mlx")}
-    together.require_same(versions | {WORDS.get(key, key): value for key, value in asked.inputs.items()})
+    together.require_same({WORDS.get(key, key): value for key, value in asked.inputs.items()})
     return Run(asked.path, together.by_first(lambda: open_run(workspace, asked, announce).record))
 
 
