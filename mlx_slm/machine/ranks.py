@@ -49,6 +49,11 @@ class Ranks:
         """Whether this rank writes and reports."""
         return self.rank == 0
 
+    @property
+    def here(self) -> int:
+        """How many of them are on this host."""
+        return self.hosts.count(self.hosts[self.rank]) if self.hosts else 1
+
     def own(self, items):
         """This rank's part of a step's rows or groups: every `size`-th."""
         return items[self.rank :: self.size]

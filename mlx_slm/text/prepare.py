@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import shutil
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 from mlx_slm.config.files import dump_config, known_sets
 from mlx_slm.config.schema import Config
 from mlx_slm.errors import Interrupted, SlmError, nearest
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.project import Project
 from mlx_slm.report import Report
-from mlx_slm.storage.artifacts import MANIFEST, load_manifest
+from mlx_slm.storage.artifacts import MANIFEST, is_made, load_manifest
 from mlx_slm.storage.locks import unused
 from mlx_slm.storage.records import fingerprint, write_text
 from mlx_slm.storage.workspace import Workspace
@@ -22,6 +24,7 @@ from mlx_slm.text.shards import merge_shards, start_shards, tokenise
 from mlx_slm.text.sources import SPLITS, Preparation, Source
 from mlx_slm.text.store import KIND
 from mlx_slm.text.tokenizer import KIND as TOKENIZER
+from mlx_slm.text.tokenizer import Tokenizer
 from mlx_slm.text.workspace_tokenizer import (
     alone_preparing,
     ensure_tokenizer,
@@ -134,7 +137,36 @@ def prepare(project: Project, request: Preparation) -> bool:
     raises SlmError if the inputs changed, unless `fresh`.
     """
     with alone_preparing(project):
-        return _prepare(project, request)
+        if _can_share_out(project, request):
+            return _prepare(project, request)
+        return ranks().in_turn(lambda: _prepare(project, request))
+
+
+def _can_share_out(project: Project, request: Preparation) -> bool:
+    """Whether all of several ranks have the text of a set on their disks; raises SlmError where it, or how it is to be
+    read, is not the same on all."""
+    together = ranks()
+    if together.size == 1:
+        return True
+    text, parsed = None, [Source.parse(source) for source in request.sources]
+    with contextlib.suppress(SlmError):
+        if not any(source.remote for source in parsed):
+            text = _origin(parsed)
+    if not together.agree(text is not None):
+        return False
+    config = project.config
+    settings = {
+        f"{section}.{key}": value
+        for section, chosen in (("data", config.data), ("tokenizer", config.tokenizer))
+        for key, value in chosen.model_dump(mode="json").items()
+    }
+    asked = {f"--{key}": getattr(request, key) for key in ("field", "limit", "strict", "fresh")}
+    together.require_same({"set": request.name, f"text of {request.name}": text} | asked | settings)
+    return True
+
+
+def _origin(sources: list[Source]) -> str:
+    return fingerprint([[source.split, source.fingerprint()] for source in sources])
 
 
 def _prepare(project: Project, request: Preparation) -> bool:
@@ -155,8 +187,9 @@ def _prepare(project: Project, request: Preparation) -> bool:
     if shipped and shipped.sources == sources:
         report.line(f"{name}: licence: {shipped.license}; about {shipped.cost:g} MB of text for a million tokens")
     reading = reading_of(config, request.strict, streams_of(workspace, name))
-    origin = fingerprint([[s.split, s.fingerprint()] for s in parsed])
-    tokenizer = ensure_tokenizer(project, request, parsed, origin)
+    origin, together = _origin(parsed), ranks()
+    tokenizer = together.in_turn(lambda: ensure_tokenizer(project, request, parsed, origin))
+    together.require_same({"tokenizer": tokenizer.fingerprint})
     inputs: dict = {
         "sources": [_absolute(source) for source in sources],
         "text": origin,
@@ -166,15 +199,22 @@ def _prepare(project: Project, request: Preparation) -> bool:
     }
     if config.data.drop_near_duplicates:
         inputs["reading"]["drop_near_duplicates"] = True
-    if not fresh and _up_to_date(workspace, name, inputs, request.strict):
+    done = together.of_all(not fresh and _up_to_date(workspace, name, inputs, request.strict))
+    if all(done):
         if name == config.data.generic and not workspace.config_file.exists():
             write_text(workspace.config_file, dump_config(whole))
         return False
+    if any(done):
+        return together.in_turn(lambda: _prepare(project, request))
     documents = Documents(parsed, config, reading)
     partial = workspace.root / "data" / name / ".partial"
     plan = {k: v for k, v in inputs.items() if k != "sources"}
-    start_shards(partial, plan, report)
-    shards = tokenise(documents, tokenizer, partial, report, f"tokenising {name}")
+
+    def tokenised(documents: Documents, plan: dict) -> dict[str, list[Path]]:
+        together.in_turn(lambda: start_shards(partial, plan, report))
+        return tokenise(documents, tokenizer, partial, report, f"tokenising {name}")
+
+    shards = tokenised(documents, plan)
     if not documents.counts.documents:
         raise SlmError(no_text(parsed))
     for _ in SPLITS:
@@ -182,29 +222,42 @@ def _prepare(project: Project, request: Preparation) -> bool:
             break
         documents = filled
         placed = {digest.hex(): split for digest, split in documents.placed.items()}
-        start_shards(partial, plan | {"placed": placed}, report)
-        shards = tokenise(documents, tokenizer, partial, report, f"tokenising {name}")
+        shards = tokenised(documents, plan | {"placed": placed})
     warn_about(documents.reading, documents.counts, report)
-    with unused(workspace, name):
-        facts: dict = {"replaced": documents.reading.replaced}
-        if reading.revisions:
-            facts["revisions"] = reading.revisions
-        left_out = None
-        for split in ("test", "valid"):
-            merge_shards(shards[split], workspace.data(name, split), tokenizer, inputs, facts)
-        if config.data.drop_near_duplicates:
-            merge_shards(shards["train"], partial / "all", tokenizer, inputs, facts)
-            near = compare(project, name, partial / "all")
-            left_out = near["marked"] if not near["marked"].all() else None
-        merge_shards(shards["train"], workspace.data(name, "train"), tokenizer, inputs, facts, left_out)
-        if not config.data.drop_near_duplicates:
-            near = compare(project, name, workspace.data(name, "train"))
-    tell(project, name, near)
-    shutil.rmtree(partial)
-    shutil.rmtree(streams_of(workspace, name), ignore_errors=True)
-    if name == config.data.generic:
-        write_text(workspace.config_file, dump_config(whole))
+    facts: dict = {"replaced": documents.reading.replaced}
+    if reading.revisions:
+        facts["revisions"] = reading.revisions
+
+    def join() -> None:
+        made = all(is_made(workspace.data(name, split), KIND, inputs) for split in SPLITS)
+        if together.is_first or not made:
+            with unused(workspace, name):
+                near = _join(project, name, shards, tokenizer, inputs, facts)
+            tell(project, name, near)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(streams_of(workspace, name), ignore_errors=True)
+        if name == config.data.generic:
+            write_text(workspace.config_file, dump_config(whole))
+
+    together.in_turn(join)
     return True
+
+
+def _join(
+    project: Project, name: str, shards: dict[str, list[Path]], tokenizer: Tokenizer, inputs: dict, facts: dict
+) -> dict:
+    """Make the stores of a set from its shards; returns what `compare` found."""
+    workspace, drop = project.workspace, project.config.data.drop_near_duplicates
+    for split in ("test", "valid"):
+        merge_shards(shards[split], workspace.data(name, split), tokenizer, inputs, facts)
+    train, left_out = workspace.data(name, "train"), None
+    if drop:
+        every = shards["train"][0].parent / "all"
+        merge_shards(shards["train"], every, tokenizer, inputs, facts)
+        near = compare(project, name, every)
+        left_out = near["marked"] if not near["marked"].all() else None
+    merge_shards(shards["train"], train, tokenizer, inputs, facts, left_out)
+    return near if drop else compare(project, name, train)
 
 
 def _up_to_date(workspace: Workspace, name: str, inputs: dict, strict: bool) -> bool:

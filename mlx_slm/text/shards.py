@@ -1,6 +1,7 @@
 """Documents -> shards -> stores: tokenised by parallel processes, about 4 MB of text at a time.
 
-Each finished shard is a file of its own, so a run that was killed tokenises only what is missing.
+Each finished shard is a file of its own, so a run that was killed tokenises only what is missing. Of several ranks each
+reads all documents and tokenises every N-th shard.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import io
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 
 from mlx_slm.files import Damaged, append_array, open_regular, read_json
 from mlx_slm.machine import runtime
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.report import Report
 from mlx_slm.storage.artifacts import new_artifact
 from mlx_slm.storage.records import write_json
@@ -47,11 +50,27 @@ def start_shards(partial: Path, plan: dict, report: Report) -> None:
 def tokenise(
     documents: Documents, tokenizer: Tokenizer, partial: Path, report: Report, title: str
 ) -> dict[str, list[Path]]:
-    """Write shards of about 4 MB of text per split, those missing, in parallel; returns their paths in order."""
+    """Write shards of about 4 MB of text per split, those missing, in parallel; returns their paths in order.
+
+    Of several ranks each writes its own, and then, where their files are not shared, all that are still missing.
+    """
+    together = ranks()
+    shards = _write_shards(documents, tokenizer, partial, report, title, lambda n: n % together.size == together.rank)
+    together.of_all(None)
+    if not all(path.exists() for split in SPLITS for path in shards[split]):
+        shards = _write_shards(documents, tokenizer, partial, report, title, lambda n: True)
+    together.of_all(None)
+    return shards
+
+
+def _write_shards(
+    documents: Documents, tokenizer: Tokenizer, partial: Path, report: Report, title: str, own: Callable[[int], bool]
+) -> dict[str, list[Path]]:
+    """Those whose number in the order of all of them is this process's own; returns the paths of all."""
     shards: dict[str, list[Path]] = {split: [] for split in SPLITS}
     buffers: dict[str, list[str]] = {split: [] for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
-    workers = runtime.cores()
+    workers = max(1, runtime.cores() // ranks().here)
     pending: dict[Future, int] = {}
     pool = None
 
@@ -59,9 +78,10 @@ def tokenise(
         nonlocal pool
         texts, size = buffers[split], sizes[split]
         path = partial / f"{split}-{len(shards[split]):05d}.npz"
+        mine = own(sum(map(len, shards.values())))
         shards[split].append(path)
         buffers[split], sizes[split] = [], 0
-        if path.exists() and _is_whole(path):
+        if not mine or (path.exists() and _is_whole(path)):
             done(size)
         elif last and pool is None:
             write_shard(texts, tokenizer, path)

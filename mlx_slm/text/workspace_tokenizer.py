@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from mlx_slm.config.schema import Config, TokenizerConfig
 from mlx_slm.errors import SlmError
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.project import Project
 from mlx_slm.report import Report
 from mlx_slm.storage.artifacts import MANIFEST, file_fingerprint, is_made
@@ -111,6 +112,9 @@ def other_settings(made: dict, settings: dict) -> list[str]:
 
 
 def alone_preparing(project: Project) -> AbstractContextManager[None]:
+    """Hold the lock of preparing text; of several ranks the first does."""
+    if not ranks().is_first:
+        return nullcontext()
     root, report = project.workspace.root, project.report
     busy = f"another process is preparing text in {root}: waiting for it"
     return alone(root / ".prepare.lock", busy, waiting=lambda: report.line(busy))

@@ -1,54 +1,24 @@
 """Several processes that train one model: the same losses and weights as one, whatever their number."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import KILLED, copy_of, find_ports
+from conftest import KILLED, copy_of
+from together import MAIN, launch, start, with_options
 
 from mlx_slm.machine.trees import flat
 from mlx_slm.training.find import find_run
 from mlx_slm.training.runs import open_expert
 
 RATE = "training.learning_rate=1e-4"
-MAIN = "import sys, mlx_slm; from mlx_slm.cli import run; sys.exit(run(sys.argv[1:]))"
 
 
 @pytest.fixture
 def workspace(with_experts, tmp_path):
     return copy_of(with_experts, tmp_path / "w")
-
-
-def start(count: int, tmp_path, programs, *arguments: str) -> list[subprocess.Popen]:
-    """Start a program (or one for each rank) as `count` ranks of a ring, as `mlx.launch` does."""
-    hosts = tmp_path / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in find_ports(count)]))
-    programs = [programs] * count if isinstance(programs, str) else programs
-    alone = {"OMP_NUM_THREADS": "1"} | ({} if count == 1 else {"MLX_HOSTFILE": str(hosts)})
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", program, *arguments],
-            env={**os.environ, **alone, "MLX_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, program in enumerate(programs)
-    ]
-
-
-def launch(count: int, tmp_path, programs, *arguments: str) -> list[subprocess.CompletedProcess]:
-    """Start them, and wait until all have ended."""
-    ended = []
-    for process in start(count, tmp_path, programs, *arguments):
-        out, err = process.communicate(timeout=120)
-        ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    return ended
 
 
 def command(workspace, *options):
@@ -101,38 +71,10 @@ def test_experts_of_a_mixture_by_rank(workspace, tmp_path):
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_clusters_by_ranks(with_experts, tmp_path):
-    """Embedding by shards, k-means by chunks of its points, a tree's clusters: the bits of one process, in a workspace
-    that two ranks share, and in one of each."""
-    small = "from mlx_slm.embedding.lsi import LsiEncoder; LsiEncoder.shard_windows = 500\n"
-    small += "import mlx_slm.clustering.kmeans as k; k.chunk_scores = lambda: 1024\n"
-    places = [copy_of(with_experts, tmp_path / name) for name in ("one", "shared", "first", "second")]
-    for place in places:
-        shutil.rmtree(place.root / "embeddings")
-        shutil.rmtree(place.root / "clusters")
-    one, shared, first, second = places
-    clusters = ("cluster", "--k", "3", "--k", "12", "--set", "clusters.tree=[3,4]", "-y", "--workspace")
-    (alone,) = launch(1, tmp_path, small + MAIN, *clusters, str(one.root))
-    together = launch(2, tmp_path, small + MAIN, *clusters, str(shared.root))
-    there = (small + MAIN).replace("sys.argv[1:]", f"[*sys.argv[1:], '--workspace', {str(second.root)!r}]")
-    apart = launch(2, tmp_path, [small + MAIN, there], *clusters, str(first.root))
-    for ended in (alone, *together, *apart):
-        assert ended.returncode == 0, ended.stderr
-    files = [
-        path.relative_to(one.root) for path in one.root.glob("clusters/**/*") if path.suffix in (".u4", ".safetensors")
-    ]
-    files += [path.relative_to(one.root) for path in one.root.glob("embeddings/**/*.f16")]
-    assert len(files) > 20
-    for place in (shared, first, second):
-        for file in files:
-            assert (place.root / file).read_bytes() == (one.root / file).read_bytes(), (place.root, file)
-        assert not [path for path in place.root.glob("**/.*") if path.is_dir()]
-
-
 def test_experts_that_lie_on_another_host_are_named(workspace, tmp_path):
     """Two ranks with a workspace each."""
     other = copy_of(workspace, tmp_path / "other")
-    there = MAIN.replace("sys.argv[1:]", f"[*sys.argv[1:], '--workspace', {str(other.root)!r}]")
+    there = with_options("--workspace", str(other.root))
     options = command(workspace, "--method", "mix", "--name", "apart")
     first, second = launch(2, tmp_path, [MAIN, there], *options)
     assert first.returncode == second.returncode == 1
@@ -194,12 +136,12 @@ def test_fine_tuning(workspace, tmp_path, source):
 
 def test_ranks_that_differ_are_told(workspace, tmp_path):
     """Another learning rate on the second."""
-    other = MAIN.replace("run(sys.argv[1:])", "run([*sys.argv[1:], '--set', 'training.learning_rate=1e-4'])")
+    other = with_options("--set", "training.learning_rate=1e-4")
     ended = launch(2, tmp_path, [MAIN, other], *command(workspace, "--method", "slm", "--name", "other"))
     assert [one.returncode for one in ended] == [1, 1]
     assert "rank 1 (" in ended[0].stderr and "has another training than rank 0" in ended[0].stderr, ended[0].stderr
     assert not workspace.run("other").exists()
-    seeded = MAIN.replace("run(sys.argv[1:])", "run([*sys.argv[1:], '--set', 'clusters.iterations=3'])")
+    seeded = with_options("--set", "clusters.iterations=3")
     clusters = ("cluster", "--k", "7", "-y", "--workspace", str(workspace.root))
     for ended in launch(2, tmp_path, [MAIN, seeded], *clusters):
         assert ended.returncode == 1 and "has another k-means than rank 0" in ended.stderr, ended.stderr
