@@ -3,6 +3,7 @@
     python -m benchmarks.scale ring                      two ranks on this machine: latency and bandwidth of all_sum
     python -m benchmarks.scale data WORKSPACE            tokenising, and embedding with two encoders
     python -m benchmarks.scale clusters WORKSPACE        flat k-means and trees on its embeddings, up to 10^7 windows
+    python -m benchmarks.scale pool WORKSPACE            `cluster` of up to 10^7 windows: time and memory
 
 Prints a JSON line for each measurement, as docs/records keeps them.
 """
@@ -10,31 +11,39 @@ Prints a JSON line for each measurement, as docs/records keeps them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 import numpy as np
 
 import mlx_slm  # noqa: F401  (before mlx: the BLAS)
+from mlx_slm.clustering.clusters import ensure_clusters
 from mlx_slm.clustering.kmeans import Lloyd, kmeans
 from mlx_slm.clustering.learn import split_points
 from mlx_slm.clustering.tree import assign
 from mlx_slm.config.files import load_config
 from mlx_slm.config.schema import DEFAULT_ENCODER
-from mlx_slm.embedding.embed import Embeddings
+from mlx_slm.embedding.embed import FILE, KIND, Embeddings
 from mlx_slm.embedding.encoder import choose_encoder, window_texts
+from mlx_slm.files import append_array
 from mlx_slm.machine import runtime
+from mlx_slm.project import Project
 from mlx_slm.report import Report
+from mlx_slm.storage.artifacts import new_artifact
 from mlx_slm.storage.workspace import Workspace
 from mlx_slm.text.hub_tokenizer import open_tokenizer
-from mlx_slm.text.store import Store
+from mlx_slm.text.store import KIND as STORE
+from mlx_slm.text.store import TOKENS, WINDOWS, Store
 
 SIZES = [1, 256, 2**14, 2**18, 2**20, 2**23, 2**25]
 """fp32 numbers that are summed."""
@@ -112,6 +121,79 @@ def clusters(workspace: Path, name: str) -> None:
     for _ in windows(embeddings, 10**6):
         pass
     note(what="read", windows=10**6, seconds=round(time.perf_counter() - begun, 2))
+
+
+@cli.command()
+@click.argument("workspace", type=click.Path(exists=True, path_type=Path))
+def pool(workspace: Path) -> None:
+    """`cluster` of pools that repeat the windows and embeddings of a real set, each in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=workspace.parent) as folder:
+        for count in (10**5, 10**6, 10**7):
+            target = Path(folder) / str(count)
+            repeat(Workspace(workspace), Workspace(target), count)
+            for tree in ("1024", "32,32", "64,64", "16,16,16", "256,256"):
+                subprocess.run([sys.executable, "-m", "benchmarks.scale", "one", str(target), tree], check=True)
+                shutil.rmtree(target / "clusters")
+            shutil.rmtree(target)
+
+
+class Timed(Report):
+    """Notes the seconds of each task by the first word of its title."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def progress(self, title: str, total: float | None, unit: str) -> Iterator[Callable[..., None]]:
+        begun = time.perf_counter()
+        yield lambda amount, total=None: None
+        word = title.split()[0].rstrip(",")
+        self.seconds[word] = self.seconds.get(word, 0.0) + time.perf_counter() - begun
+
+
+@cli.command(hidden=True)
+@click.argument("workspace", type=click.Path(exists=True, path_type=Path))
+@click.argument("tree")
+def one(workspace: Path, tree: str) -> None:
+    """One tree of a pool, or flat clusters."""
+    place, branches = Workspace(workspace), [int(width) for width in tree.split(",")]
+    config, report = load_config(place.config_file), Timed()
+    clusters = config.clusters.model_copy(update={"tree": branches if len(branches) > 1 else []})
+    project = Project(place, config, report).having(clusters=clusters)
+    before, begun = rss(), time.perf_counter()
+    ensure_clusters(project, [math.prod(branches)], [], splits=("train",))
+    seconds = time.perf_counter() - begun
+    count = Store(place.data(config.data.generic, "train")).num_windows
+    parts = {f"seconds_{word}": round(value, 2) for word, value in report.seconds.items()}
+    memory = {"rss_mb": rss(), "rss_before_mb": before}
+    note(what="pool", tree=branches, windows=count, seconds=round(seconds, 2), **parts, **memory)
+
+
+def repeat(source: Workspace, target: Workspace, count: int) -> None:
+    """A workspace whose generic set has so many windows: those of another, with their embeddings, again and again."""
+    config = load_config(source.config_file)
+    generic = config.data.generic
+    target.root.mkdir()
+    shutil.copy(source.config_file, target.config_file)
+    shutil.copytree(source.tokenizer, target.tokenizer)
+    for split in ("valid", "test"):
+        shutil.copytree(source.data(generic, split), target.data(generic, split))
+    store, inputs = Store(source.data(generic, "train")), Store(source.data(generic, "train")).manifest["inputs"]
+    every = np.resize(store.windows[:], count)
+    with new_artifact(target.data(generic, "train"), STORE, inputs, mapped=(TOKENS, WINDOWS)) as (directory, info):
+        shutil.copy(store.directory / TOKENS, directory / TOKENS)
+        every.tofile(directory / WINDOWS)
+        info.update(store.manifest["info"])
+    store, tokenizer = Store(target.data(generic, "train")), open_tokenizer(target.tokenizer)
+    (folder,) = (source.root / "embeddings").glob(f"*/{generic}/train")
+    embeddings = Embeddings(folder)
+    choice = choose_encoder(target, config.clusters, store, tokenizer, Report())
+    path, inputs = target.embeddings(choice.key, generic, "train"), {"store": store.fingerprint, **choice.facts}
+    with new_artifact(path, KIND, inputs, mapped=(FILE,)) as (directory, info):
+        with open(directory / FILE, "wb") as file:
+            for rows in windows(embeddings, count):
+                append_array(file, rows.astype(np.float16))
+        info.update(windows=count, dims=embeddings.dims)
 
 
 @cli.command()

@@ -97,10 +97,10 @@ class Ranks:
         if self.size == 1:
             return value
         data = np.frombuffer(json.dumps(value).encode(), np.uint8) if self.is_first else np.zeros(0, np.uint8)
-        length = _values(self.summed(mx.array([len(data)], mx.int32)))
+        length = self.sum_of_all(np.array([len(data)], np.int32))
         buffer = np.zeros(length, np.uint8)
         buffer[: len(data)] = data
-        return json.loads(_values(self.summed(mx.array(buffer))).tobytes())
+        return json.loads(self.sum_of_all(buffer).tobytes())
 
     def of_all(self, value: T) -> list[T]:
         """What each rank has, JSON, by rank."""
@@ -111,6 +111,10 @@ class Ranks:
         padded = np.frombuffer(data.ljust(int(longest)), np.uint8)
         rows = _values(self.gathered(mx.array(padded)[None]))
         return [json.loads(row.tobytes()) for row in rows]
+
+    def sum_of_all(self, values: np.ndarray) -> np.ndarray:
+        """The sum over ranks, in the array's own dtype."""
+        return _values(self.summed(mx.array(values)))
 
     def values_of_all(self, values: np.ndarray) -> np.ndarray:
         """[size, ...]: the arrays of all ranks, of one shape, in their order."""

@@ -20,8 +20,8 @@ from mlx_slm.methods.requests import Pretraining
 from mlx_slm.methods.work import announce_jobs, plain_job, work
 from mlx_slm.models.transformer import Transformer
 from mlx_slm.project import Project
+from mlx_slm.storage.copies import copy_from
 from mlx_slm.training.runs import (
-    EXPERT,
     REMEDY,
     Run,
     RunRequest,
@@ -118,19 +118,14 @@ def expert_jobs(setup: Setup, clusters: Clusters, inputs: dict, experts: list[in
 
 
 def _collect(run: Run, jobs: dict[int, TrainingJob], possible: list[int]) -> None:
-    """Record the experts that other ranks have trained; raises SlmError where their files are not shared."""
-    trained = ranks().of_all(list(_finished_experts(run, possible)))
-
-    def record() -> None:
-        for rank, theirs in enumerate(trained):
-            for number in set(jobs) & set(theirs) - set(_finished_experts(run, possible)):
-                raise SlmError(
-                    f"expert {number} of run {run.name} lies in the workspace of rank {rank} ({ranks().hosts[rank]}): "
-                    f"copy its {run.path.name}/{EXPERT}{number} into runs/ here, and run the same command again"
-                )
-        _record_experts(run, possible)
-
-    ranks().by_first(record)
+    """Record the experts that all ranks have trained, and bring to the first those that it does not see."""
+    trained = ranks().of_all(
+        [n for n, record in _finished_experts(run, possible).items() if n in jobs and is_of(record, jobs[n].inputs)]
+    )
+    holders = {number: rank for rank, theirs in reversed(list(enumerate(trained))) for number in theirs}
+    for number in sorted(set(holders) - set(trained[0])):
+        copy_from(holders[number], expert_path(run.path, number), wanted=ranks().is_first)
+    ranks().by_first(lambda: _record_experts(run, possible))
 
 
 def _finished_experts(run: Run, possible: list[int]) -> dict[int, dict]:

@@ -31,6 +31,7 @@ from mlx_slm.models.shape import Shape
 from mlx_slm.project import Project
 from mlx_slm.report import Report
 from mlx_slm.storage.artifacts import MANIFEST
+from mlx_slm.storage.copies import copy_from
 from mlx_slm.storage.locks import in_use
 from mlx_slm.storage.records import write_text
 from mlx_slm.storage.workspace import Workspace
@@ -56,6 +57,7 @@ def specialize(project: Project, request: Specialisation) -> Run:
     if name == config.data.generic:
         raise SlmError(f"--domain {name}: that is the generic set; specialise to another one")
     require_replay(project)
+    _bring_round(workspace, request)
     model, teacher = (
         find_published(project, *given) for given in ((request.source, "--from"), (request.teacher, "--teacher"))
     )
@@ -104,6 +106,21 @@ def specialize(project: Project, request: Specialisation) -> Run:
                 shutil.rmtree(candidate)
             export_run(workspace, run, report, request.fuse)
     return run
+
+
+def _bring_round(workspace: Workspace, request: Specialisation) -> None:
+    """Where several ranks share no files: copy the runs that it starts from to those that have none of the name."""
+    together = ranks()
+
+    def known() -> list[str]:
+        source = request.source or default_run(workspace, Small.name)
+        names = [name.partition("@")[0] for name in (source, request.teacher) if name]
+        return [name for name in names if name in workspace.runs()]
+
+    for name in together.by_first(known) if together.size > 1 else ():
+        lacking = name not in workspace.runs()
+        if not together.agree(not lacking):
+            copy_from(0, workspace.run(name), wanted=lacking)
 
 
 @contextlib.contextmanager

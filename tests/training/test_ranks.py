@@ -71,18 +71,21 @@ def test_experts_of_a_mixture_by_rank(workspace, tmp_path):
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_experts_that_lie_on_another_host_are_named(workspace, tmp_path):
-    """Two ranks with a workspace each."""
+def test_two_ranks_with_a_workspace_each(workspace, tmp_path):
+    """The experts that the second trains are brought to the first, and the runs that both start from to the second."""
     other = copy_of(workspace, tmp_path / "other")
     there = with_options("--workspace", str(other.root))
-    options = command(workspace, "--method", "mix", "--name", "apart")
-    first, second = launch(2, tmp_path, [MAIN, there], *options)
-    assert first.returncode == second.returncode == 1
-    assert "expert 1 of run apart lies in the workspace of rank 1 (" in first.stderr, first.stderr
-    for number in (1, 3):
-        shutil.copytree(other.run("apart") / f"expert-{number}", workspace.run("apart") / f"expert-{number}")
-    assert launch(1, tmp_path, MAIN, *options)[0].returncode == 0
-    assert find_run(workspace, "apart").finished
+    domain = ("--workspace", str(workspace.root), "--domain", "notes", "--tokens", "2k", "--from", "apart")
+    pretrained = launch(2, tmp_path, [MAIN, there], *command(workspace, "--method", "mix", "--name", "apart"))
+    experts_there = {path.name for path in other.run("apart").glob("expert-*")}
+    for ended in (*pretrained, *launch(2, tmp_path, [MAIN, there], "specialize", *domain)):
+        assert ended.returncode == 0, ended.stderr
+    assert experts_there == {"expert-1", "expert-3"} and find_run(other, "apart").finished
+    apart, together = find_run(workspace, "apart"), find_run(workspace, "mix")
+    assert apart.finished and apart.record["experts"] == together.record["experts"]
+    for number in range(4):
+        ours, theirs = (flat(open_expert(run, number).weights()) for run in (apart, together))
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_two_ranks_killed_go_on_as_four_and_as_one(workspace, tmp_path):
