@@ -43,12 +43,11 @@ class Embeddings:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """fp32 [stop - start, dims]."""
-        return self._values[start * self.dims : stop * self.dims].reshape(-1, self.dims).astype(np.float32)
+        return self._values.read(start * self.dims, stop * self.dims).reshape(-1, self.dims).astype(np.float32)
 
     def at(self, windows: np.ndarray) -> np.ndarray:
         """Rows of some windows, fp32 [len(windows), dims], in their order."""
-        parts = [self.rows(int(window), int(window) + 1) for window in windows]
-        return np.concatenate(parts) if parts else np.zeros((0, self.dims), np.float32)
+        return self._values.read_each(np.asarray(windows, np.int64) * self.dims, self.dims).astype(np.float32)
 
     def chunks(self) -> Iterator[np.ndarray]:
         """All rows in order, fp32, a few thousand at a time."""

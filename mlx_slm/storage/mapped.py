@@ -44,23 +44,47 @@ class MappedFile:
             stop = start + 1
             if not 0 <= start < len(self):
                 raise IndexError(f"element {index} of {len(self)}")
+        if 0 < stop - start <= SHORT:
+            values = self.read(start, stop)
+            return values if isinstance(index, slice) else values[0]
+        self._require(start, stop)
+        return self._array[index]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """A copy of the elements from `start` to `stop`, of which nothing stays mapped."""
+        self._require(start, stop)
         size = self.dtype.itemsize
+        return np.frombuffer(self._read(start * size, (stop - start) * size), self.dtype)
+
+    def read_each(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """[len(starts), length]: copies of as many elements from each start, of which nothing stays mapped."""
+        places = np.asarray(starts, np.int64) * self.dtype.itemsize
+        values = np.empty((len(places), length), self.dtype)
+        for block in np.unique([places // self._block, (places + values.strides[0] - 1) // self._block]):
+            self._check(block, block)
+        for row, place in zip(values, places.tolist(), strict=True):
+            if os.preadv(self._file.fileno(), [row], place) != row.nbytes:
+                raise self._cut_off()
+        return values
+
+    def _require(self, start: int, stop: int) -> None:
+        """Check the blocks of these elements that were not checked yet."""
         if os.fstat(self._file.fileno()).st_size < self._bytes:  # a mapped page beyond the end would be a bus error
-            raise Damaged(f"{self.path} was cut off while it was in use; make {self.path.parent} again")
+            raise self._cut_off()
         if stop > start:
+            size = self.dtype.itemsize
             first, last = start * size // self._block, (stop * size - 1) // self._block
             if not self._seen[first : last + 1].all():
                 self._check(first, last)
-        if not 0 < stop - start <= SHORT:
-            return self._array[index]
-        values = np.frombuffer(self._read(start * size, (stop - start) * size), self.dtype)
-        return values if isinstance(index, slice) else values[0]
 
     def _read(self, start: int, size: int) -> bytes:
         data = os.pread(self._file.fileno(), size, start)
         if len(data) != size:
-            raise Damaged(f"{self.path} was cut off while it was in use; make {self.path.parent} again")
+            raise self._cut_off()
         return data
+
+    def _cut_off(self) -> Damaged:
+        return Damaged(f"{self.path} was cut off while it was in use; make {self.path.parent} again")
 
     def _check(self, first: int, last: int) -> None:
         for block in range(first, last + 1):

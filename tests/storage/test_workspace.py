@@ -68,6 +68,17 @@ def test_mapped_blocks_are_checked_when_first_touched(tmp_path):
     assert mapped[-1] == values[-1]
     with pytest.raises(Damaged, match="a.bin is damaged in bytes"):
         mapped[2 * block - 1 : 2 * block + 1]
+    starts = np.array([2 * block - 8, 0, len(values) - 7])
+    expected = [values[start : start + 7] for start in starts]
+    assert (mapped.read_each(starts, 7) == expected).all() and mapped.read_each(starts[:0], 7).shape == (0, 7)
+    assert (mapped.read(5, 9000) == values[5:9000]).all()
+    for over_the_edge in (lambda: mapped.read_each(starts, 9), lambda: mapped.read(2 * block - 1, 2 * block + 1)):
+        with pytest.raises(Damaged, match="a.bin is damaged in bytes"):
+            over_the_edge()
+    os.truncate(file, 3 * block)
+    for beyond in (lambda: mapped.read_each(starts, 7), lambda: mapped.read(0, 5)):
+        with pytest.raises(Damaged, match="was cut off"):
+            beyond()
     with pytest.raises(Damaged):
         w.verify(tmp_path / "x", manifest)
 
