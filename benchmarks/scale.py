@@ -1,8 +1,8 @@
 """What a training of many ranks and a pool of many windows cost, in their parts (docs/scale.md).
 
     python -m benchmarks.scale ring                      two ranks on this machine: latency and bandwidth of all_sum
-    python -m benchmarks.scale data WORKSPACE            tokenising, and embedding with two encoders
-    python -m benchmarks.scale clusters WORKSPACE        flat k-means and trees on its embeddings, up to 10^7 windows
+    python -m benchmarks.scale data WORKSPACE            tokenising, and embedding with each encoder
+    python -m benchmarks.scale clusters WORKSPACE        flat k-means and trees on its embeddings
     python -m benchmarks.scale pool WORKSPACE            `cluster` of up to 10^7 windows: time and memory
 
 Prints a JSON line for each measurement, as docs/records keeps them.
@@ -93,34 +93,19 @@ def note(**facts) -> None:
 @click.argument("workspace", type=click.Path(exists=True, path_type=Path))
 @click.option("--set", "name", default="generic")
 def clusters(workspace: Path, name: str) -> None:
-    """Learn 1,024 and 4,096 clusters of windows, flat and as trees; assign up to 10^7 windows to them."""
+    """Learn 1,024 and 4,096 clusters of windows, flat and as trees."""
     (folder,) = (workspace / "embeddings").glob(f"*/{name}/train")
     embeddings = Embeddings(folder)
     held = embeddings.sample(20_000, np.random.default_rng(1))
-    made = {}
     for branches in ([1024], [32, 32], [4096], [64, 64], [16, 16, 16]):
         k = int(np.prod(branches))
         points = embeddings.sample(64 * k, np.random.default_rng(0))
         begun = time.perf_counter()
-        made[tuple(branches)] = levels = learn(points, branches)
+        levels = learn(points, branches)
         seconds = time.perf_counter() - begun
         distances = [float(next(assign(iter([rows]), levels))[1].mean()) for rows in (points, held)]
         facts = {"tree": branches, "points": len(points), "dims": embeddings.dims, "seconds": round(seconds, 2)}
         note(what="learn", **facts, distance=round(distances[0], 5), distance_held=round(distances[1], 5))
-    for branches, levels in made.items():
-        for count in (10**5, 10**6, 10**7):
-            if branches == (4096,) and count == 10**7:
-                continue  # ten times that of 10^6
-            begun = time.perf_counter()
-            for _ in assign(windows(embeddings, count), levels):
-                pass
-            note(
-                what="assign", tree=branches, windows=count, seconds=round(time.perf_counter() - begun, 2), rss_mb=rss()
-            )
-    begun = time.perf_counter()
-    for _ in windows(embeddings, 10**6):
-        pass
-    note(what="read", windows=10**6, seconds=round(time.perf_counter() - begun, 2))
 
 
 @cli.command()
@@ -209,7 +194,7 @@ def data(workspace: Path, name: str) -> None:
     tokens = sum(len(ids) for ids in map(tokenizer.encode, texts))
     seconds = time.perf_counter() - begun
     note(what="tokenise", bytes=size, tokens=tokens, seconds=round(seconds, 2), processes=1)
-    for encoder, count in (("static", 20_000), (DEFAULT_ENCODER, 512)):
+    for encoder, count in (("lsi", 20_000), ("static", 20_000), (DEFAULT_ENCODER, 512)):
         settings = load_config(place.config_file).clusters.model_copy(update={"encoder": encoder})
         opened = choose_encoder(place, settings, store, tokenizer, Report()).open()
         opened.encode(texts[:64])

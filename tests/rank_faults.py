@@ -1,9 +1,9 @@
-"""Faults of two ranks that train together, injected and counted: killed, frozen, cut off from each other.
+"""Faults of two ranks that work together, injected and counted: killed, frozen, cut off from each other.
 
-    scripts/faults ranks [--seed S] [--moments N] [--kinds moment,place,freeze,cut] [--soak MINUTES]
+    scripts/faults ranks [--seed S] [--moments N] [--kinds moment,place,stages] [--soak MINUTES]
 
-Each trial trains on a copy of a small workspace, harms one rank, sees that the other ends within a minute with its
-name, starts both again, and compares the weights with those of an undisturbed training of two ranks, bit for bit.
+Each trial runs a command on a copy of a small workspace, harms one rank, sees that the other ends within a minute with
+its name, starts both again, and compares every file of numbers with those of an undisturbed run of two ranks.
 `--soak`: memory, files and threads of two ranks with a checkpoint every few seconds. Prints a line of JSON for each
 trial, and the table that docs/reliability.md holds; exits with 1 where anything went wrong.
 """
@@ -11,7 +11,7 @@ trial, and the table that docs/reliability.md holds; exits with 1 where anything
 from __future__ import annotations
 
 import argparse
-import hashlib
+import contextlib
 import json
 import os
 import random
@@ -26,21 +26,36 @@ from collections import Counter
 from pathlib import Path
 
 import yaml
-from faults import CONFIG
+from faults import CONFIG, numbers_of
+
+from benchmarks.link import ADDRESSES, ENDS, HOSTS, two_hosts
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = CONFIG["training"] | {"steps": 200, "checkpoint_every": 20, "eval_every": 50, "report_every": 50}
-COMMAND = ("pretrain", "--method", "slm", "--quiet", "-y")
 MAIN = "import sys, mlx_slm; from mlx_slm.cli import main; main()"
 ALLOWED = 60
 """Seconds in which the other rank has ended."""
+PRETRAIN = ("pretrain", "--method", "slm")
+SHARDS = "import mlx_slm, mlx_slm.text.shards as s; s.SHARD_BYTES = 20_000\n"
+STAGES = {
+    "prepare": ("prepare", "generic", "TEXT"),
+    "cluster": ("cluster", "--k", "4", "--k", "16", "--set", "clusters.tree=[4,4]"),
+    "a mixture": ("pretrain", "--method", "mix"),
+}
+"""Commands other than a training that ranks share; TEXT is the file of the generic set."""
+HARMS = {
+    "killed": "os.kill(os.getpid(), 9)",
+    "frozen": f"os.kill(os.getpid(), {int(signal.SIGSTOP)})",
+    "cut off": "os.system('ip link set dev END down')",
+}
 HARMED = """
 import os, mlx_slm, {module}
 calls, real = [], {module}.{function}
 def harmed(*args, **kwargs):
     calls.append(1)
     if len(calls) == {call}:
-        os.kill(os.getpid(), {signal})
+        open({mark!r}, "w").close()
+        {harm}
     return real(*args, **kwargs)
 {module}.{function} = harmed
 """
@@ -51,6 +66,8 @@ PLACES = {
     "in a checkpoint": ("mlx_slm.training.checkpoint", "save_arrays", 4),
     "at the end": ("mlx_slm.training.runs", "Run.finish", 1),
 }
+OF_THE_FIRST = ("in a checkpoint",)
+"""Places where the first rank alone comes."""
 
 
 def free_port() -> int:
@@ -59,17 +76,20 @@ def free_port() -> int:
 
 
 class Pair:
-    """Two ranks of one training. `preludes`: Python that each runs first; `spaces`: a network namespace for each."""
+    """Two ranks of one command. `preludes`: Python that each runs first; `apart`: each in a network namespace."""
 
-    def __init__(self, workspace: Path, preludes=("", ""), hosts=("127.0.0.1", "127.0.0.1"), spaces=((), ())):
+    def __init__(self, site: Site, workspace: Path, preludes=("", ""), apart: bool = False):
         self.workspace = workspace
+        hosts = ADDRESSES if apart else ("127.0.0.1", "127.0.0.1")
+        spaces = [("ip", "netns", "exec", name) for name in HOSTS] if apart else [(), ()]
         file = workspace / "hosts.json"
         file.write_text(json.dumps([[f"{host}:{free_port()}"] for host in hosts]))
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MLX_HOSTFILE": str(file)}
+        command = [*site.command, "--quiet", "-y", "--workspace", str(workspace)]
         self.said = [tempfile.TemporaryFile() for _ in hosts]
         self.ranks = [
             subprocess.Popen(
-                [*space, sys.executable, "-c", prelude + MAIN, *COMMAND, "--workspace", str(workspace)],
+                [*space, sys.executable, "-c", SHARDS + prelude + MAIN, *command],
                 env=environment | {"MLX_RANK": str(rank)},
                 stdout=said,
                 stderr=said,
@@ -79,7 +99,7 @@ class Pair:
 
     def wait(self, rank: int, seconds: float) -> int | None:
         try:
-            return self.ranks[rank].wait(seconds)
+            return self.ranks[rank].wait(max(0, seconds))
         except subprocess.TimeoutExpired:
             return None
 
@@ -99,27 +119,27 @@ class Pair:
         return codes == [0, 0]
 
 
-def weights(workspace: Path) -> str:
-    return hashlib.sha256((workspace / "models/slm/model.safetensors").read_bytes()).hexdigest()
-
-
 class Site:
-    """A prepared workspace, and what an undisturbed training of two ranks makes of it."""
+    """A workspace before a command, and what an undisturbed run of it by two ranks makes."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, command: tuple[str, ...]):
         self.root, self.before = root, root / "before"
         rng = random.Random(0)
         words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(400)]
         lines = (json.dumps({"text": " ".join(rng.choices(words, k=60))}) for _ in range(1500))
-        (root / "text.jsonl").write_text("\n".join(lines))
-        (root / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"training": TRAINING}))
-        prepare = (sys.executable, "-m", "mlx_slm", "prepare", "generic", str(root / "text.jsonl"), "-y", "--quiet")
-        options = ("--config", str(root / "config.yaml"), "--workspace", str(self.before))
-        subprocess.run([*prepare, *options], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        text, config = root / "text.jsonl", root / "config.yaml"
+        text.write_text("\n".join(lines))
+        config.write_text(yaml.safe_dump(CONFIG | {"training": TRAINING, "mixture": {"k": 4}}))
+        prepare = ("prepare", "generic", str(text), "--config", str(config))
+        self.command = prepare if command == STAGES["prepare"] else command
+        self.before.mkdir()
+        if self.command != prepare:
+            words = [sys.executable, "-m", "mlx_slm", *prepare, "-y", "--quiet", "--workspace", str(self.before)]
+            subprocess.run(words, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
         start = time.monotonic()
         whole = self.copy("whole")
-        assert Pair(whole).done()
-        self.seconds, self.weights = time.monotonic() - start, weights(whole)
+        assert Pair(self, whole).done()
+        self.seconds, self.numbers = time.monotonic() - start, numbers_of(whole)
 
     def copy(self, name: str) -> Path:
         shutil.rmtree(self.root / name, ignore_errors=True)
@@ -137,10 +157,10 @@ def outcome(site: Site, pair: Pair, victim: int, since: float) -> dict:
         return {"result": "hung", "said": said[-300:]}
     finished = code == 0
     named = f"rank {victim} (" in said
-    resumed = Pair(pair.workspace)
+    resumed = Pair(site, pair.workspace)
     if not resumed.done():
         return {"result": "lost", "said": resumed.text(0)[-300:] + resumed.text(1)[-300:]}
-    same = weights(pair.workspace) == site.weights
+    same = numbers_of(pair.workspace) == site.numbers
     traceback = "Traceback" in said
     result = "traceback" if traceback else "other bits" if not same else "held" if named or finished else "not named"
     return {
@@ -151,62 +171,35 @@ def outcome(site: Site, pair: Pair, victim: int, since: float) -> dict:
     }
 
 
-def at_moment(site: Site, rng: random.Random, how: signal.Signals = signal.SIGKILL) -> dict:
-    """Harm either rank at any moment of a training."""
-    victim, moment = rng.randrange(2), rng.uniform(0, site.seconds)
-    pair = Pair(site.copy("trial"))
-    time.sleep(moment)
-    pair.ranks[victim].send_signal(how)
-    return {"victim": victim, "moment": round(moment, 1)} | outcome(site, pair, victim, time.monotonic())
-
-
-def at_place(site: Site, place: str, victim: int) -> dict:
-    """Kill a rank where it comes to a place in the code."""
-    module, function, call = PLACES[place]
-    preludes = ["", ""]
-    preludes[victim] = HARMED.format(module=module, function=function, call=call, signal=int(signal.SIGKILL))
-    pair = Pair(site.copy("trial"), preludes)
-    code = pair.wait(victim, 300)
-    found = outcome(site, pair, victim, time.monotonic())
-    if code != -signal.SIGKILL:
-        found["result"] = f"not killed ({code})"
-    return {"victim": victim, "place": place} | found
-
-
-def cut(site: Site, rng: random.Random) -> dict:
-    """Two network namespaces, and the link between them taken down: each ends, and names the other."""
-    moment = rng.uniform(0.4, 0.7) * site.seconds
-    names = ("slm-a", "slm-b")
-    _spaces(names, make=True)
-    try:
-        spaces = [("ip", "netns", "exec", name) for name in names]
-        pair = Pair(site.copy("trial"), hosts=("10.77.0.1", "10.77.0.2"), spaces=spaces)
-        time.sleep(moment)
-        subprocess.run(["ip", "-n", names[0], "link", "set", "slm-va", "down"], check=True)
+def trial(site: Site, harm: str, victim: int, moment: float | None = None, place: str | None = None) -> dict:
+    """Harm a rank at a moment, in seconds from the start, or where it comes to a place in the code."""
+    mark, preludes = site.root / "mark", ["", ""]
+    mark.unlink(missing_ok=True)
+    if place:
+        module, function, call = PLACES[place]
+        what = HARMS[harm].replace("END", ENDS[victim])
+        preludes[victim] = HARMED.format(module=module, function=function, call=call, mark=str(mark), harm=what)
+    apart = harm == "cut off"
+    with two_hosts() if apart else contextlib.nullcontext():
+        pair = Pair(site, site.copy("trial"), preludes, apart)
+        if place:
+            while not mark.exists() and pair.ranks[victim].poll() is None:
+                time.sleep(0.02)
+            if not mark.exists():
+                pair.end()
+                return {"result": "did not come there", "said": pair.text(victim)[-300:]}
+        else:
+            time.sleep(moment or 0)
+            if apart:
+                subprocess.run(["ip", "-n", HOSTS[victim], "link", "set", ENDS[victim], "down"], check=True)
+            else:
+                pair.ranks[victim].send_signal(signal.SIGKILL if harm == "killed" else signal.SIGSTOP)
         since = time.monotonic()
-        code = pair.wait(0, ALLOWED)
-        named = "rank 1 (" in pair.text(0)
-        found = outcome(site, pair, 0, since)
-        if found["result"] == "held" and code and not named:
-            found["result"] = "not named"
-        return {"moment": round(moment, 1)} | found
-    finally:
-        _spaces(names, make=False)
-
-
-def _spaces(names: tuple[str, str], make: bool) -> None:
-    """Two namespaces with a cable between them."""
-    for name in names:
-        subprocess.run(["ip", "netns", "add" if make else "del", name], check=True)
-    if not make:
-        return
-    ends = ("slm-va", "slm-vb")
-    subprocess.run(["ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1]], check=True)
-    for name, end, address in zip(names, ends, ("10.77.0.1", "10.77.0.2"), strict=True):
-        subprocess.run(["ip", "link", "set", end, "netns", name], check=True)
-        subprocess.run(["ip", "-n", name, "addr", "add", f"{address}/24", "dev", end], check=True)
-        for device in (end, "lo"):
-            subprocess.run(["ip", "-n", name, "link", "set", device, "up"], check=True)
+        ended = not apart or pair.wait(victim, ALLOWED) is not None
+        found = outcome(site, pair, victim, since)
+    if not ended:
+        found["result"] = "hung"
+    return {"victim": victim} | ({"place": place} if place else {"moment": round(moment or 0, 1)}) | found
 
 
 def soak(site: Site, minutes: float) -> dict:
@@ -214,7 +207,7 @@ def soak(site: Site, minutes: float) -> dict:
     workspace = site.copy("soak")
     config = CONFIG | {"training": TRAINING | {"steps": 10_000_000, "checkpoint_every": 200, "report_every": 1000}}
     (workspace / "config.yaml").write_text(yaml.safe_dump(config))
-    pair = Pair(workspace)
+    pair = Pair(site, workspace)
     seen = []
     until = time.monotonic() + 60 * minutes
     while time.monotonic() < until and all(process.poll() is None for process in pair.ranks):
@@ -247,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--moments", type=int, default=10)
-    parser.add_argument("--kinds", default="moment,place,freeze,cut")
+    parser.add_argument("--kinds", default="moment,place,stages")
     parser.add_argument("--soak", type=float, default=0, metavar="MINUTES")
     options = parser.parse_args()
     kinds, rng = options.kinds.split(","), random.Random(options.seed)
@@ -257,18 +250,26 @@ def main() -> None:
         results[kind, found["result"]] += 1
         print(json.dumps({"kind": kind} | found), flush=True)
 
-    with tempfile.TemporaryDirectory() as root:
-        site = Site(Path(root))
+    def at_moments(site: Site, harm: str, count: int, what: str) -> None:
+        for _ in range(count):
+            note(what, trial(site, harm, rng.randrange(2), moment=rng.uniform(0, site.seconds)))
+
+    with tempfile.TemporaryDirectory() as folder:
+        roots = {name: Path(folder) / name for name in ("a training", *STAGES)}
+        for root in roots.values():
+            root.mkdir()
+        site = Site(roots["a training"], PRETRAIN)
         print(json.dumps({"kind": "undisturbed", "seconds": round(site.seconds, 1)}), flush=True)
-        for _ in range(options.moments if "moment" in kinds else 0):
-            note("killed at any moment", at_moment(site, rng))
-        for place in PLACES if "place" in kinds else ():
-            for victim in (0,) if place in ("in a checkpoint", "at the end") else (0, 1):
-                note(f"killed {place}", at_place(site, place, victim))
-        for _ in range(3 if "freeze" in kinds else 0):
-            note("frozen (SIGSTOP)", at_moment(site, rng, signal.SIGSTOP))
-        for _ in range(3 if "cut" in kinds else 0):
-            note("the link between two hosts taken down", cut(site, rng))
+        for harm in HARMS:
+            if "moment" in kinds:
+                at_moments(site, harm, options.moments if harm == "killed" else 3, f"{harm} at any moment")
+            for place in PLACES if "place" in kinds else ():
+                for victim in (0,) if place in OF_THE_FIRST else (0, 1):
+                    note(f"{harm} {place}", trial(site, harm, victim, place=place))
+        for name, command in STAGES.items() if "stages" in kinds else ():
+            other = Site(roots[name], command)
+            at_moments(other, "killed", 4, f"{name}: killed at any moment")
+            at_moments(other, "frozen", 2, f"{name}: frozen at any moment")
         if options.soak:
             note(f"none: {options.soak:g} minutes, a checkpoint every 200 steps", soak(site, options.soak))
     for kind in dict.fromkeys(kind for kind, _ in results):

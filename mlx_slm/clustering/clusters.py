@@ -138,6 +138,9 @@ def ensure_clusters(
     asked = {"text": store.fingerprint, "tokenizer": tokenizer.fingerprint, "encoder": choice.facts, "levels": ways}
     learned = learned_from({}, settings, [])["kmeans"]
     together.require_same(asked | {"k-means": learned, "list of sets": [*sets, *splits], "--fresh": fresh})
+    if together.size > 1:
+        read = {f"{name}/{split}": Store(workspace.require_set(name, split)) for name in sets for split in splits}
+        together.require_same({f"text of {place}": store.fingerprint for place, store in read.items()})
     if not fresh:
         for levels in ways:
             _require_same(workspace, {"store": store.fingerprint, **choice.facts}, settings, levels)

@@ -137,8 +137,15 @@ def test_fine_tuning(workspace, tmp_path, source):
     np.testing.assert_allclose(losses(workspace, "of-2"), losses(workspace, "of-1"), atol=1e-5)
 
 
+NEWER = """
+from importlib import metadata
+real = metadata.version
+metadata.version = lambda name: "99.0" if name == "PACKAGE" else real(name)
+"""
+
+
 def test_ranks_that_differ_are_told(workspace, tmp_path):
-    """Another learning rate on the second."""
+    """Another learning rate, k-means or version on the second; a number of groups that two ranks cannot share."""
     other = with_options("--set", "training.learning_rate=1e-4")
     ended = launch(2, tmp_path, [MAIN, other], *command(workspace, "--method", "slm", "--name", "other"))
     assert [one.returncode for one in ended] == [1, 1]
@@ -148,6 +155,12 @@ def test_ranks_that_differ_are_told(workspace, tmp_path):
     clusters = ("cluster", "--k", "7", "-y", "--workspace", str(workspace.root))
     for ended in launch(2, tmp_path, [MAIN, seeded], *clusters):
         assert ended.returncode == 1 and "has another k-means than rank 0" in ended.stderr, ended.stderr
+    for package in ("mlx-slm", "mlx"):
+        newer = NEWER.replace("PACKAGE", package) + MAIN
+        for ended in launch(2, tmp_path, [MAIN, newer], *command(workspace, "--method", "slm", "--name", "newer")):
+            assert ended.returncode == 1 and "rank 1 (" in ended.stderr, ended.stderr
+            assert f"has another version of {package} than rank 0" in ended.stderr and "99.0, not " in ended.stderr
+    assert not workspace.run("newer").exists()
     code = launch(2, tmp_path, MAIN, *command(workspace, "--method", "pn", "--set", "projection.clusters_per_step=1"))
     assert [one.returncode for one in code] == [1, 1] and "2 ranks" in code[0].stderr
 

@@ -7,6 +7,9 @@ from conftest import copy_of, write_jsonl
 from together import MAIN, launch, with_options
 
 from mlx_slm.config.files import dump_config
+from mlx_slm.project import Project
+from mlx_slm.text.prepare import prepare
+from mlx_slm.text.sources import Preparation
 
 
 def test_clusters_by_ranks(with_experts, tmp_path):
@@ -35,6 +38,16 @@ def test_clusters_by_ranks(with_experts, tmp_path):
         for file in files:
             assert (place.root / file).read_bytes() == (one.root / file).read_bytes(), (place.root, file)
         assert not [path for path in place.root.glob("**/.*") if path.is_dir()]
+
+
+def test_domains_that_differ_are_told(with_experts, texts, expert_config, tmp_path):
+    here, there = (copy_of(with_experts, tmp_path / name) for name in ("here", "there"))
+    fewer = write_jsonl(tmp_path / "fewer.jsonl", texts[900:1000])
+    prepare(Project(there, expert_config), Preparation("notes", [str(fewer)], fresh=True))
+    clusters = ("cluster", "--k", "5", "-y", "--workspace")
+    for ended in launch(2, tmp_path, [MAIN, with_options("--workspace", str(there.root))], *clusters, str(here.root)):
+        assert ended.returncode == 1 and "has another text of notes/train than rank 0" in ended.stderr, ended.stderr
+    assert not here.clusters(5).exists()
 
 
 COUNTED = """
