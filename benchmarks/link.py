@@ -3,7 +3,7 @@
 The two hosts are network namespaces of this machine, and the cable between them lets so many bits a second through.
 Linux, as root.
 
-    python -m benchmarks.link [--rates 1gbit,250mbit,50mbit]
+    python -m benchmarks.link [--speeds 1000,250,50]
 
 Prints a JSON line for each speed, as docs/records keeps them: seconds of a step that sends nothing, of one that sends
 its gradients when all are there, and of the step as it is, in fp32 and in bf16; medians of interleaved steps.
@@ -23,8 +23,12 @@ from pathlib import Path
 from statistics import median
 
 import click
-import mlx.core as mx
 import numpy as np
+
+import mlx_slm  # noqa: F401  (before mlx: the BLAS)
+
+# isort: split
+import mlx.core as mx
 
 from mlx_slm.machine import runtime
 from mlx_slm.machine.ranks import Ranks, ranks
@@ -60,25 +64,25 @@ def two_hosts() -> Iterator[None]:
 
 
 @click.command()
-@click.option("--rates", default="1gbit,250mbit,50mbit", help="Speeds of the cable, as tc writes them.")
-@click.option("--as-rank", hidden=True, default="", help="This process is one of the two; the speed, for its line.")
-def main(rates: str, as_rank: str) -> None:
-    if as_rank:
+@click.option("--speeds", default="1000,250,50", help="Of the cable, in Mbit/s.")
+@click.option("--as-rank", hidden=True, type=int, help="This process is one of the two, over a cable of this speed.")
+def main(speeds: str, as_rank: int | None) -> None:
+    if as_rank is not None:
         facts = steps()
         if ranks().is_first:
             click.echo(
-                json.dumps({"device": runtime.device_name(), "what": "step over a link", "link": as_rank} | facts)
+                json.dumps({"device": runtime.device_name(), "what": "step over a link", "mbits": as_rank} | facts)
             )
         return
-    for rate in rates.split(","):
+    for speed in speeds.split(","):
         with two_hosts(), tempfile.TemporaryDirectory() as folder:
             for name, end in zip(HOSTS, ENDS, strict=True):
-                shaped = ("root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms")
+                shaped = ("root", "tbf", "rate", f"{speed}mbit", "burst", "256kb", "latency", "50ms")
                 subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", end, *shaped], check=True)
             hosts = Path(folder) / "hosts.json"
             hosts.write_text(json.dumps([[f"{address}:23456"] for address in ADDRESSES]))
             environment = os.environ | {"MLX_HOSTFILE": str(hosts), "OMP_NUM_THREADS": "1"}
-            program = [sys.executable, "-m", "benchmarks.link", "--as-rank", rate]
+            program = [sys.executable, "-m", "benchmarks.link", "--as-rank", speed]
             both = [
                 subprocess.Popen(["ip", "netns", "exec", name, *program], env=environment | {"MLX_RANK": str(rank)})
                 for rank, name in enumerate(HOSTS)

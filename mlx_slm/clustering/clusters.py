@@ -264,30 +264,29 @@ def _is_assigned(clusters: Clusters, name: str, split: str, store: Store) -> boo
 
 
 def _assign(clusters: Clusters, name: str, split: str, store: Store, vectors: Embeddings, report: Report) -> None:
-    k, places, distances = clusters.k, [], []
+    k, done = clusters.k, 0
+    counts = np.zeros(k, np.int64)
+    place, distance = np.empty(len(vectors), np.uint32), np.empty(len(vectors), np.float32)
     with report.progress(f"assigning {name}/{split} to {k:,} clusters", len(vectors), " windows") as advance:
-        for closest, distance in assign(vectors.chunks(), clusters.levels):
-            places.append(closest)
-            distances.append(distance)
+        for closest, away in assign(vectors.chunks(), clusters.levels):
+            place[done : done + len(closest)], distance[done : done + len(closest)] = closest, away
+            counts += np.bincount(closest, minlength=k)
+            done += len(closest)
             advance(len(closest))
-    place = np.concatenate([np.zeros(0, np.int32), *places])
-    distance = np.concatenate([np.zeros(0, np.float32), *distances])
-    order = np.argsort(place, kind="stable")
-    counts = np.bincount(place, minlength=k)
+    order = np.argsort(place, kind="stable").astype(np.uint32)
     lengths = store.windows[:]["length"]
-    by_distance = np.lexsort((distance, place))
-    bounds = np.concatenate([[0], np.cumsum(counts)])
+    windows = np.split(order, np.cumsum(counts)[:-1])
     quantiles = np.quantile(distance, np.linspace(0, 1, 101)) if len(distance) else np.zeros(101)
     inputs = _assignment_inputs(clusters, store)
     with new_artifact(clusters.directory / name / split, ASSIGNED, inputs, mapped=tuple(FILES)) as (directory, info):
         arrays = (place, order, separated_ends(store, order))
         for (file, dtype), values in zip(FILES.items(), arrays, strict=True):
             with open(directory / file, "wb") as out:
-                append_array(out, values.astype(dtype))
+                append_array(out, np.asarray(values, dtype))
         facts_of_counts = {
             "windows": counts.tolist(),
-            "tokens": np.bincount(place, lengths, minlength=k).astype(np.int64).tolist(),
-            "nearest": [by_distance[a : min(b, a + NEAREST)].tolist() for a, b in pairwise(bounds)],
+            "tokens": [int(lengths[own].sum(dtype=np.int64)) for own in windows],
+            "nearest": [own[np.argsort(distance[own], kind="stable")[:NEAREST]].tolist() for own in windows],
             "distances": quantiles.tolist(),
         }
         write_json(directory / "counts.json", facts_of_counts)

@@ -24,10 +24,10 @@ import numpy as np
 from mlx.utils import tree_map_with_path
 
 from mlx_slm.errors import SlmError
-from mlx_slm.machine import watch
+from mlx_slm.machine import runtime, watch
 from mlx_slm.machine.trees import flat, nested
 
-BUFFER = 32 * 2**20
+BUFFER = 8 * 2**20
 """Bytes of gradients that are summed at once."""
 T = TypeVar("T")
 
@@ -41,6 +41,8 @@ class Ranks:
     group: Any = None
     hosts: list[str] = field(default_factory=list)
     """The host of each rank."""
+    stream: Any = None
+    """Where collectives run, beside what computes; None: where MLX puts them."""
     sent: int = 0
     """Bytes that this rank has handed to collectives."""
 
@@ -67,19 +69,20 @@ class Ranks:
         if self.size == 1:
             return array
         self.sent += array.nbytes
-        return mx.distributed.all_sum(array, group=self.group)
+        return mx.distributed.all_sum(array, group=self.group, stream=self.stream)
 
     def gathered(self, array: mx.array) -> mx.array:
         """The arrays of all ranks, [size * n, ...] of [n, ...], in their order."""
         if self.size == 1:
             return array
         self.sent += array.nbytes
-        return mx.distributed.all_gather(array, group=self.group)
+        return mx.distributed.all_gather(array, group=self.group, stream=self.stream)
 
     def summed_tree(self, tree: dict, dtype: mx.Dtype = mx.float32) -> dict:
         """The sum over ranks of a tree of fp32 arrays, in few large buffers of `dtype`.
 
-        What a backward pass makes first, the end of the tree, is on its way first.
+        What a backward pass makes first, the end of the tree, is on its way while the rest is computed: each buffer is
+        asked for by itself, since one evaluation of all would begin with everything that is computed.
         """
         if self.size == 1:
             return tree
@@ -88,7 +91,9 @@ class Ranks:
         for names in _buffers(arrays, dtype.size):
             joined = mx.concatenate([arrays[name].reshape(-1) for name in names]).astype(dtype)
             ends = np.cumsum([arrays[name].size for name in names]).tolist()
-            parts = mx.split(self.summed(joined).astype(mx.float32), ends[:-1])
+            summed = self.summed(joined)
+            mx.async_eval(summed)
+            parts = mx.split(summed.astype(mx.float32), ends[:-1])
             whole |= {name: part.reshape(arrays[name].shape) for name, part in zip(names, parts, strict=True)}
         return tree_map_with_path(lambda name, _: whole[name], tree)
 
@@ -266,6 +271,7 @@ def _connected() -> Ranks:
             if group.size() == 1:
                 return ALONE
             found = Ranks(group.rank(), group.size(), group)
+            found.stream = None if runtime.on_gpu() else mx.new_stream(mx.cpu)
             found.hosts = found.of_all(socket.gethostname())
             watch.start(found)
         except (RuntimeError, ValueError) as error:

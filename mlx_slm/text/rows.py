@@ -89,7 +89,9 @@ def separated_ends(store: Store, windows: np.ndarray) -> np.ndarray:
     """Cumulative lengths of windows, each with a separator behind it unless it ends its document: int64 [windows]."""
     facts = store.windows[:]
     is_last = np.append(facts["document"][1:] != facts["document"][:-1], True)[: len(facts)]
-    return np.cumsum(facts["length"][windows].astype(np.int64) + ~is_last[windows])
+    ends = facts["length"][windows].astype(np.int64)
+    ends += ~is_last[windows]
+    return np.cumsum(ends, out=ends)
 
 
 @dataclass(frozen=True)
