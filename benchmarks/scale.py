@@ -41,9 +41,12 @@ from mlx_slm.project import Project
 from mlx_slm.report import Report
 from mlx_slm.storage.artifacts import new_artifact
 from mlx_slm.storage.workspace import Workspace
+from mlx_slm.text.documents import Documents
 from mlx_slm.text.hub_tokenizer import open_tokenizer
+from mlx_slm.text.sources import Source
 from mlx_slm.text.store import KIND as STORE
 from mlx_slm.text.store import TOKENS, WINDOWS, Store
+from mlx_slm.text.workspace_tokenizer import reading_of
 
 SIZES = [1, 256, 2**14, 2**18, 2**20, 2**23, 2**25]
 """fp32 numbers that are summed."""
@@ -193,9 +196,19 @@ def data(workspace: Path, name: str) -> None:
     begun = time.perf_counter()
     tokens = sum(len(ids) for ids in map(tokenizer.encode, texts))
     seconds = time.perf_counter() - begun
+    config = load_config(place.config_file)
+    documents = Documents(
+        [Source.parse(source) for source in store.manifest["inputs"]["sources"]],
+        config,
+        reading_of(config, False, place.root),
+    )
+    begun = time.perf_counter()
+    for _ in documents:
+        pass
+    note(what="read", bytes=documents.counts.bytes, seconds=round(time.perf_counter() - begun, 2), processes=1)
     note(what="tokenise", bytes=size, tokens=tokens, seconds=round(seconds, 2), processes=1)
     for encoder, count in (("lsi", 20_000), ("static", 20_000), (DEFAULT_ENCODER, 512)):
-        settings = load_config(place.config_file).clusters.model_copy(update={"encoder": encoder})
+        settings = config.clusters.model_copy(update={"encoder": encoder})
         opened = choose_encoder(place, settings, store, tokenizer, Report()).open()
         opened.encode(texts[:64])
         begun = time.perf_counter()

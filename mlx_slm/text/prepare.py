@@ -10,7 +10,7 @@ from pathlib import Path
 from mlx_slm.config.files import dump_config, known_sets
 from mlx_slm.config.schema import Config
 from mlx_slm.errors import Interrupted, SlmError, nearest
-from mlx_slm.machine.ranks import ranks
+from mlx_slm.machine.ranks import apart, ranks
 from mlx_slm.project import Project
 from mlx_slm.report import Report
 from mlx_slm.storage.artifacts import MANIFEST, is_made, load_manifest
@@ -137,9 +137,21 @@ def prepare(project: Project, request: Preparation) -> bool:
     raises SlmError if the inputs changed, unless `fresh`.
     """
     with alone_preparing(project):
+        together = ranks()
         if _can_share_out(project, request):
             return _prepare(project, request)
-        return ranks().in_turn(lambda: _prepare(project, request))
+        with apart():
+            made = together.by_first(lambda: _prepare(project, request))
+            stored = _stored(project.workspace, request.name)
+            if together.from_first(stored) != stored:  # the others do not share the first one's files
+                _prepare(project, request)
+        return made
+
+
+def _stored(workspace: Workspace, name: str) -> list[str | None]:
+    """The fingerprint of each split of a set."""
+    paths = [workspace.data(name, split) for split in SPLITS]
+    return [load_manifest(path, KIND)["fingerprint"] if is_made(path, KIND) else None for path in paths]
 
 
 def _can_share_out(project: Project, request: Preparation) -> bool:

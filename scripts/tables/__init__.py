@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from scripts.tables import benchmarks, five, miniature, models, recipes, scale, study
+from scripts.tables import benchmarks, five, miniature, models, pools, recipes, scale, study
 from scripts.tables.records import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,7 +58,8 @@ TABLES: dict[str, Callable[[], str]] = {
         scale.ring,
         scale.links,
         scale.trees,
-        scale.assigning,
+        pools.pools,
+        pools.steps,
         scale.c4,
         scale.rank_faults,
     )

@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from mlx_slm.experts.geometry import draw as draw_experts
 from mlx_slm.study.figures import draw as draw_study
 from mlx_slm.study.run import as_now
+from scripts.tables.pools import draw as draw_pools
 from scripts.tables.records import ROOT, records
 
 DOCS = ROOT / "docs"
@@ -30,6 +31,7 @@ DRAWN: dict[str, tuple[Callable[[Any, Path], Any], tuple[str, ...]]] = {
         lambda rows, into: study([r for r in rows if r["method"] != "is" or r["k"] == 64], into, name="study-five"),
         ("study-five-cost.png", "study-five-finetuning.png"),
     ),
+    "2026-12-01-xeon-pools.jsonl": (draw_pools, ("scale-pools.png",)),
     "2026-12-01-xeon-experts.json": (draw_experts, ("experts-pn.png",)),
 }
 """Of each record: what draws it into a folder, and which of those figures the documents show."""

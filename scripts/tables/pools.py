@@ -19,12 +19,16 @@ def _by_tree(rows: list[dict]) -> dict[str, list[dict]]:
     return {name: [row for row in rows if _name(row) == name] for name in dict.fromkeys(map(_name, rows))}
 
 
+def learning(row: dict) -> float:
+    """Seconds of k-means and of splitting."""
+    return row["seconds_k-means"] + row.get("seconds_splitting", 0)
+
+
 def pools() -> str:
     lines = []
     for name, rows in _by_tree(records(POOLS)).items():
         cells = [f"{row['seconds']:.0f} s, {row['rss_mb']:,} MB" for row in rows]
-        learning = sum(value for key, value in rows[-1].items() if key in ("seconds_k-means", "seconds_splitting"))
-        lines.append([name, *cells, f"{learning:.0f} s", f"{rows[-1]['seconds_assigning']:.0f} s"])
+        lines.append([name, *cells, f"{learning(rows[-1]):.0f} s", f"{rows[-1]['seconds_assigning']:.0f} s"])
     sizes = ["100,000 windows", "a million", "ten million", "of these learning", "assigning"]
     return table(["clusters", *sizes], lines)
 

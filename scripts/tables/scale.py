@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
+from scripts.tables.pools import POOLS, learning
 from scripts.tables.records import records, table
 
 MEASURED = "2026-12-01-xeon-scale.jsonl"
@@ -69,39 +71,29 @@ def trees() -> str:
     )
 
 
-def assigning() -> str:
-    rows = [r for r in records(MEASURED) if r["what"] == "assign"]
-    names = list(dict.fromkeys(" x ".join(map(str, r["tree"])) for r in rows))
-    lines = []
-    for name in names:
-        own = {r["windows"]: r for r in rows if " x ".join(map(str, r["tree"])) == name}
-        cells = [_short(own[n]["seconds"]) if n in own else "" for n in (10**5, 10**6, 10**7)]
-        lines.append([name, *cells])
-    return table(["clusters", "100,000 windows", "a million", "ten million"], lines)
-
-
 def c4() -> str:
     """Projected: the measured rates of these two cores, times what C4 has."""
     text, windows = TOKENS * TOKEN_BYTES, DOCUMENTS * WINDOWS
     lines = []
 
-    def line(what: str, rate: float, unit: float, amount: float, disk: float) -> None:
-        speed = f"{rate / 1e6:,.2f} MB/s" if unit == 1e6 else f"{rate:,.0f} windows/s"
-        lines.append([what, speed, _short(amount / rate), f"{disk / 1e9:,.0f} GB"])
+    def line(what: str, rate: float, amount: float, disk: float, held: float = 0) -> None:
+        speed = f"{rate:,.0f} windows/s" if amount == windows else f"{rate / 1e6:,.2f} MB/s"
+        memory = f"{held * windows / 1e9:,.0f} GB" if held else ""
+        lines.append([what, speed, _short(amount / rate), f"{disk / 1e9:,.0f} GB" if disk else "", memory])
 
-    tokenise = _found("tokenise")
-    line("tokenising, one core", tokenise["bytes"] / tokenise["seconds"], 1e6, text, 2 * TOKENS)
+    for what, disk, name in (("read", 0, "reading, one core"), ("tokenise", 2 * TOKENS, "tokenising, one core")):
+        row = _found(what)
+        line(name, row["bytes"] / row["seconds"], text, disk)
     for row in (r for r in records(MEASURED) if r["what"] == "embed"):
         name = row["encoder"].rpartition("/")[2]
-        line(f"embedding, {name}", row["bytes"] / row["seconds"], 1e6, text, 2 * row["dims"] * windows)
-    for name, tree, times in (
-        ("1,024, flat", [1024], 1),
-        ("65,536 as 256 x 256", [64, 64], 4),
-        ("65,536 as 16 x 16 x 16 x 16", [16, 16, 16], 4 / 3),
-    ):
-        seconds = _found("assign", tree=tree, windows=10**6)["seconds"] * times
-        line(f"assigning to {name}", 1e6 / seconds, 1, windows, 16 * windows)
-    return table(["", "rate of two cores", "C4 at that rate", "disk"], lines)
+        line(f"embedding, {name}", row["bytes"] / row["seconds"], text, 2 * row["dims"] * windows)
+    for tree in ([1024], [256, 256]):
+        smaller, row = (r for r in records(POOLS) if r["tree"] == tree and r["windows"] >= 10**6)
+        name = f"{math.prod(tree):,}" + (f" as {' x '.join(map(str, tree))}" if len(tree) > 1 else "")
+        lines.append([f"learning {name} from a sample", "", _short(learning(row)), "", ""])
+        held = 1e6 * (row["rss_mb"] - smaller["rss_mb"]) / (row["windows"] - smaller["windows"])
+        line(f"assigning to {name}", row["windows"] / row["seconds_assigning"], windows, 16 * windows, held)
+    return table(["", "rate of two cores", "C4 at that rate", "disk", "memory"], lines)
 
 
 def rank_faults() -> str:

@@ -67,9 +67,10 @@ sh.ProcessPoolExecutor = Counted
 """
 
 
-def counted(*options: str, killed_at: int = 0) -> str:
-    """`prepare` in shards of 20 kB, each named when it is tokenised."""
-    return COUNTED.replace("KILLED", str(killed_at)) + with_options(*options)
+def counted(*options: str, killed_at: int = 0, text: str = "") -> str:
+    """`prepare` in shards of 20 kB, each named when it is tokenised; `text`: of another file."""
+    other = f"sys.argv = [{text!r} if word.endswith('.jsonl') else word for word in sys.argv]\n" if text else ""
+    return COUNTED.replace("KILLED", str(killed_at)) + other + with_options(*options)
 
 
 def written(ended) -> list[str]:
@@ -99,8 +100,8 @@ def preparing(tmp_path, texts, config):
 
 
 def test_text_by_ranks(preparing, tmp_path):
-    """Shards are tokenised by rank in a workspace that both share, and all by each where they share none; a rank that
-    has not the text waits for what the first makes of it; a rank that is killed has not harmed what is there."""
+    """Shards are tokenised by rank in a workspace that both share, and all by each where they share none; a
+    rank that is killed has not harmed what is there."""
     command, whole, shards = preparing
     assert len(shards) > 10
     shared = launch(2, tmp_path, counted(), *command, str(tmp_path / "shared"))
@@ -122,23 +123,23 @@ def test_text_by_ranks(preparing, tmp_path):
 
 
 def test_text_that_only_the_first_rank_has(preparing, tmp_path):
+    """Another needs it only where it does not see what the first makes of it."""
     command, whole, shards = preparing
-    elsewhere = COUNTED.replace("KILLED", "0") + MAIN.replace(
-        "run(sys.argv[1:])", "run([word.replace('text.jsonl', 'gone.jsonl') for word in sys.argv[1:]])"
-    )
-    first, second = launch(2, tmp_path, [counted(), elsewhere], *command, str(tmp_path / "shared"))
+    gone = str(tmp_path / "gone.jsonl")
+    first, second = launch(2, tmp_path, [counted(), counted(text=gone)], *command, str(tmp_path / "shared"))
     assert first.returncode == 0 and written(first) == shards and stored(tmp_path / "shared") == whole
+    assert second.returncode == 0 and not written(second), second.stderr
+    own = counted("--workspace", str(tmp_path / "own"), text=gone)
+    first, second = launch(2, tmp_path, [counted(), own], *command, str(tmp_path / "shared"))
+    assert first.returncode == 0 and not written(first)
     assert second.returncode == 1 and "gone.jsonl" in second.stderr and not written(second), second.stderr
 
 
 def test_text_and_settings_that_differ(preparing, tmp_path):
     command, _, _ = preparing
     other = write_jsonl(tmp_path / "other.jsonl", ["Another text.", "And one more of it."])
-    elsewhere = COUNTED.replace("KILLED", "0") + MAIN.replace(
-        "run(sys.argv[1:])", f"run([{str(other)!r} if word.endswith('.jsonl') else word for word in sys.argv[1:]])"
-    )
     for program, what in (
-        (elsewhere, "text of generic"),
+        (counted(text=str(other)), "text of generic"),
         (counted("--set", "data.test_fraction=0.5"), "data.test_fraction"),
         (counted("--set", "tokenizer.vocab_size=300"), "tokenizer.vocab_size"),
         (counted("--fresh"), "--fresh"),
