@@ -104,7 +104,7 @@ def common(function: Callable) -> Callable:
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value, such as training.tokens=4M."
     )
     @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, everything else on stderr.")
-    @click.option("-q", "--quiet", is_flag=True, help="Say only what went wrong.")
+    @click.option("-q", "--quiet", is_flag=True, help="Only results, and what went wrong.")
     @click.option("-y", "--yes", is_flag=True, help="Do not ask before long work.")
     @functools.wraps(function)
     def wrapped(workspace_path, config_name, overrides, as_json, quiet, yes, **options):
