@@ -36,7 +36,10 @@ MAIN = "import sys, mlx_slm; from mlx_slm.cli import main; main()"
 ALLOWED = 60
 """Seconds in which the other rank has ended."""
 PRETRAIN = ("pretrain", "--method", "slm")
-SHARDS = "import mlx_slm, mlx_slm.text.shards as s; s.SHARD_BYTES = 20_000\n"
+SMALL = (
+    "import mlx_slm, mlx_slm.text.shards as s, mlx_slm.machine.ranks as r; s.SHARD_BYTES, r.BUFFER = 20_000, 20_000\n"
+)
+"""As many shards of text, and sums in a step, as a large set and a large model have."""
 STAGES = {
     "prepare": ("prepare", "generic", "TEXT"),
     "cluster": ("cluster", "--k", "4", "--k", "16", "--set", "clusters.tree=[4,4]"),
@@ -89,7 +92,7 @@ class Pair:
         self.said = [tempfile.TemporaryFile() for _ in hosts]
         self.ranks = [
             subprocess.Popen(
-                [*space, sys.executable, "-c", SHARDS + prelude + MAIN, *command],
+                [*space, sys.executable, "-c", SMALL + prelude + MAIN, *command],
                 env=environment | {"MLX_RANK": str(rank)},
                 stdout=said,
                 stderr=said,

@@ -38,7 +38,8 @@ NAMES = (
     *("sgesdd_", "dgesdd_", "cgesdd_"),
 )
 """What MLX's library imports of BLAS and LAPACK."""
-THREADS = ("MKL_Set_Num_Threads", "openblas_set_num_threads")
+THREADS = {"MKL_Set_Num_Threads": "MKL_Get_Max_Threads", "openblas_set_num_threads": "openblas_get_num_threads"}
+"""What sets a library's threads, and what tells them."""
 SYSTEM = "libopenblas.so.0"
 PROCESSOR = (
     "vendor_id",
@@ -142,7 +143,8 @@ def _with_plain_names() -> str | None:
         return None
     folder = Path(spec.submodule_search_locations[0], "lib")
     library = folder / "libscipy_openblas.so"
-    code = "".join(f".globl {n}\n.type {n}, @function\n{n}: jmp scipy_{n}@PLT\n" for n in (*NAMES, THREADS[1]))
+    names = (*NAMES, "openblas_set_num_threads", THREADS["openblas_set_num_threads"])
+    code = "".join(f".globl {n}\n.type {n}, @function\n{n}: jmp scipy_{n}@PLT\n" for n in names)
     code += '.section .note.GNU-stack,"",@progbits\n'
     made_from = hashlib.sha256(f"{library} {_identity(str(library))}\n{code}".encode()).hexdigest()
     shim = cache() / f"openblas-{made_from[:16]}.so"

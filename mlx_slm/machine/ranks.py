@@ -165,7 +165,26 @@ class Ranks:
         made: list[T] = []
         with apart():
             self.by_first(lambda: made.append(make()))
-            return made[0] if self.is_first else make()
+            self._after_the_first(lambda: made.append(make()))
+        return made[0]
+
+    def made_by_first(self, make: Callable[[], T], seen: Callable[[], Any]) -> T | None:
+        """make() on the first rank, and on each other to which `seen`, JSON, then shows other things than to the first:
+        those that do not share its files. None where it was not called."""
+        made: list[T] = []
+        with apart():
+            self.by_first(lambda: made.append(make()))
+            whole = self.from_first(seen())
+            self._after_the_first(lambda: None if seen() == whole else made.append(make()))
+        return made[0] if made else None
+
+    def _after_the_first(self, make: Callable[[], None]) -> None:
+        """make() on all ranks but the first, one after another on each host; all wait until that is done."""
+        turn = self.hosts[: self.rank].count(self.hosts[self.rank]) if self.hosts else 0
+        for now in range(max(map(self.hosts.count, self.hosts), default=0)):
+            if now == turn and not self.is_first:
+                make()
+            self.of_all(None)
 
     def share_out(self, count: int, is_there: Callable[[int], bool], make: Callable[[int], None]) -> None:
         """make(i) for each i below `count` that is not there: every `size`-th by each rank, and what is still missing
@@ -255,9 +274,11 @@ def ranks() -> Ranks:
 def apart() -> Iterator[None]:
     """Within, each rank works for itself, on what the others do not."""
     before = _apart.set(True)
+    watch.alone += 1
     try:
         yield
     finally:
+        watch.alone -= 1
         _apart.reset(before)
 
 

@@ -28,6 +28,8 @@ blas: blases.Blas | None = None
 """The library that was loaded in front of MLX's own, or None."""
 _blas_library: ctypes.CDLL | None = None
 _sharing: list[int] = []
+_whole: list[int] = []
+"""The threads of the BLAS before anybody shared."""
 _sharing_lock = threading.Lock()
 """Threads that each of those asks of the BLAS which share the cores now: it has one number for the whole process."""
 
@@ -148,20 +150,23 @@ def lanes() -> list:
 @contextlib.contextmanager
 def sharing_cores(lanes_used: int) -> Iterator[None]:
     """While lanes run side by side, give the products of each its part of the cores, so that they do not compete."""
-    setter = next((getattr(_blas_library, name) for name in blases.THREADS if hasattr(_blas_library, name)), None)
-    if lanes_used < 2 or setter is None:
+    known = next((names for names in blases.THREADS.items() if hasattr(_blas_library, names[0])), None)
+    if lanes_used < 2 or known is None:
         yield
         return
+    setter, getter = (getattr(_blas_library, name) for name in known)
     threads = max(1, cores() // lanes_used)
     with _sharing_lock:
+        if not _sharing:
+            _whole[:] = [getter()]
         _sharing.append(threads)
-        setter(min(_sharing))
+        setter(min(_whole + _sharing))
     try:
         yield
     finally:
         with _sharing_lock:
             _sharing.remove(threads)
-            setter(min(_sharing, default=cores()))
+            setter(min(_whole + _sharing))
 
 
 def in_lanes(batches: Iterable, compute: Callable) -> Iterator[tuple]:

@@ -27,10 +27,15 @@ BEAT, SILENT = 1.0, 30.0
 """Seconds between beats, and without any after which a rank is lost."""
 NOTICED = 4.0
 """Seconds in which it is found out who ended, where a connection was closed."""
+STUCK = 10.0
+"""Seconds after which a rank ends that another has told of its own end: MLX's ring waits without end where several sums
+were on their way."""
 CONNECTING = 45.0
 """Seconds in which all ranks have to be there."""
 LOST = 3
 """Exit code where another rank is lost: started again, all go on."""
+alone = 0
+"""How many parts of this process work on what the others do not, and need none of them."""
 before_exit: list[Callable[[], None]] = []
 """To call where this process ends by itself, from a thread."""
 _watch: Watch | None = None
@@ -47,8 +52,14 @@ class Watch:
         every = ranks.of_all([_own_address(), self.socket.getsockname()[1]])
         self.token = ranks.from_first(secrets.token_hex(8))
         self.parent = os.getppid()
-        self.others = {rank: tuple(place) for rank, place in enumerate(every) if rank != ranks.rank}
+        self.others = {rank: socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for rank in range(ranks.size)}
+        del self.others[ranks.rank]
+        for rank, link in self.others.items():
+            with contextlib.suppress(OSError):
+                link.connect(tuple(every[rank]))  # so that it is told where nobody listens there any more
         self.heard: dict[int, float] = {}
+        self.gone: dict[int, float] = {}
+        """When it was first told that a rank's process is there no more."""
         self.ended: dict[int, str] = {}
         """Why a rank ended, as it said itself; empty where it was done."""
         threading.Thread(target=self._run, daemon=True).start()
@@ -59,11 +70,13 @@ class Watch:
     def send(self, ended: str | None = None) -> None:
         """Beat, or say that this rank ends."""
         message = json.dumps({"token": self.token, "rank": self.ranks.rank, "ended": ended}).encode()
-        for place in self.others.values():
-            with contextlib.suppress(
-                OSError
-            ):  # where the network is down the other side does not hear of this one either
-                self.socket.sendto(message, place)
+        for rank, link in self.others.items():
+            try:
+                link.send(message)
+            except ConnectionRefusedError:
+                self.gone.setdefault(rank, time.monotonic())
+            except OSError:  # where the network is down the other side does not hear of this one either
+                continue
 
     def _run(self) -> None:
         last = time.monotonic()
@@ -78,8 +91,13 @@ class Watch:
             if os.getppid() != self.parent:
                 self._end("what started this rank is gone")
             for rank, at in self.heard.items():
-                if time.monotonic() - at > SILENT and rank not in self.ended:
+                if now - at > SILENT and rank not in self.ended:
                     self._end(f"{self.name(rank)} has not been heard of for {SILENT:.0f} s")
+            for rank, at in self.gone.items():
+                if now - at > BEAT and rank not in self.ended:
+                    self._end(f"{self.name(rank)} is gone")
+                if now - at > STUCK and self.ended.get(rank) and not alone:
+                    self._end(self.told(rank))
 
     def _listen(self) -> None:
         try:
@@ -105,10 +123,15 @@ class Watch:
         while time.monotonic() < until:
             for rank, why in self.ended.items():
                 if why:
-                    return why if why.startswith("rank ") else f"{self.name(rank)} ended: {why}"
+                    return self.told(rank)
             time.sleep(BEAT / 10)
         silent = [(at, rank) for rank, at in self.heard.items() if time.monotonic() - at > 2 * BEAT]
         return f"{self.name(min(silent)[1])} is gone" if silent else "another rank is gone"
+
+    def told(self, rank: int) -> str:
+        """Why a rank ended."""
+        why = self.ended[rank]
+        return why if why.startswith("rank ") else f"{self.name(rank)} ended: {why}"
 
     def _end(self, what: str) -> None:
         self.send(what)
@@ -170,7 +193,8 @@ def who_is_lost() -> str:
 def say_end(why: str) -> None:
     """Tell the other ranks, if there are any, that this one ends; `why`: empty where it is done."""
     if _watch:
-        _watch.send(why)
+        for _ in range(3):  # datagrams may be lost
+            _watch.send(why)
 
 
 def _addresses() -> list[str]:

@@ -124,7 +124,7 @@ def _collect(run: Run, jobs: dict[int, TrainingJob], possible: list[int]) -> Non
     )
     holders = {number: rank for rank, theirs in reversed(list(enumerate(trained))) for number in theirs}
     for number in sorted(set(holders) - set(trained[0])):
-        copy_from(holders[number], expert_path(run.path, number), wanted=ranks().is_first)
+        copy_from(holders[number], expert_path(run.path, number), wanted=lambda: ranks().is_first)
     ranks().by_first(lambda: _record_experts(run, possible))
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from mlx_slm.config.files import dump_config
 from mlx_slm.config.schema import DataConfig, Recipe
@@ -57,13 +58,13 @@ def specialize(project: Project, request: Specialisation) -> Run:
     if name == config.data.generic:
         raise SlmError(f"--domain {name}: that is the generic set; specialise to another one")
     require_replay(project)
-    _bring_round(workspace, request)
+    _bring_round(workspace, lambda: [request.source or default_run(workspace, Small.name), request.teacher])
     model, teacher = (
         find_published(project, *given) for given in ((request.source, "--from"), (request.teacher, "--teacher"))
     )
     with _unbound_where_it_fails(workspace):
         for published in filter(None, (model, teacher)):
-            project = _as_it_reads(project, published)
+            project = _as_all_read(project, published)
         config = project.config
         start, tokens = _resolved(project, request, model)
         named = sources_of(name, list(request.sources), workspace, config)
@@ -108,19 +109,25 @@ def specialize(project: Project, request: Specialisation) -> Run:
     return run
 
 
-def _bring_round(workspace: Workspace, request: Specialisation) -> None:
-    """Where several ranks share no files: copy the runs that it starts from to those that have none of the name."""
+def _bring_round(workspace: Workspace, names: Callable[[], list[str | None]]) -> None:
+    """Where several ranks share no files: copy runs of the first, RUN or RUN@TOKENS, to those that have none of the
+    name."""
     together = ranks()
 
     def known() -> list[str]:
-        source = request.source or default_run(workspace, Small.name)
-        names = [name.partition("@")[0] for name in (source, request.teacher) if name]
-        return [name for name in names if name in workspace.runs()]
+        return [run for name in names() if name and (run := name.partition("@")[0]) in workspace.runs()]
 
     for name in together.by_first(known) if together.size > 1 else ():
-        lacking = name not in workspace.runs()
-        if not together.agree(not lacking):
-            copy_from(0, workspace.run(name), wanted=lacking)
+        copy_from(0, workspace.run(name), wanted=partial(_lacks, workspace, name))
+
+
+def _lacks(workspace: Workspace, run: str) -> bool:
+    return run not in workspace.runs()
+
+
+def _as_all_read(project: Project, model: Pretrained) -> Project:
+    """`_as_it_reads` by one rank after another."""
+    return ranks().in_turn(lambda: _as_it_reads(project, model))
 
 
 @contextlib.contextmanager
@@ -207,9 +214,12 @@ def _tuned_teacher(project: Project, domain: DomainSet, teacher: str, run: Run |
     if isinstance(run, Pretrained) and (project.workspace.run(name) / RECORD).exists():
         of = find_run(project.workspace, name).record["inputs"].get("from")
         name = name if of == run.identity else f"{name}-{run.fingerprint[:6]}"
+    name = ranks().from_first(name)
     known = project.workspace.run(name) / RECORD
     try:
-        return specialize(project, Specialisation(domain.name, teacher, domain.tokens, name))
+        tuned = specialize(project, Specialisation(domain.name, teacher, domain.tokens, name))
+        _bring_round(project.workspace, lambda: [name])
+        return tuned
     except (Busy, Interrupted):
         raise
     except SlmError as error:

@@ -61,13 +61,13 @@ def new_artifact(path: Path, kind: str, inputs: dict, mapped: tuple[str, ...] = 
             name = file.relative_to(temporary).as_posix()
             digest = {"crc32": block_checksums(file), "block": BLOCK} if name in mapped else {"sha256": sha256(file)}
             files[name] = {"bytes": file.stat().st_size, **digest}
-            _sync(file)
+            sync(file)
         numbered = inputs | {formats.KEY: formats.FORMATS.get(kind, 1)}
         manifest = {"kind": kind, "inputs": numbered, "info": info, "files": files}
         manifest["fingerprint"] = fingerprint([kind, files])
         manifest["checksum"] = fingerprint(manifest)
         write_json(temporary / MANIFEST, manifest)
-        _sync(temporary)
+        sync(temporary)
         replace_directory(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -81,7 +81,7 @@ def replace_directory(new: Path, path: Path) -> None:
     if path.exists():
         os.rename(path, old)
     os.rename(new, path)
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -153,7 +153,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file or a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -93,10 +93,12 @@ class Documents:
         most = len(empty) if self._stopped else self._of_split["train"] - 1  # more is read where the limit stopped it
         for digest, split in zip(self._trained_first[:most], empty, strict=False):
             placed[digest] = split
-        if placed == self.placed:
-            return self
+        return self if placed == self.placed else self.again(placed)
+
+    def again(self, placed: dict[bytes, str] | None = None) -> Documents:
+        """The same, or others `placed`, to be read and counted from the start."""
         reading = dataclasses.replace(self.reading, replaced=0, empty_files=[], left_out=Counter(), bytes_read=0)
-        return Documents(self.sources, self._config, reading, placed)
+        return Documents(self.sources, self._config, reading, self.placed if placed is None else placed)
 
     def _note(self, digest: bytes, split: str) -> None:
         if split == "train":

@@ -10,10 +10,10 @@ from pathlib import Path
 from mlx_slm.config.files import dump_config, known_sets
 from mlx_slm.config.schema import Config
 from mlx_slm.errors import Interrupted, SlmError, nearest
-from mlx_slm.machine.ranks import apart, ranks
+from mlx_slm.machine.ranks import ranks
 from mlx_slm.project import Project
 from mlx_slm.report import Report
-from mlx_slm.storage.artifacts import MANIFEST, is_made, load_manifest
+from mlx_slm.storage.artifacts import MANIFEST, load_manifest
 from mlx_slm.storage.locks import unused
 from mlx_slm.storage.records import fingerprint, write_text
 from mlx_slm.storage.workspace import Workspace
@@ -74,14 +74,18 @@ def ensure_set(project: Project, name: str, limit: int | None = None) -> None:
     """
     workspace, config, report = project.workspace, project.config, project.report
     exists = all((workspace.data(name, split) / MANIFEST).exists() for split in SPLITS)
+    sources = config.data.sets.get(name, [])
+    named = bool(sources) and all(_on_disk(source) for source in sources)
+    together, tokenised = ranks(), (workspace.tokenizer / MANIFEST).exists()
+    if len(set(together.of_all(f"{exists} {named} {tokenised}"))) > 1:
+        return together.in_turn(lambda: ensure_set(project, name, limit))
     if exists:
         _tell_what_is_kept(project, name)
-        sources = config.data.sets.get(name, [])
-        if sources and all(_on_disk(source) for source in sources):
+        if named:
             prepare(_as_prepared(project, name), Preparation(name, sources))
         return
     sources = sources_of(name, [], workspace, config)
-    if name != config.data.generic and not (workspace.tokenizer / MANIFEST).exists():
+    if name != config.data.generic and not tokenised:
         ensure_set(project, config.data.generic)
     report.line(f"set {name!r} is not prepared yet: preparing it from {', '.join(sources)}")
     streamed = config.data.limit is None and any(source.startswith("hf:") for source in sources)
@@ -140,18 +144,21 @@ def prepare(project: Project, request: Preparation) -> bool:
         together = ranks()
         if _can_share_out(project, request):
             return _prepare(project, request)
-        with apart():
-            made = together.by_first(lambda: _prepare(project, request))
-            stored = _stored(project.workspace, request.name)
-            if together.from_first(stored) != stored:  # the others do not share the first one's files
-                _prepare(project, request)
-        return made
+        alone = together.made_by_first(
+            lambda: _prepare(project, request), lambda: _stored(project.workspace, request.name)
+        )
+        return bool(alone)
 
 
 def _stored(workspace: Workspace, name: str) -> list[str | None]:
-    """The fingerprint of each split of a set."""
-    paths = [workspace.data(name, split) for split in SPLITS]
-    return [load_manifest(path, KIND)["fingerprint"] if is_made(path, KIND) else None for path in paths]
+    """The fingerprint of each split of a set; None for one that is not there, or damaged."""
+    found: list[str | None] = []
+    for split in SPLITS:
+        try:
+            found.append(load_manifest(workspace.data(name, split), KIND)["fingerprint"])
+        except SlmError:
+            found.append(None)
+    return found
 
 
 def _can_share_out(project: Project, request: Preparation) -> bool:
@@ -212,9 +219,13 @@ def _prepare(project: Project, request: Preparation) -> bool:
     if config.data.drop_near_duplicates:
         inputs["reading"]["drop_near_duplicates"] = True
     done = together.of_all(not fresh and _up_to_date(workspace, name, inputs, request.strict))
-    if all(done):
+
+    def configure() -> None:
         if name == config.data.generic and not workspace.config_file.exists():
             write_text(workspace.config_file, dump_config(whole))
+
+    if all(done):
+        together.in_turn(configure)
         return False
     if any(done):
         return together.in_turn(lambda: _prepare(project, request))
@@ -241,17 +252,15 @@ def _prepare(project: Project, request: Preparation) -> bool:
         facts["revisions"] = reading.revisions
 
     def join() -> None:
-        made = all(is_made(workspace.data(name, split), KIND, inputs) for split in SPLITS)
-        if together.is_first or not made:
-            with unused(workspace, name):
-                near = _join(project, name, shards, tokenizer, inputs, facts)
-            tell(project, name, near)
+        with unused(workspace, name):
+            near = _join(project, name, shards, tokenizer, inputs, facts)
+        tell(project, name, near)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(streams_of(workspace, name), ignore_errors=True)
         if name == config.data.generic:
             write_text(workspace.config_file, dump_config(whole))
 
-    together.in_turn(join)
+    together.made_by_first(join, lambda: _stored(workspace, name))
     return True
 
 

@@ -58,7 +58,7 @@ def tokenise(
     shards = _write_shards(documents, tokenizer, partial, report, title, lambda n: n % together.size == together.rank)
     together.of_all(None)
     if not all(path.exists() for split in SPLITS for path in shards[split]):
-        shards = _write_shards(documents, tokenizer, partial, report, title, lambda n: True)
+        shards = _write_shards(documents.again(), tokenizer, partial, report, title, lambda n: True)
     together.of_all(None)
     return shards
 
@@ -215,7 +215,7 @@ def merge_shards(
         num_tokens = documents = num_bytes = 0
         with open(path / TOKENS, "wb") as tokens_file, open(path / WINDOWS, "wb") as windows_file:
             for shard in shards:
-                tokens, lengths, size = read_shard(shard, "tokens", "lengths", "bytes")
+                tokens, lengths, size = read_or_remove(shard, "tokens", "lengths", "bytes")
                 if left_out is not None:
                     keep = ~left_out[seen : seen + len(lengths)]
                     seen += len(lengths)

@@ -198,7 +198,11 @@ def test_a_library_beside_python_or_named_to_the_loader_is_found(tmp_path, monke
 def test_those_who_share_the_cores_leave_the_blas_as_it_was(monkeypatch):
     """Two trainings in two threads that end in the order they began."""
     told = []
-    monkeypatch.setattr(runtime, "_blas_library", SimpleNamespace(openblas_set_num_threads=told.append))
+    monkeypatch.setattr(
+        runtime,
+        "_blas_library",
+        SimpleNamespace(openblas_set_num_threads=told.append, openblas_get_num_threads=lambda: 8),
+    )
     monkeypatch.setattr(runtime, "cores", lambda: 8)
     first, second = runtime.sharing_cores(2), runtime.sharing_cores(4)
     first.__enter__()

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -132,13 +133,18 @@ def test_wiring_memory_can_be_refused(monkeypatch):
     not LINUX_CPU or not runtime.blas or runtime.cores() < 2, reason="needs a preloaded BLAS and 2 cores"
 )
 def test_sharing_cores_ends_as_it_began(monkeypatch):
-    told = []
-    monkeypatch.setattr(runtime, "_blas_library", type("Blas", (), {"MKL_Set_Num_Threads": staticmethod(told.append)}))
+    told, whole = [], runtime.cores()
+    library = SimpleNamespace(MKL_Set_Num_Threads=told.append, MKL_Get_Max_Threads=lambda: whole)
+    monkeypatch.setattr(runtime, "_blas_library", library)
     with runtime.sharing_cores(2):
         with runtime.sharing_cores(2):
             pass
         assert told[-1] == runtime.cores() // 2, "the training around an evaluation goes on with its share"
     assert told[-1] == runtime.cores()
+    whole = 1  # as with OMP_NUM_THREADS=1: no product before or after has other bits
+    with runtime.sharing_cores(2):
+        assert told[-1] == 1
+    assert told[-1] == 1
 
 
 def test_every_thread_has_streams_of_its_own():

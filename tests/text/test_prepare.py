@@ -48,6 +48,18 @@ def test_every_document_is_stored_once_in_one_split(prepared, texts, tokenizer):
     assert sorted(found) == sorted(set(texts[:900]))
 
 
+def test_fresh_mends_a_set_that_is_damaged(workspace, config, texts, tmp_path):
+    source, project = write_jsonl(tmp_path / "notes.jsonl", texts[900:]), Project(workspace, config)
+    p.prepare(project, p.Preparation("notes", [str(source)]))
+    tokens = workspace.data("notes", "train") / "tokens.bin"
+    whole = tokens.read_bytes()
+    tokens.write_bytes(whole[:100])
+    with pytest.raises(Damaged):
+        p.prepare(project, p.Preparation("notes", [str(source)]))
+    assert p.prepare(project, p.Preparation("notes", [str(source)], fresh=True))
+    assert tokens.read_bytes() == whole
+
+
 def test_windows_tile_the_tokens(store, texts):
     windows = store.windows[:]
     assert windows["length"].max() == store.context_length == 32

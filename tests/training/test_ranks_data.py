@@ -91,6 +91,8 @@ def stored(root) -> dict[str, bytes]:
 def preparing(tmp_path, texts, config):
     """Text of some 20 shards, and how to prepare it in one process; returns what that stores."""
     source = write_jsonl(tmp_path / "text.jsonl", texts)
+    with open(source, "ab") as file:
+        file.write(b'{"text": "One more, with a byte that is none: \xff."}\n')
     settings = tmp_path / "small.yaml"
     settings.write_text(dump_config(config))
     command = ("prepare", "generic", str(source), "--config", str(settings), "-y", "--workspace")
@@ -122,6 +124,22 @@ def test_text_by_ranks(preparing, tmp_path):
     assert stored(tmp_path / "killed") == whole
 
 
+def test_three_ranks_of_two_hosts(preparing, tmp_path):
+    """The first has a workspace of its own, the two others share one; the third reads the text at another path."""
+    command, whole, _ = preparing
+    (tmp_path / "mounted").mkdir()
+    elsewhere = str(shutil.copy(tmp_path / "text.jsonl", tmp_path / "mounted"))
+    there = ("--workspace", str(tmp_path / "second"))
+    programs = [counted(), counted(*there), counted(*there, text=elsewhere)]
+    for ended in launch(3, tmp_path, programs, *command, str(tmp_path / "first")):
+        assert ended.returncode == 0, ended.stderr
+    assert stored(tmp_path / "first") == stored(tmp_path / "second") == whole
+    for fresh in ([], ["--fresh"]):
+        for ended in launch(3, tmp_path, [counted(*fresh)] * 3, *command, str(tmp_path / "second")):
+            assert ended.returncode == 0 and bool(written(ended)) == bool(fresh), ended.stderr
+    assert stored(tmp_path / "second") == whole
+
+
 def test_text_that_only_the_first_rank_has(preparing, tmp_path):
     """Another needs it only where it does not see what the first makes of it."""
     command, whole, shards = preparing
@@ -131,7 +149,7 @@ def test_text_that_only_the_first_rank_has(preparing, tmp_path):
     assert second.returncode == 0 and not written(second), second.stderr
     own = counted("--workspace", str(tmp_path / "own"), text=gone)
     first, second = launch(2, tmp_path, [counted(), own], *command, str(tmp_path / "shared"))
-    assert first.returncode == 0 and not written(first)
+    assert first.returncode == 3 and "rank 1 (" in first.stderr and "gone.jsonl: no such file" in first.stderr
     assert second.returncode == 1 and "gone.jsonl" in second.stderr and not written(second), second.stderr
 
 
