@@ -154,9 +154,11 @@ def test_a_directory_is_copied_whole_or_not_at_all(tmp_path):
 
 
 def test_two_ranks_killed_go_on_as_four_and_as_one(workspace, tmp_path):
-    """A rank is killed in step 8; the last checkpoint is that of step 5, and rows go on from there."""
+    """A rank is killed in step 8, in which several sums are on their way; the last checkpoint is that of step 5, and rows
+    go on from there."""
+    several = "import mlx_slm.machine.ranks as r; r.BUFFER = 2000\n"
     options = command(workspace, "--method", "slm", "--name", "killed")
-    first, second = launch(2, tmp_path, [MAIN, KILLED.format(calls=8)], *options)
+    first, second = launch(2, tmp_path, [several + MAIN, several + KILLED.format(calls=8)], *options)
     assert second.returncode == -9 and first.returncode == 3
     assert "rank 1 (" in first.stderr and "is gone: start all ranks again" in first.stderr, first.stderr
     assert launch(1, tmp_path, MAIN, *command(workspace, "--method", "slm", "--name", "whole"))[0].returncode == 0
