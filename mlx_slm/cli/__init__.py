@@ -78,7 +78,8 @@ def last_words(wanted: bool) -> Iterator[None]:
     if watcher == 0:
         os.close(alive)
         os.setpgid(0, 0)  # Ctrl-C is for the other
-        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        for sign in (signal.SIGTTOU, signal.SIGINT):
+            signal.signal(sign, signal.SIG_IGN)
         if not os.read(ended, 1):
             os.write(2, f"mlx-slm: error: ended by the system or by kill -9; if not by you: {OUT_OF_MEMORY}\n".encode())
         os._exit(0)

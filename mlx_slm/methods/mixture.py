@@ -118,13 +118,16 @@ def expert_jobs(setup: Setup, clusters: Clusters, inputs: dict, experts: list[in
 
 
 def _collect(run: Run, jobs: dict[int, TrainingJob], possible: list[int]) -> None:
-    """Record the experts that all ranks have trained, and bring to the first those that it does not see."""
-    trained = ranks().of_all(
-        [n for n, record in _finished_experts(run, possible).items() if n in jobs and is_of(record, jobs[n].inputs)]
-    )
-    holders = {number: rank for rank, theirs in reversed(list(enumerate(trained))) for number in theirs}
-    for number in sorted(set(holders) - set(trained[0])):
-        copy_from(holders[number], expert_path(run.path, number), wanted=lambda: ranks().is_first)
+    """Record the experts that all ranks have trained, and bring to the first those of which it has none, or an older one."""
+    of_this = {
+        n: one for n, one in _finished_experts(run, possible).items() if n in jobs and is_of(one, jobs[n].inputs)
+    }
+    started = ranks().of_all({str(number): record["started"] for number, record in of_this.items()})
+    for number in sorted(set().union(*started), key=int):
+        times = [theirs.get(number, 0.0) for theirs in started]  # with --fresh another may have trained it again
+        holder = times.index(max(times))
+        if times[holder] != times[0]:
+            copy_from(holder, expert_path(run.path, int(number)), wanted=lambda: ranks().is_first)
     ranks().by_first(lambda: _record_experts(run, possible))
 
 

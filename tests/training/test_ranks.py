@@ -78,6 +78,11 @@ def test_two_ranks_with_a_workspace_each(workspace, tmp_path):
     there = with_options("--workspace", str(other.root))
     domain = ("--workspace", str(workspace.root), "--domain", "notes", "--tokens", "2k", "--from", "apart")
     pretrained = launch(2, tmp_path, [MAIN, there], *command(workspace, "--method", "mix", "--name", "apart"))
+    before = [open_expert(find_run(workspace, "apart"), number).record["started"] for number in range(4)]
+    fresh = command(workspace, "--method", "mix", "--name", "apart", "--fresh", "--experts", "0,1")
+    pretrained += launch(2, tmp_path, [MAIN, there], *fresh)
+    after = [open_expert(find_run(workspace, "apart"), number).record["started"] for number in range(4)]
+    assert [new > old for new, old in zip(after, before, strict=True)] == [True, True, False, False]
     experts_there = {path.name for path in other.run("apart").glob("expert-*")}
     for ended in (*pretrained, *launch(2, tmp_path, [MAIN, there], "specialize", *domain)):
         assert ended.returncode == 0, ended.stderr
@@ -154,8 +159,8 @@ def test_a_directory_is_copied_whole_or_not_at_all(tmp_path):
 
 
 def test_two_ranks_killed_go_on_as_four_and_as_one(workspace, tmp_path):
-    """A rank is killed in step 8, in which several sums are on their way; the last checkpoint is that of step 5, and rows
-    go on from there."""
+    """A rank is killed in step 8, with several sums on their way; the last checkpoint is that of step 5, and rows go on
+    from there."""
     several = "import mlx_slm.machine.ranks as r; r.BUFFER = 2000\n"
     options = command(workspace, "--method", "slm", "--name", "killed")
     first, second = launch(2, tmp_path, [several + MAIN, several + KILLED.format(calls=8)], *options)
