@@ -118,7 +118,7 @@ def expert_jobs(setup: Setup, clusters: Clusters, inputs: dict, experts: list[in
 
 
 def _collect(run: Run, jobs: dict[int, TrainingJob], possible: list[int]) -> None:
-    """Record the experts that all ranks have trained, and bring to the first those of which it has none, or an older one."""
+    """Record the experts that all ranks have trained, after bringing to the first those that are newer than its own."""
     of_this = {
         n: one for n, one in _finished_experts(run, possible).items() if n in jobs and is_of(one, jobs[n].inputs)
     }

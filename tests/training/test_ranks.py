@@ -14,6 +14,7 @@ from mlx_slm.text.store import Store
 from mlx_slm.training.find import find_run
 from mlx_slm.training.runs import open_expert
 
+SEVERAL = "import mlx_slm.machine.ranks as r; r.BUFFER = 2000\n"
 RATE = "training.learning_rate=1e-4"
 
 
@@ -161,9 +162,8 @@ def test_a_directory_is_copied_whole_or_not_at_all(tmp_path):
 def test_two_ranks_killed_go_on_as_four_and_as_one(workspace, tmp_path):
     """A rank is killed in step 8, with several sums on their way; the last checkpoint is that of step 5, and rows go on
     from there."""
-    several = "import mlx_slm.machine.ranks as r; r.BUFFER = 2000\n"
     options = command(workspace, "--method", "slm", "--name", "killed")
-    first, second = launch(2, tmp_path, [several + MAIN, several + KILLED.format(calls=8)], *options)
+    first, second = launch(2, tmp_path, [SEVERAL + MAIN, SEVERAL + KILLED.format(calls=8)], *options)
     assert second.returncode == -9 and first.returncode == 3
     assert "rank 1 (" in first.stderr and "is gone: start all ranks again" in first.stderr, first.stderr
     assert launch(1, tmp_path, MAIN, *command(workspace, "--method", "slm", "--name", "whole"))[0].returncode == 0
@@ -183,6 +183,18 @@ def test_ranks_agree_to_stop(workspace, tmp_path):
     assert [one.returncode for one in ended] == [130, 130], [one.stderr for one in ended]
     run = find_run(workspace, "stopped")
     assert not run.finished and 3 <= run.kept_steps()[-1] <= 6
+
+
+def test_an_error_of_one_rank_is_told_by_the_others(workspace, tmp_path):
+    """In step 8, while several sums of the other are on their way, of which the ring ends one."""
+    fails = KILLED.format(calls=8).replace(
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        "from mlx_slm.errors import SlmError; raise SlmError('its disk is full')",
+    )
+    options = command(workspace, "--method", "slm", "--name", "failed")
+    first, second = launch(2, tmp_path, [SEVERAL + MAIN, SEVERAL + fails], *options)
+    assert second.returncode == 1 and "its disk is full" in second.stderr
+    assert first.returncode == 3 and "rank 1 (" in first.stderr and "its disk is full" in first.stderr, first.stderr
 
 
 def test_a_rank_that_stands_still_is_named(workspace, tmp_path):
