@@ -187,12 +187,11 @@ def test_ranks_agree_to_stop(workspace, tmp_path):
 
 def test_an_error_of_one_rank_is_told_by_the_others(workspace, tmp_path):
     """In step 8, while several sums of the other are on their way, of which the ring ends one."""
-    fails = KILLED.format(calls=8).replace(
-        "os.kill(os.getpid(), signal.SIGKILL)",
-        "from mlx_slm.errors import SlmError; raise SlmError('its disk is full')",
-    )
+    raises = "from mlx_slm.errors import SlmError; raise SlmError('its disk is full')"
+    fails = SEVERAL + KILLED.format(calls=8).replace("os.kill(os.getpid(), signal.SIGKILL)", raises)
+    hurried = SEVERAL + "import mlx_slm.machine.watch as watch; watch.STUCK = 2.0\n"
     options = command(workspace, "--method", "slm", "--name", "failed")
-    first, second = launch(2, tmp_path, [SEVERAL + MAIN, SEVERAL + fails], *options)
+    first, second = launch(2, tmp_path, [hurried + MAIN, fails], *options)
     assert second.returncode == 1 and "its disk is full" in second.stderr
     assert first.returncode == 3 and "rank 1 (" in first.stderr and "its disk is full" in first.stderr, first.stderr
 
