@@ -59,7 +59,9 @@ class Watch:
                 link.connect(tuple(every[rank]))  # so that it is told where nobody listens there any more
         self.heard: dict[int, float] = {}
         self.gone: dict[int, float] = {}
-        """When it was first told that a rank's process is there no more."""
+        """When it was first told that nobody listens where a rank was."""
+        self.refused = set(self.others)
+        """Ranks of which a firewall says so from the start, or of which it is not known yet."""
         self.ended: dict[int, str] = {}
         """Why a rank ended, as it said itself; empty where it was done."""
         threading.Thread(target=self._run, daemon=True).start()
@@ -94,7 +96,7 @@ class Watch:
                 if now - at > SILENT and rank not in self.ended:
                     self._end(f"{self.name(rank)} has not been heard of for {SILENT:.0f} s")
             for rank, at in self.gone.items():
-                if now - at > BEAT and rank not in self.ended:
+                if now - at > BEAT and rank not in self.ended and rank not in self.refused:
                     self._end(f"{self.name(rank)} is gone")
                 if now - at > STUCK and self.ended.get(rank) and not alone:
                     self._end(self.told(rank))
@@ -154,7 +156,9 @@ def start(ranks: Ranks) -> None:
     """Begin to watch the others."""
     global _watch
     _watch = Watch(ranks)
-    deaf = [ranks.hosts[rank] for rank, hears in enumerate(ranks.of_all(_watch.hears_all())) if not hears]
+    hearing = ranks.of_all(_watch.hears_all())
+    _watch.refused = set(_watch.gone)
+    deaf = [ranks.hosts[rank] for rank, hears in enumerate(hearing) if not hears]
     if deaf and ranks.is_first:
         sys.stderr.write(
             f"mlx-slm: warning: datagrams (UDP) do not reach {', '.join(dict.fromkeys(deaf))}: a rank that stands "

@@ -196,6 +196,29 @@ def test_an_error_of_one_rank_is_told_by_the_others(workspace, tmp_path):
     assert first.returncode == 3 and "rank 1 (" in first.stderr and "its disk is full" in first.stderr, first.stderr
 
 
+def test_a_firewall_that_refuses_datagrams_ends_nothing(workspace, tmp_path):
+    """What the first sends to the second is refused, as where its process were gone; the beats of the second come."""
+    refused = """
+import socket, mlx_slm.machine.watch as watch
+watch.BEAT = 0.5
+real = watch.Watch.__init__
+def init(self, ranks):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as closed:
+        closed.bind(("127.0.0.1", 0))
+        port, kind = closed.getsockname()[1], type(ranks)
+    of_all = kind.of_all
+    moved = lambda self, value: [of_all(self, value)[0], ["127.0.0.1", port]]
+    kind.of_all = moved if ranks.is_first else of_all
+    real(self, ranks)
+    kind.of_all = of_all
+watch.Watch.__init__ = init
+"""
+    options = command(workspace, "--method", "slm", "--name", "refused", "--set", "training.steps=100")
+    first, second = launch(2, tmp_path, refused + MAIN, *options)
+    assert first.returncode == second.returncode == 0, first.stderr
+    assert "warning: datagrams (UDP) do not reach" in first.stderr
+
+
 def test_a_rank_that_stands_still_is_named(workspace, tmp_path):
     """Stopped in step 8, as by a machine that hangs: the other waits for its gradient, and ends by its silence."""
     still = KILLED.format(calls=8).replace("signal.SIGKILL", "signal.SIGSTOP")
