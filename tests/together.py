@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 from conftest import find_ports
 
 MAIN = "import sys, mlx_slm; from mlx_slm.cli import run; sys.exit(run(sys.argv[1:]))"
@@ -40,3 +41,12 @@ def launch(count: int, tmp_path, programs, *arguments: str) -> list[subprocess.C
 def with_options(*options: str, program: str = MAIN) -> str:
     """The command with further options, for one of several ranks."""
     return program.replace("run(sys.argv[1:])", f"run([*sys.argv[1:], *{options!r}])")
+
+
+def command(workspace, *options):
+    return ("pretrain", "--workspace", str(workspace.root), "-y", "--set", "training.report_every=1", *options)
+
+
+def losses(workspace, name):
+    lines = map(json.loads, (workspace.run(name) / "metrics.jsonl").read_text().splitlines())
+    return np.array([line.get("loss", line.get("valid_nll")) for line in lines])

@@ -1,5 +1,7 @@
 """Near-duplicates: against every pair by brute force, and what is done about them."""
 
+from collections import Counter, defaultdict
+
 import numpy as np
 import pytest
 from conftest import call, small_config, write_jsonl
@@ -49,12 +51,13 @@ def test_those_that_every_pair_compared_gives(collection, tmp_path, capsys):
             start = int(mine["offset"][0])
             sets.append(set(hashes(store.tokens[start : start + int(mine["length"].sum()) - 1]).tolist()))
     wanted = np.full(len(sets), -1)
+    holders = defaultdict(list)  # of each shingle, the documents before that have it: every pair that shares any
     for j, later in enumerate(sets):
-        for i in range(j):
-            shared = len(sets[i] & later)
-            if shared and shared >= SIMILAR * len(sets[i] | later):
-                wanted[j] = i
-                break
+        shared = Counter(i for shingle in later for i in holders[shingle])
+        similar = [i for i, n in shared.items() if n >= SIMILAR * (len(sets[i]) + len(later) - n)]
+        wanted[j] = min(similar, default=-1)
+        for shingle in later:
+            holders[shingle].append(j)
     near = near_duplicates(stores)
     found = np.concatenate(near.earlier)
     assert (wanted >= 0).sum() > 50, "some are there to be found"
