@@ -177,7 +177,7 @@ def _can_share_out(project: Project, request: Preparation) -> bool:
     settings = {
         f"{section}.{key}": value
         for section, chosen in (("data", config.data), ("tokenizer", config.tokenizer))
-        for key, value in chosen.model_dump(mode="json").items()
+        for key, value in chosen.model_dump(mode="json", exclude={"sets", "path"}).items()  # places on a host
     }
     asked = {f"--{key}": getattr(request, key) for key in ("field", "limit", "strict", "fresh")}
     together.require_same({"set": request.name, f"text of {request.name}": text} | asked | settings)
