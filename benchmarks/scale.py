@@ -166,8 +166,8 @@ def repeat(source: Workspace, target: Workspace, count: int) -> None:
     shutil.copytree(source.tokenizer, target.tokenizer)
     for split in ("valid", "test"):
         shutil.copytree(source.data(generic, split), target.data(generic, split))
-    store, inputs = Store(source.data(generic, "train")), Store(source.data(generic, "train")).manifest["inputs"]
-    every = np.resize(store.windows[:], count)
+    store = Store(source.data(generic, "train"))
+    every, inputs = np.resize(store.windows[:], count), store.manifest["inputs"]
     with new_artifact(target.data(generic, "train"), STORE, inputs, mapped=(TOKENS, WINDOWS)) as (directory, info):
         shutil.copy(store.directory / TOKENS, directory / TOKENS)
         every.tofile(directory / WINDOWS)

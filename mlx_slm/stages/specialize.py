@@ -64,7 +64,7 @@ def specialize(project: Project, request: Specialisation) -> Run:
     )
     with _unbound_where_it_fails(workspace):
         for published in filter(None, (model, teacher)):
-            project = _as_all_read(project, published)
+            project = ranks().in_turn(partial(_as_it_reads, project, published))
         config = project.config
         start, tokens = _resolved(project, request, model)
         named = sources_of(name, list(request.sources), workspace, config)
@@ -123,11 +123,6 @@ def _bring_round(workspace: Workspace, names: Callable[[], list[str | None]]) ->
 
 def _lacks(workspace: Workspace, run: str) -> bool:
     return run not in workspace.runs()
-
-
-def _as_all_read(project: Project, model: Pretrained) -> Project:
-    """`_as_it_reads` by one rank after another."""
-    return ranks().in_turn(lambda: _as_it_reads(project, model))
 
 
 @contextlib.contextmanager
